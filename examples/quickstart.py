@@ -1,0 +1,198 @@
+"""From nothing to a segmentation: data, plan, training with MedContext, prediction of unseen cases, Dice, one picture.
+
+    python examples/quickstart.py                              # synthetic scans; about 3 minutes on 2 CPU cores
+    python examples/quickstart.py --dataset .../Dataset004_X   # your data in nnU-Net's raw format; it is only read
+
+Everything lands in one folder (--output). The steps are nnU-Net's own commands, printed as they are run, so that each
+can be repeated by hand. What is simplified: a training of a minute or two instead of 1000 epochs of 250 steps, one fold
+instead of five, and, without a CUDA GPU, a small network (plans `nnUNetPlans_small`, written beside the default ones).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+try:
+    from nnunetv2_ext.core.phantom import write_phantom_dataset
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: install the package first, in its folder type  pip install .")
+
+from quickstart_steps import (
+    LOG_NAME,
+    QuickstartError,
+    Steps,
+    adopt_dataset,
+    choose_device,
+    draw_case,
+    is_volume,
+    prepare_output,
+    read_description,
+    reduce_plans,
+    report,
+)
+
+REQUIRED_DICE = 0.8  # mean over classes and unseen phantom cases: less means that the model did not learn
+# epochs, steps per epoch: chosen so that everything ends within 4 minutes on 2 CPU cores
+LENGTH = {"cpu": (10, 40), "mps": (10, 40), "cuda": (20, 50)}
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    description, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset", type=Path, metavar="FOLDER", help="nnU-Net raw dataset; default: a phantom is made"
+    )
+    parser.add_argument("--output", type=Path, default=Path("quickstart_output"), help="default: %(default)s")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder of an earlier run")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, help="default: 10, on cuda 20")
+    parser.add_argument("--iterations", type=int, help="training steps per epoch; default: 40, on cuda 50")
+    parser.add_argument("--num-train", type=int, default=16, help="phantom cases to train on; default: %(default)s")
+    parser.add_argument("--num-test", type=int, default=4, help="unseen phantom cases; default: %(default)s")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=3,
+        default=(40, 48, 44),
+        metavar="N",
+        help="phantom size in voxels; default: 40 48 44",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the phantom; default: %(default)s")
+    parser.add_argument("--trainer", default="nnUNetTrainerMedContext", help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    for name in ("epochs", "iterations", "num_test"):
+        value = getattr(parsed, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all steps; returns the exit status: 0, or 1 after a failed step or a phantom Dice below `REQUIRED_DICE`."""
+    options = parse_arguments(arguments)
+    start = time.monotonic()
+    try:
+        dice = run(options)
+    except (QuickstartError, ValueError) as error:
+        print(f"\nquickstart stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nquickstart interrupted", file=sys.stderr)
+        return 130
+    print(f"\nAll of it took {time.monotonic() - start:.0f} s.")
+    if options.dataset is None and not dice >= REQUIRED_DICE:
+        print(
+            f"The mean Dice on unseen phantom cases is {dice:.3f}, below {REQUIRED_DICE}: the model did not learn enough. "
+            "Either the training was too short (--epochs, --iterations) or something is wrong with the installation: "
+            "see the log, and try  nnUNetv2_ext doctor",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def run(options: argparse.Namespace) -> float:
+    """All steps; returns the mean Dice on unseen cases."""
+    device = choose_device(options.device)
+    output = options.output.resolve()
+    prepare_output(output, options.overwrite, options.dataset)
+    folders = {f"nnUNet_{kind}": str(output / f"nnUNet_{kind}") for kind in ("raw", "preprocessed", "results")}
+    os.environ.update(folders)  # for nnU-Net's functions in this process
+    for folder in folders.values():
+        Path(folder).mkdir()
+    cores = os.cpu_count() or 1
+    workers = str(min(cores, 8))
+    # nnUNet_n_proc_DA=0 loads in the training process, which is fastest on few cores, but it crashes the planner
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "nnUNet_def_n_proc": workers, "nnUNet_n_proc_DA": "1"}
+    if device != "cpu":
+        del environment["nnUNet_n_proc_DA"]
+    print("In your own shell, the commands below need these three variables:")
+    for name, folder in folders.items():
+        print(f"    export {name}={shlex.quote(folder)}")
+    steps = Steps(output / LOG_NAME, environment)
+
+    steps.announce("Data")
+    raw = output / "nnUNet_raw"
+    if options.dataset is None:
+        dataset = write_phantom_dataset(
+            raw, 1, num_train=options.num_train, num_test=options.num_test, shape=options.shape, seed=options.seed
+        )
+        print(f"    {options.num_train} synthetic training scans and {options.num_test} unseen ones")
+    else:
+        dataset = adopt_dataset(options.dataset.resolve(), raw)
+    print(f"    {dataset}")
+    number = str(int(dataset.name[7:10]))
+
+    configuration = "3d_fullres" if is_volume(dataset) else "2d"
+    steps.run(
+        "Plan and preprocess",
+        ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-npfp", workers, "-np", workers],
+        OMP_NUM_THREADS="1",  # the workers are the parallelism
+    )
+    plans_name, plans_path = "nnUNetPlans", output / "nnUNet_preprocessed" / dataset.name / "nnUNetPlans.json"
+    if device != "cuda":
+        plans = reduce_plans(json.loads(plans_path.read_text(encoding="utf-8")), configuration)
+        plans_name = plans["plans_name"]
+        plans_path = plans_path.with_name(f"{plans_name}.json")
+        plans_path.write_text(json.dumps(plans, indent=2), encoding="utf-8")
+        settings = plans["configurations"][configuration]
+        print(f"    no CUDA GPU: training the reduced plans {plans_path}")
+        features = settings["architecture"]["arch_kwargs"]["features_per_stage"]
+        print(f"    (patch {settings['patch_size']}, features {features}); on a GPU leave out -p to train the default")
+
+    description = read_description(dataset)
+    fold = "0" if description["numTraining"] >= 5 else "all"  # nnU-Net splits into five folds
+    epochs, iterations = options.epochs or LENGTH[device][0], options.iterations or LENGTH[device][1]
+    length = f"num_epochs={epochs} num_iterations_per_epoch={iterations} num_val_iterations_per_epoch=4"
+    model = ["-tr", options.trainer, "-p", plans_name, "-device", device]
+    steps.run(
+        f"Train {epochs} epochs of {iterations} steps",
+        ["nnUNetv2_train", number, configuration, fold, *model],
+        nnUNet_ext_settings=length,
+        **({"nnUNet_n_proc_DA": "0"} if device == "cpu" else {}),
+    )
+    predictions = output / "predictions"
+    steps.run(
+        "Predict the unseen cases",
+        ["nnUNetv2_predict", "-d", number, "-i", str(dataset / "imagesTs"), "-o", str(predictions), "-c", configuration]
+        + ["-f", fold, *model, "-npp", "1", "-nps", "1"],
+    )
+    summary_path = output / "dice.json"
+    steps.run(
+        "Evaluate",
+        ["nnUNetv2_evaluate_folder", str(dataset / "labelsTs"), str(predictions), "-np", "1", "-o", str(summary_path)]
+        + ["-djfile", str(dataset / "dataset.json"), "-pfile", str(plans_path)],
+    )
+
+    summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    dice = report(summary, description)
+    draw_case(dataset, predictions, summary["metric_per_case"][0], output / "overlay.png")
+    print("\nWhere everything is:")
+    for name, path in {
+        "picture": output / "overlay.png",
+        "Dice per case": summary_path,
+        "predictions": predictions,
+        "model": output / "nnUNet_results" / dataset.name / f"{options.trainer}__{plans_name}__{configuration}",
+        "log": output / LOG_NAME,
+    }.items():
+        print(f"    {name:<14} {path}")
+    print("\nWhat to type next:")
+    print("    nnUNetv2_ext doctor                               # is this machine ready for a real training?")
+    print(f"    nnUNetv2_ext settings {options.trainer}   # all settings, with their meaning")
+    if options.dataset is None:
+        print(f"    python {shlex.quote(sys.argv[0])} --dataset FOLDER --output OUTPUT   # the same on your data")
+    print(f"    nnUNetv2_train {number} {configuration} 0 -tr {options.trainer}   # the full training, on a GPU")
+    return dice
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Checks of ``nnUNetv2_ext doctor``: does nnU-Net find our trainers, and nothing else in their place?"""
+
+import contextlib
+import io
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from nnunetv2_ext._register import (
+    EXT_VARIABLE,
+    OPT_OUT_VARIABLE,
+    SHIM_FOLDER,
+    auto_register_enabled,
+    installed_trainers,
+)
+from nnunetv2_ext.cli._check_software import nnunet_folder
+from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
+
+BY_HAND = f"export {EXT_VARIABLE}={SHIM_FOLDER}   (or, in Python: import nnunetv2_ext; nnunetv2_ext.register())"
+
+
+def startup() -> Iterator[Finding]:
+    """Whether a new interpreter registers our trainers by itself, as ``nnUNetv2_train`` needs it."""
+    if not auto_register_enabled():
+        value = os.environ[OPT_OUT_VARIABLE]
+        yield Finding(WARN, "registration", f"switched off by {OPT_OUT_VARIABLE}={value}", f"unset it, or {BY_HAND}")
+        return
+    clean = {k: v for k, v in os.environ.items() if k != EXT_VARIABLE}
+    code = f"import os; print(os.environ.get({EXT_VARIABLE!r}, ''))"
+    child = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=60)
+    if any(_same(p, SHIM_FOLDER) for p in child.stdout.strip().split(os.pathsep)):
+        yield Finding(OK, "registration", f"automatic, by {startup_file() or 'PYTHONPATH or sitecustomize'}")
+    else:
+        yield Finding(
+            WARN,
+            "registration",
+            "Python does not run our start-up file (pip install --target, or an incomplete installation)",
+            f"install with a plain 'pip install', or {BY_HAND}",
+        )
+
+
+def startup_file() -> Path | None:
+    """The start-up file that this Python reads: ``.start`` from 3.15 on (PEP 829), else ``.pth``. None if missing."""
+    name = "nnunetv2_ext.start" if sys.version_info >= (3, 15) else "nnunetv2_ext.pth"
+    return next((Path(p) / name for p in sys.path if p and (Path(p) / name).is_file()), None)
+
+
+def folders() -> Iterator[Finding]:
+    """Each folder of ``nnUNet_extTrainer`` in the order in which nnU-Net searches them."""
+    entries = [p for p in os.environ.get(EXT_VARIABLE, "").split(os.pathsep) if p.strip()]
+    ours = [_same(p, SHIM_FOLDER) for p in entries]
+    if not any(ours):
+        yield Finding(FAIL, EXT_VARIABLE, f"our folder is not in it (it is {entries})", BY_HAND)
+    for position, (entry, is_ours) in enumerate(zip(entries, ours), start=1):
+        subject = f"{EXT_VARIABLE} {position}"
+        if is_ours:
+            yield Finding(OK, subject, f"{entry} (ours)")
+        elif not os.path.isdir(entry):
+            yield Finding(WARN, subject, f"{entry} does not exist; nnU-Net skips it", f"correct {EXT_VARIABLE}")
+        elif error := _search_error(entry):
+            blocks_ours = any(ours[position:])
+            yield Finding(
+                FAIL if blocks_ours else WARN,
+                subject,
+                f"{entry} cannot be searched ({error}); nnU-Net stops there and reads no later folder",
+                f"repair that file, or take the folder out of {EXT_VARIABLE}",
+            )
+        else:
+            yield Finding(OK, subject, f"{entry} (yours)")
+
+
+def trainers() -> Iterator[Finding]:
+    """Look up each of our trainers with nnU-Net's own function, as train and predict do, and pickle it."""
+    names = installed_trainers()
+    if not names:
+        yield Finding(
+            FAIL, "trainers", "none is installed", "reinstall nnunetv2-ext: pip install --force-reinstall --no-deps ."
+        )
+    for name, module in names.items():
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+                found = recursive_find_trainer_class_by_name(name)
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            yield Finding(FAIL, name, f"nnU-Net cannot use it: {type(error).__name__}: {reason[0]}", BY_HAND)
+            continue
+        if found.__module__ != module:
+            # its file cannot be asked for: nnU-Net has already dropped that module; stale_copies() names it
+            detail = f"nnU-Net uses another class of this name, of module {found.__module__}"
+            yield Finding(FAIL, name, detail, "remove the copy that is named below")
+        elif pickle.loads(pickle.dumps(found)) is not found:
+            yield Finding(FAIL, name, "does not pickle: worker processes cannot receive it", BY_HAND)
+        else:
+            yield Finding(OK, name, "found by nnU-Net, pickles")
+
+
+def stale_copies() -> Iterator[Finding]:
+    """Files elsewhere that define a class of one of our names and may run in its place."""
+    places = [
+        Path(p) for p in os.environ.get(EXT_VARIABLE, "").split(os.pathsep) if p.strip() and not _same(p, SHIM_FOLDER)
+    ]
+    folder = nnunet_folder()
+    if folder is not None:
+        places.insert(0, folder / "training" / "nnUNetTrainer")
+    names = "|".join(map(re.escape, installed_trainers()))
+    if not names:
+        return
+    definition = re.compile(rf"^class ({names})\b", re.MULTILINE)
+    for place in places:
+        for file in sorted(place.rglob("*.py")):
+            for name in definition.findall(file.read_text(encoding="utf-8", errors="replace")):
+                yield Finding(WARN, "copy", f"{file} also defines {name}", "remove it: ours is used by name as it is")
+
+
+def _same(first: str, second: str) -> bool:
+    return os.path.normcase(os.path.abspath(first.strip())) == os.path.normcase(os.path.abspath(second))
+
+
+def _search_error(folder: str) -> str:
+    """What goes wrong when nnU-Net imports all modules of ``folder``; empty if nothing does.
+
+    In a process of its own, because importing a user's files may do anything, exiting included.
+    """
+    code = (
+        "import sys; from nnunetv2.utilities.find_class_by_name import recursive_find_python_class as find; "
+        "find(sys.argv[1], 'no such class', None, sys.argv[1], cleanup_imports_from_base_folder=True); "
+        "print('searched')"
+    )
+    child = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=120)
+    if child.stdout.rstrip().endswith("searched"):
+        return ""
+    return (child.stderr.strip().splitlines() or [f"Python exits with status {child.returncode}"])[-1]

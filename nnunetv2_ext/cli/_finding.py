@@ -1,0 +1,18 @@
+"""One line of what ``nnUNetv2_ext doctor`` found."""
+
+from dataclasses import dataclass
+
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``status`` is OK, WARN (works, not as well as it could) or FAIL (a command will fail).
+
+    ``remedy`` is what to type or change; empty if nothing is wrong.
+    """
+
+    status: str
+    subject: str
+    detail: str
+    remedy: str = ""

@@ -1,0 +1,65 @@
+"""``nnUNetv2_ext doctor``: check this installation line by line and say how to mend what is wrong."""
+
+import argparse
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from nnunetv2_ext import __version__
+from nnunetv2_ext.cli import _check_discovery, _check_machine, _check_software
+from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
+
+Check = Callable[[], Iterable[Finding]]
+
+SUBJECT_WIDTH = 26  # of the column with what was checked; the longest trainer names fit
+
+SECTIONS: dict[str, tuple[Check, ...]] = {
+    "Software": (_check_software.python, _check_software.nnunet, _check_software.torch, _check_software.faiss),
+    "Trainers": (
+        _check_discovery.startup,
+        _check_discovery.folders,
+        _check_discovery.trainers,
+        _check_discovery.stale_copies,
+    ),
+    "Machine": (_check_machine.devices, _check_machine.memory, _check_machine.shared_memory, _check_machine.workers),
+    "Folders": (_check_machine.nnunet_folders,),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Exit status: 0 if nothing is marked FAIL, else 1."
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print every finding; 1 if one of them is a FAIL, else 0."""
+    print(f"nnunetv2-ext {__version__}\n")
+    counts: Counter[str] = Counter()
+    for title, checks in SECTIONS.items():
+        print(title)
+        for check in checks:
+            for finding in findings_of(check):
+                counts[finding.status] += 1
+                print(render(finding))
+        print()
+    print(", ".join(f"{counts[status]} {status}" for status in (OK, WARN, FAIL)))
+    return 1 if counts[FAIL] else 0
+
+
+def findings_of(check: Check) -> list[Finding]:
+    """All findings of one check; a check that breaks is itself a finding, the others still run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the libraries imported for the check
+            return list(check())
+    except Exception as error:
+        what = f"this check broke: {type(error).__name__}: {error}"
+        return [Finding(FAIL, check.__name__, what, "report it with this line, please")]
+
+
+def render(finding: Finding) -> str:
+    """The finding as text: status, subject and detail in columns, the remedy on its own line."""
+    text = f"  {finding.status:<4}  {finding.subject:<{SUBJECT_WIDTH}}  {finding.detail}"
+    if finding.remedy:
+        text += "\n" + textwrap.indent(finding.remedy, " " * (10 + SUBJECT_WIDTH) + "-> ", lambda line: True)
+    return text

@@ -1,0 +1,1 @@
+"""The spine: what every method's trainer shares."""

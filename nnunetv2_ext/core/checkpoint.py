@@ -1,0 +1,78 @@
+"""Checkpoint files: reading them with a clear word about broken ones, and the key that holds what nnU-Net does not save."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+EXTENSION_KEY = "nnunetv2_ext"  # stock nnU-Net ignores keys it does not know
+FORMAT = 1
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network without its DDP and torch.compile wrappers: the module whose state-dict keys nnU-Net saves."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    if isinstance(network, OptimizedModule):
+        network = network._orig_mod
+    return network
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint written by nnU-Net or by us, tensors memory-mapped on the CPU (only those used are read).
+
+    nnU-Net's checkpoints hold numpy scalars, which ``weights_only=True`` refuses: open files of people you trust only.
+
+    Raises:
+        ValueError: the file is missing, truncated, or no nnU-Net checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"the checkpoint {path} does not exist; train first, or name another one") from error
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
+        raise ValueError(f"the checkpoint {path} is broken or cut short ({str(error).splitlines()[0]}); delete it and use another one") from error
+    if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
+        raise ValueError(f"{path} is no nnU-Net checkpoint (it has no network_weights)")
+    return checkpoint
+
+
+def read_or_fall_back(path: Path) -> tuple[dict[str, Any], Path, str | None]:
+    """Read a checkpoint; where ``checkpoint_latest.pth`` is broken, take ``checkpoint_best.pth`` of the same fold.
+
+    Returns:
+        The checkpoint, the file it came from, and a sentence for the log if that is not the file asked for.
+
+    Raises:
+        ValueError: the file is broken and there is none to fall back to.
+    """
+    try:
+        return read(path), path, None
+    except ValueError as error:
+        other = path.with_name("checkpoint_best.pth")
+        if path.name != "checkpoint_latest.pth" or not other.is_file():
+            raise
+        return read(other), other, f"WARNING: {error}. Continuing from {other} instead"
+
+
+def check_weights(weights: Mapping[str, Tensor], network: nn.Module, path: Path) -> None:
+    """Compare names and shapes with the network before anything is overwritten.
+
+    Raises:
+        ValueError: the checkpoint belongs to another architecture; the first difference is named.
+    """
+    ours = {key: tuple(value.shape) for key, value in unwrap(network).state_dict().items()}
+    theirs = {key.removeprefix("module."): tuple(value.shape) for key, value in weights.items()}
+    for key in [*ours, *theirs]:
+        if ours.get(key) != theirs.get(key):
+            raise ValueError(
+                f"{path} was trained with another network: {key} is {theirs.get(key, 'missing')} there and {ours.get(key, 'missing')} here. "
+                "Continue with the plans and settings it was trained with, or start a new training without --c"
+            )

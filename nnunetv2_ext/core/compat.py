@@ -1,0 +1,29 @@
+"""Which nnU-Net releases this package works with."""
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+SUPPORTED = ">=2.8,<3"  # 2.8.0 is the first release that reads nnUNet_extTrainer
+_FIRST, _BEFORE = (2, 8), (3, 0)
+
+
+def nnunet_version() -> str | None:
+    """Version of the installed nnunetv2 as its metadata states it, or None if there is none."""
+    try:
+        return version("nnunetv2")
+    except PackageNotFoundError:
+        return None
+
+
+def is_supported(nnunet: str) -> bool:
+    """Whether version ``nnunet``, e.g. ``"2.8.1"``, lies in :data:`SUPPORTED` (pre-releases count as their release)."""
+    match = re.match(r"(\d+)\.(\d+)", nnunet)
+    return match is not None and _FIRST <= (int(match[1]), int(match[2])) < _BEFORE
+
+
+def require_supported_nnunet() -> None:
+    """Raise ValueError with the command that mends it if nnunetv2 is missing or not in :data:`SUPPORTED`."""
+    found = nnunet_version()
+    if found is None or not is_supported(found):
+        what = "nnunetv2 is not installed" if found is None else f"nnunetv2 {found} is not supported"
+        raise ValueError(f'{what}: nnunetv2-ext needs {SUPPORTED}. Run: pip install "nnunetv2{SUPPORTED}"')

@@ -1,0 +1,1 @@
+"""MedContext: learn to segment what is hidden, guided by a moving-average teacher."""

@@ -1,0 +1,214 @@
+"""MedContext on nnU-Net: the loss passes, the teacher's life, and what is saved and logged.
+
+Written from the paper's abstract with the released code's errors corrected; not a reproduction of its experiments.
+Gani, Naseer, Khan, Khan, "MedContext: Learning Contextual Cues for Efficient Volumetric Medical Segmentation",
+MICCAI 2024, https://arxiv.org/abs/2402.17725.
+
+    total = a L(s(x)) + a L(s(m(x))) + beta ramp(t) L_cons(teacher(x), s(m(x)))
+
+s student, m mask operator, L nnU-Net's own loss over all deep-supervision resolutions, t the global step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from nnunetv2_ext.core.checkpoint import unwrap
+from nnunetv2_ext.core.step import Batch, LossPass, Term
+from nnunetv2_ext.core.trainer import ExtTrainer
+from nnunetv2_ext.medcontext.consistency import consistency_loss, disagreement, ramp, valid_mask
+from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose, draw_diagnosis
+from nnunetv2_ext.medcontext.ema import EMATeacher, momentum, released_momentum
+from nnunetv2_ext.medcontext.masking import apply_mask, block_mask, resolve_block
+from nnunetv2_ext.medcontext.settings import MedContextSettings
+
+
+class MedContextTraining(ExtTrainer):
+    """Adds a masked pass with a moving-average teacher in front of nnU-Net's supervised pass.
+
+    The network that is trained, validated, saved and predicted with is the student, nnU-Net's own; the teacher is an attribute of the
+    trainer, no part of the network, and travels in the checkpoint under the extension's key.
+    """
+
+    method_settings: ClassVar[dict[str, type[BaseModel]]] = {"medcontext": MedContextSettings}
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.teacher: EMATeacher | None = None  # -> initialize; none without consistency
+        self._teacher_is_loaded = False
+        self._diagnosis: Diagnosis | None = None
+        self.mask_block = resolve_block(
+            self.medcontext.mask_block, self.configuration_manager.patch_size, self.configuration_manager.pool_op_kernel_sizes, self.medcontext.tube
+        )
+
+    @property
+    def medcontext(self) -> MedContextSettings:
+        """This method's settings."""
+        return self.settings.medcontext  # type: ignore[attr-defined]  # the block settings_model added
+
+    @property
+    def num_image_channels(self) -> int:
+        """Input channels that hold image; the rest is the one-hot result of a previous stage."""
+        return len(self.configuration_manager.normalization_schemes)
+
+    @property
+    def total_steps(self) -> int:
+        """T, over which ramp and momentum run."""
+        return self.num_epochs * self.num_iterations_per_epoch
+
+    # ---- the teacher ----------------------------------------------------------------------------------------------------------------
+    def initialize(self) -> None:
+        """After nnU-Net's: DDP broadcasts rank 0's weights in its constructor, so the teacher is copied from what came out of it."""
+        super().initialize()
+        s = self.medcontext
+        self.mask_block = resolve_block(
+            s.mask_block, self.configuration_manager.patch_size, self.configuration_manager.pool_op_kernel_sizes, s.tube
+        )
+        if s.preset == "paper_code":
+            self.print_to_log_file(
+                "WARNING: medcontext.preset=paper_code repeats the released code's numbers for ablation: its consistency is close to zero and "
+                "its teacher is almost the student."
+            )
+        self._build_teacher()
+
+    def _build_teacher(self) -> None:
+        if self.medcontext.beta > 0:
+            self.teacher = EMATeacher(unwrap(self.network))
+            if self._do_i_compile():
+                self.teacher.compile()
+
+    def on_train_start(self) -> None:
+        """After nnU-Net's: ``-pretrained_weights`` are loaded between initialize and here, so a fresh teacher is copied now."""
+        super().on_train_start()
+        if self.teacher is not None and not self._teacher_is_loaded:
+            self.teacher.copy_from(unwrap(self.network))
+
+    def on_train_end(self) -> None:
+        """After the final checkpoint the teacher is no longer needed; validation gets its memory."""
+        super().on_train_end()
+        self.teacher = None
+
+    def teacher_momentum(self, step: int) -> float:
+        """m(t) of the update after global step ``step``."""
+        s = self.medcontext
+        if s.ema_schedule == "released":
+            return released_momentum(step % self.num_iterations_per_epoch, s.ema_base)
+        return momentum(step, self.total_steps, s.ema_base, s.ema_final)
+
+    def after_step(self) -> None:
+        """The moving average follows the student, also on steps without a masked pass or skipped by the scaler."""
+        super().after_step()
+        if self.teacher is not None:
+            self.teacher.update(unwrap(self.network), self.teacher_momentum(self.global_step))
+
+    # ---- the masked pass ------------------------------------------------------------------------------------------------------------
+    def loss_passes(self, batch: Batch) -> list[LossPass]:
+        """The masked pass first, then the clean, supervised one: under DDP the last pass must use every parameter."""
+        s = self.medcontext
+        passes = super().loss_passes(batch)
+        passes[-1] = replace(passes[-1], weight=passes[-1].weight * s.supervised_weight)
+        if s.masked_fraction == 0 or self.global_step % s.masked_every:
+            return passes
+        return [LossPass("masked", lambda: self._masked_terms(self._masked_samples(batch))), *passes]
+
+    def _masked_samples(self, batch: Batch) -> Batch:
+        total = len(batch.keys)
+        wanted = max(1, round(self.medcontext.masked_fraction * total))
+        if wanted >= total:
+            return batch
+        return batch.select(torch.randperm(total, generator=self.generator, device=self.device)[:wanted].tolist())
+
+    def draw_mask(self, shape: Sequence[int]) -> Tensor:
+        """A mask for data of ``shape`` (B, C, *S): bool (B, 1, *S), True = hidden."""
+        s = self.medcontext
+        return block_mask(
+            shape[0], shape[2:], self.mask_block, s.mask_ratio, self.generator, self.device, s.tube, s.mask_per_sample, s.mask_rounding
+        )
+
+    def hide(self, data: Tensor, mask: Tensor) -> Tensor:
+        """m(x): ``data`` (B, C, *S) with the masked voxels filled; the loader's tensor is left as it is."""
+        return apply_mask(data, mask, self.medcontext.fill, self.num_image_channels, self.generator)
+
+    def _masked_terms(self, batch: Batch) -> dict[str, Term]:
+        s = self.medcontext
+        masked = batch.with_data(self.hide(batch.data, self.draw_mask(batch.data.shape)))
+        # the teacher first: its activations are gone before the student's are kept
+        seen = None if self.teacher is None else self.forward(batch, self.teacher)
+        output = self.forward(masked)
+        terms = {"masked_supervised": Term(self.loss(output, batch.target), s.supervised_weight)}
+        if seen is not None:
+            top = output[0] if isinstance(output, (list, tuple)) else output
+            weight = s.beta * ramp(self.global_step, self.total_steps, s.ramp_fraction)
+            terms["consistency"] = Term(self.consistency(seen, top, batch), weight)
+        return terms
+
+    def consistency(self, teacher_logits: Tensor, student_logits: Tensor, batch: Batch) -> Tensor:
+        """L_cons, 0-dim fp32, of top-resolution logits (B, heads, *S)."""
+        s, labels = self.medcontext, self.label_manager
+        valid = None if s.cons_on_ignored else valid_mask(batch.top_target, labels.ignore_label, labels.has_regions)
+        return consistency_loss(teacher_logits, student_logits, valid, s.consistency, labels.has_regions)
+
+    # ---- log and picture ------------------------------------------------------------------------------------------------------------
+    def epoch_figures(self) -> dict[str, float]:
+        """Momentum, ramp, share of voxels on which teacher and student disagree, and |grad consistency| / |grad supervised|."""
+        figures = super().epoch_figures()
+        last = self.global_step - 1
+        if self.teacher is None or self.last_batch is None or self.medcontext.masked_fraction == 0:
+            return figures
+        self._diagnosis = diagnose(self, Batch.from_loader(self.last_batch, self.device))
+        figures["medcontext/momentum"] = self.teacher_momentum(last)
+        figures["medcontext/ramp"] = ramp(last, self.total_steps, self.medcontext.ramp_fraction)
+        figures["medcontext/disagreement"] = float(disagreement(self._diagnosis.teacher, self._diagnosis.masked, self.label_manager.has_regions))
+        figures["medcontext/gradient_ratio"] = self._diagnosis.gradient_ratio
+        return figures
+
+    def draw_panel(self, path: Path) -> None:
+        """One patch: image, mask, target, and what student (clean and masked) and teacher make of it."""
+        super().draw_panel(path)
+        if self.last_batch is None or self.medcontext.masked_fraction == 0:
+            return
+        result = self._diagnosis or diagnose(self, Batch.from_loader(self.last_batch, self.device))
+        draw_diagnosis(result, path, f"{type(self).__name__}, epoch {self.current_epoch - 1}", self.dataset_json, self.label_manager)
+
+    # ---- checkpoint -----------------------------------------------------------------------------------------------------------------
+    def method_state(self) -> dict[str, Any]:
+        """Adds the teacher. Its step is the trainer's global_step; T follows from the settings."""
+        state = super().method_state()
+        if self.teacher is not None:
+            state["medcontext"] = {"teacher": self.teacher.state_dict(), "total_steps": self.total_steps}
+        return state
+
+    def load_method_state(self, states: dict[str, Any]) -> None:
+        """Takes the teacher from the checkpoint; without one (plain nnU-Net) it starts as a copy of the student."""
+        super().load_method_state(states)
+        if self.medcontext.beta == 0:
+            return
+        if self.teacher is None:  # freed by on_train_end, and now --val_best loads a checkpoint
+            self._build_teacher()
+        assert self.teacher is not None
+        state = states.get("medcontext")
+        if state is None:
+            self.teacher.copy_from(unwrap(self.network))
+            self.print_to_log_file("The checkpoint has no MedContext teacher; it starts as a copy of the network.")
+        else:
+            self.teacher.load_state_dict(state["teacher"])
+            if state["total_steps"] != self.total_steps:
+                self.print_to_log_file(f"The training's length changes from {state['total_steps']} to {self.total_steps} steps; ramp and momentum follow.")
+        self._teacher_is_loaded = True
+
+    @classmethod
+    def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
+        """``teacher``: the moving average instead of the trained network; everything else as in core."""
+        if weights != "teacher":
+            return super().export_weights(checkpoint, weights)
+        state = checkpoint["nnunetv2_ext"]["methods"].get("medcontext")
+        if state is None:
+            raise ValueError("this checkpoint has no teacher (medcontext.beta was 0, or plain nnU-Net wrote it); export --weights student")
+        return state["teacher"]

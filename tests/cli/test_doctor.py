@@ -1,0 +1,274 @@
+"""``nnUNetv2_ext doctor`` sees what is wrong and says what to type."""
+
+import os
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_ext._register import EXT_VARIABLE, OPT_OUT_VARIABLE, SHIM_FOLDER, register
+from nnunetv2_ext.cli import _check_discovery, _check_machine, _check_software, doctor, main
+from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
+from nnunetv2_ext.core import compat
+
+GIB = 2**30
+
+
+def _statuses(findings) -> list[str]:
+    return [finding.status for finding in findings]
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+def _checks(monkeypatch: pytest.MonkeyPatch, *checks) -> None:
+    monkeypatch.setattr(doctor, "SECTIONS", {"Everything": checks})
+
+
+def test_warnings_alone_are_exit_status_0(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    _checks(monkeypatch, lambda: [Finding(OK, "this", "fine"), Finding(WARN, "that", "slow", "buy more")])
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "1 OK, 1 WARN, 0 FAIL" in out
+    assert "-> buy more" in out
+
+
+def test_a_failure_is_exit_status_1(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    _checks(monkeypatch, lambda: [Finding(FAIL, "this", "broken", "mend it")])
+    assert main(["doctor"]) == 1
+
+
+def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def fragile():
+        yield Finding(OK, "before", "fine")
+        raise OSError("disk on fire")
+
+    _checks(monkeypatch, fragile, lambda: [Finding(OK, "after", "fine")])
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "fragile" in out and "disk on fire" in out and "after" in out
+
+
+def test_details_are_in_one_column(capsys) -> None:
+    lines = [doctor.render(Finding(s, n, "detail", "remedy")).splitlines() for s, n in ((OK, "a"), (FAIL, "longer"))]
+    assert len({line[0].index("detail") for line in lines}) == 1
+    assert lines[0][1].strip() == "-> remedy"
+
+
+def test_every_section_runs_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.delenv(EXT_VARIABLE, raising=False)
+    monkeypatch.delenv("nnUNet_n_proc_DA", raising=False)
+    register()
+    for variable in _check_machine.NNUNET_FOLDERS:
+        monkeypatch.setenv(variable, str(tmp_path))
+    status = main(["doctor"])
+    out = capsys.readouterr().out
+    assert status == 0, out
+    for subject in ("Python", "nnunetv2", "torch", "faiss", "registration", "nnUNetTrainerMedContext", "RAM", "CPUs"):
+        assert subject in out
+    assert "broke" not in out
+
+
+# -- software -------------------------------------------------------------------------------------------------------
+
+
+def test_an_unsupported_nnunet_fails_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "version", lambda name: "2.6.4")
+    [finding] = _check_software.nnunet()
+    assert finding.status == FAIL and "2.6.4" in finding.detail
+    assert finding.remedy == 'pip install "nnunetv2>=2.8,<3"'
+
+
+def test_another_nnunet_in_the_working_directory_is_pointed_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "nnunetv2").mkdir()
+    (tmp_path / "nnunetv2" / "paths.py").touch()
+    monkeypatch.chdir(tmp_path)
+    findings = list(_check_software.nnunet())
+    assert _statuses(findings) == [OK, WARN]
+    assert "not the one that runs" in findings[1].detail
+
+
+def test_two_faiss_distributions_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_check_software, "_is_installed", lambda name: True)
+    monkeypatch.setattr(_check_software, "version", lambda name: "1.0")
+    answer = types.SimpleNamespace(returncode=0, stdout="1.0 0\n", stderr="")
+    monkeypatch.setattr(_check_software.subprocess, "run", lambda *a, **k: answer)
+    findings = list(_check_software.faiss())
+    assert _statuses(findings) == [WARN, OK]
+    assert "faiss-gpu" in findings[0].detail and "faiss-cpu" in findings[0].detail
+
+
+def test_a_faiss_that_does_not_load_shows_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = types.SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nImportError: libcublas.so missing\n")
+    monkeypatch.setattr(_check_software.subprocess, "run", lambda *a, **k: answer)
+    findings = list(_check_software.faiss())
+    assert findings[-1].status == WARN and "libcublas.so missing" in findings[-1].detail
+
+
+# -- trainers -------------------------------------------------------------------------------------------------------
+
+
+def test_registration_is_automatic_in_this_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(OPT_OUT_VARIABLE, raising=False)
+    [finding] = _check_discovery.startup()
+    assert finding.status == OK, finding
+    assert finding.detail.endswith(("nnunetv2_ext.pth", "nnunetv2_ext.start"))
+
+
+def test_opt_out_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OPT_OUT_VARIABLE, "0")
+    [finding] = _check_discovery.startup()
+    assert finding.status == WARN and f"{OPT_OUT_VARIABLE}=0" in finding.detail
+
+
+def test_a_startup_file_without_effect_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = types.SimpleNamespace(stdout="/elsewhere\n")
+    monkeypatch.setattr(_check_discovery.subprocess, "run", lambda *a, **k: answer)
+    monkeypatch.delenv(OPT_OUT_VARIABLE, raising=False)
+    [finding] = _check_discovery.startup()
+    assert finding.status == WARN and SHIM_FOLDER in finding.remedy
+
+
+def test_an_overwritten_variable_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(EXT_VARIABLE, str(tmp_path))
+    findings = list(_check_discovery.folders())
+    assert _statuses(findings) == [FAIL, OK]
+    assert SHIM_FOLDER in findings[0].remedy
+
+
+def test_missing_and_broken_folders_after_ours_warn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("import a_module_that_nobody_has\n")
+    missing = tmp_path / "missing"
+    monkeypatch.setenv(EXT_VARIABLE, os.pathsep.join([SHIM_FOLDER, str(missing), str(tmp_path)]))
+    findings = list(_check_discovery.folders())
+    assert _statuses(findings) == [OK, WARN, WARN]
+    assert "does not exist" in findings[1].detail
+    assert "a_module_that_nobody_has" in findings[2].detail
+
+
+def test_a_broken_folder_before_ours_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("raise SystemExit(5)\n")
+    monkeypatch.setenv(EXT_VARIABLE, os.pathsep.join([str(tmp_path), SHIM_FOLDER]))
+    findings = list(_check_discovery.folders())
+    assert _statuses(findings) == [FAIL, OK]
+    assert "status 5" in findings[0].detail
+
+
+def test_a_trainer_that_nnunet_takes_from_elsewhere_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "copied.py").write_text(
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
+        "class nnUNetTrainerMedContext(nnUNetTrainer):\n    pass\n"
+    )
+    monkeypatch.setenv(EXT_VARIABLE, os.pathsep.join([str(tmp_path), SHIM_FOLDER]))
+    finding = next(f for f in _check_discovery.trainers() if f.subject == "nnUNetTrainerMedContext")
+    assert finding.status == FAIL and "module copied" in finding.detail
+    [copy] = [f for f in _check_discovery.stale_copies() if f.status == WARN]
+    assert str(tmp_path / "copied.py") in copy.detail
+
+
+def test_a_trainer_that_nnunet_cannot_find_fails_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(EXT_VARIABLE, raising=False)
+    finding = next(f for f in _check_discovery.trainers() if f.subject == "nnUNetTrainerMedContext")
+    assert finding.status == FAIL and "Could not find" in finding.detail and SHIM_FOLDER in finding.remedy
+
+
+def test_no_installed_trainer_at_all_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_check_discovery, "installed_trainers", dict)
+    assert _statuses(_check_discovery.trainers()) == [FAIL]
+
+
+# -- machine --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gib", "expected"), [(8, WARN), (64, OK)])
+def test_little_memory_warns(monkeypatch: pytest.MonkeyPatch, gib: int, expected: str) -> None:
+    monkeypatch.setattr(_check_machine, "ram", lambda: (gib * GIB, gib * GIB // 2))
+    [finding] = _check_machine.memory()
+    assert finding.status == expected and f"{gib}.0 GiB" in finding.detail
+
+
+def test_ram_is_positive_and_consistent() -> None:
+    total, available = _check_machine.ram()
+    assert 0 < available <= total
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="shared memory is a folder on Linux only")
+@pytest.mark.parametrize(("mib", "expected"), [(64, WARN), (16384, OK)])
+def test_little_shared_memory_warns(monkeypatch: pytest.MonkeyPatch, mib: int, expected: str) -> None:
+    usage = types.SimpleNamespace(total=mib * 2**20, used=0, free=mib * 2**20)
+    monkeypatch.setattr(_check_machine.shutil, "disk_usage", lambda path: usage)
+    [finding] = _check_machine.shared_memory()
+    assert finding.status == expected
+    assert ("--shm-size" in finding.remedy) == (expected == WARN)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "word"),
+    [
+        ("0", WARN, "main process"),
+        ("2", OK, "2 worker processes"),
+        ("8", WARN, "on 4 CPUs"),
+        ("many", FAIL, "whole number"),
+        ("-1", FAIL, "whole number"),
+        ("", FAIL, "whole number"),
+    ],
+)
+def test_worker_setting_is_explained(monkeypatch: pytest.MonkeyPatch, value: str, expected: str, word: str) -> None:
+    monkeypatch.setenv("nnUNet_n_proc_DA", value)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(_check_machine, "usable_cpus", lambda: 4)
+    monkeypatch.setattr(_check_machine, "ram", lambda: (64 * GIB, 32 * GIB))
+    cpus, finding = _check_machine.workers()
+    assert cpus.detail == "4 usable of 16"
+    assert finding.status == expected and word in finding.detail
+    assert bool(finding.remedy) == (expected != OK)
+
+
+def test_many_workers_for_the_memory_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_n_proc_DA", "12")
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(_check_machine, "usable_cpus", lambda: 16)
+    monkeypatch.setattr(_check_machine, "ram", lambda: (16 * GIB, 8 * GIB))
+    _, finding = _check_machine.workers()
+    assert finding.status == WARN and finding.remedy == "export nnUNet_n_proc_DA=8"
+
+
+def test_nnunet_folders_unset_missing_wrong_and_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "missing"))
+    monkeypatch.setenv("nnUNet_results", str(file))
+    findings = {f.subject: f for f in _check_machine.nnunet_folders()}
+    assert findings["nnUNet_raw"].status == OK
+    assert findings["nnUNet_preprocessed"].remedy == f"mkdir -p {tmp_path / 'missing'}"
+    assert findings["nnUNet_results"].status == FAIL
+    assert list(tmp_path.iterdir()) == [file], "checking must leave nothing behind"
+    monkeypatch.delenv("nnUNet_results")
+    findings = {f.subject: f for f in _check_machine.nnunet_folders()}
+    assert findings["nnUNet_results"].status == FAIL and findings["nnUNet_results"].remedy.startswith("export ")
+
+
+@pytest.mark.parametrize(("variable", "expected"), [("nnUNet_raw", WARN), ("nnUNet_results", FAIL)])
+def test_a_folder_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, expected: str
+) -> None:
+    def refuse(**kwargs):
+        raise PermissionError(kwargs["dir"])
+
+    monkeypatch.setattr(_check_machine.tempfile, "TemporaryFile", refuse)
+    for name in _check_machine.NNUNET_FOLDERS:
+        monkeypatch.setenv(name, str(tmp_path))
+    finding = next(f for f in _check_machine.nnunet_folders() if f.subject == variable)
+    assert finding.status == expected and "not writable" in finding.detail
+
+
+def test_the_folder_check_reports_free_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in _check_machine.NNUNET_FOLDERS:
+        monkeypatch.setenv(name, str(tmp_path))
+    free = shutil.disk_usage(tmp_path).free / GIB
+    stated = [float(f.detail.split(", ")[-1].split()[0]) for f in _check_machine.nnunet_folders()]
+    assert stated == pytest.approx([free] * 3, abs=5)
