@@ -31,14 +31,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-p", dest="plans", default="nnUNetPlans")
     parser.add_argument("-f", dest="fold", type=int, default=0)
     parser.add_argument("--runs", nargs="*", help="only these runs of the file")
-    parser.add_argument("--train-cases", nargs="*", type=int, help="few-shot sizes (default: those of the file; 0 = all)")
-    parser.add_argument("--seeds", type=int, default=2, help="seeds 0 .. N-1; the draw of the cases changes with the seed")
+    parser.add_argument(
+        "--train-cases", nargs="*", type=int, help="few-shot sizes (default: those of the file; 0 = all)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=2, help="seeds 0 .. N-1; the draw of the cases changes with the seed"
+    )
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2000, help="optimiser steps of a run")
-    parser.add_argument("--epoch-steps", type=int, default=100, help="steps per epoch; the learning rate changes with the epoch")
+    parser.add_argument(
+        "--epoch-steps", type=int, default=100, help="steps per epoch; the learning rate changes with the epoch"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
     parser.add_argument("--threads", type=int, help="CPU threads of a run")
-    parser.add_argument("--no-mirroring", action="store_true", help="validate without test-time mirroring (8 times faster in 3-D)")
+    parser.add_argument(
+        "--no-mirroring", action="store_true", help="validate without test-time mirroring (8 times faster in 3-D)"
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--table-only", action="store_true", help="run nothing, print the table of what is there")
     return parser.parse_args()
@@ -55,7 +63,13 @@ def train(task: dict[str, Any]) -> None:
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     trainer = get_trainer_from_args(
-        task["dataset"], task["configuration"], task["fold"], task["trainer"], task["plans"], task["continue"], torch.device(task["device"])
+        task["dataset"],
+        task["configuration"],
+        task["fold"],
+        task["trainer"],
+        task["plans"],
+        task["continue"],
+        torch.device(task["device"]),
     )
     maybe_load_checkpoint(trainer, task["continue"], False)
     trainer.run_training()
@@ -67,7 +81,10 @@ def train(task: dict[str, Any]) -> None:
 def case_dice(summary_file: Path) -> list[float]:
     """Mean foreground Dice of each validation case."""
     summary = json.loads(summary_file.read_text())
-    return [statistics.fmean(m["Dice"] for m in case["metrics"].values() if m["Dice"] == m["Dice"]) for case in summary["metric_per_case"]]
+    return [
+        statistics.fmean(m["Dice"] for m in case["metrics"].values() if m["Dice"] == m["Dice"])
+        for case in summary["metric_per_case"]
+    ]
 
 
 def print_table(results: dict[tuple[int, str], dict[int, float]]) -> None:
@@ -80,7 +97,9 @@ def print_table(results: dict[tuple[int, str], dict[int, float]]) -> None:
         paired = [value - reference[seed] for seed, value in by_seed.items() if seed in reference]
         difference = f"{statistics.fmean(paired):+.3f}" if paired else ""
         each = " ".join(f"{by_seed[seed]:.3f}" for seed in sorted(by_seed))
-        print(f"| {size or 'all'} | {run} | {len(by_seed)} | {statistics.fmean(by_seed.values()):.3f} | {each} | {difference} |")
+        print(
+            f"| {size or 'all'} | {run} | {len(by_seed)} | {statistics.fmean(by_seed.values()):.3f} | {each} | {difference} |"
+        )
 
 
 def main() -> int:
@@ -89,11 +108,18 @@ def main() -> int:
     runs: dict[str, dict[str, Any]] = ladder["runs"]
     unknown = set(args.runs or ()) - set(runs)
     if unknown:
-        print(f"error: {args.ladder} has no run {', '.join(sorted(unknown))}; it has {', '.join(runs)}", file=sys.stderr)
+        print(
+            f"error: {args.ladder} has no run {', '.join(sorted(unknown))}; it has {', '.join(runs)}", file=sys.stderr
+        )
         return 2
     sizes = args.train_cases if args.train_cases is not None else ladder.get("train_cases", [0])
     names = [name for name in runs if not args.runs or name in args.runs]
-    plan = [(size, seed, name) for seed in range(args.first_seed, args.first_seed + args.seeds) for size in sizes for name in names]
+    plan = [
+        (size, seed, name)
+        for seed in range(args.first_seed, args.first_seed + args.seeds)
+        for size in sizes
+        for name in names
+    ]
     results: dict[tuple[int, str], dict[int, float]] = {(size, name): {} for size in sizes for name in names}
     spent, done = 0.0, 0
     for number, (size, seed, name) in enumerate(plan, 1):
@@ -103,7 +129,10 @@ def main() -> int:
             # a run of its own length (equal wall time instead of equal steps): a factor on the number of epochs
             settings = {"num_val_iterations_per_epoch": 2, "panel_every": 0, **ladder.get("settings", {}), **runs[name]}
             factor = settings.pop("steps_factor", 1)
-            settings |= {"num_epochs": max(1, round(factor * args.steps / args.epoch_steps)), "num_iterations_per_epoch": args.epoch_steps}
+            settings |= {
+                "num_epochs": max(1, round(factor * args.steps / args.epoch_steps)),
+                "num_iterations_per_epoch": args.epoch_steps,
+            }
             settings |= {"seed": seed, "train_cases_seed": seed, "train_cases": size or None}
             folder.mkdir(parents=True, exist_ok=True)
             settings_file = folder / "settings.yaml"
@@ -115,7 +144,10 @@ def main() -> int:
                 "log": str(folder / "log.txt"),
                 "continue": bool(list(folder.glob(f"*/*/fold_{args.fold}/checkpoint_*.pth"))),
                 "trainer": ladder.get("trainer", "nnUNetTrainerMedContext"),
-            } | {key: getattr(args, key) for key in ("dataset", "configuration", "fold", "plans", "device", "threads", "no_mirroring")}
+            } | {
+                key: getattr(args, key)
+                for key in ("dataset", "configuration", "fold", "plans", "device", "threads", "no_mirroring")
+            }
             start = time.time()
             process = multiprocessing.get_context("spawn").Process(target=train, args=(task,))
             process.start()

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ from quickstart_steps import (
 
 REQUIRED_DICE = 0.8  # mean over classes and unseen phantom cases: less means that the model did not learn
 # epochs, steps per epoch: chosen so that everything ends within 4 minutes on 2 CPU cores
-LENGTH = {"cpu": (10, 40), "mps": (10, 40), "cuda": (20, 50)}
+LENGTH = {"cpu": (10, 30), "mps": (10, 30), "cuda": (20, 50)}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -55,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder of an earlier run")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
     parser.add_argument("--epochs", type=int, help="default: 10, on cuda 20")
-    parser.add_argument("--iterations", type=int, help="training steps per epoch; default: 40, on cuda 50")
+    parser.add_argument("--iterations", type=int, help="training steps per epoch; default: 30, on cuda 50")
     parser.add_argument("--num-train", type=int, default=16, help="phantom cases to train on; default: %(default)s")
     parser.add_argument("--num-test", type=int, default=4, help="unseen phantom cases; default: %(default)s")
     parser.add_argument(
@@ -79,6 +80,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all steps; returns the exit status: 0, or 1 after a failed step or a phantom Dice below `REQUIRED_DICE`."""
     options = parse_arguments(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the running command is ended too
     start = time.monotonic()
     try:
         dice = run(options)
@@ -91,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\nAll of it took {time.monotonic() - start:.0f} s.")
     if options.dataset is None and not dice >= REQUIRED_DICE:
         print(
-            f"The mean Dice on unseen phantom cases is {dice:.3f}, below {REQUIRED_DICE}: the model did not learn enough. "
-            "Either the training was too short (--epochs, --iterations) or something is wrong with the installation: "
+            f"The mean Dice on unseen phantom cases is {dice:.3f}, below {REQUIRED_DICE}: the model did not learn enough.\n"
+            "Either the training was too short (--epochs, --iterations) or something is wrong with the installation:\n"
             "see the log, and try  nnUNetv2_ext doctor",
             file=sys.stderr,
         )
@@ -111,10 +113,17 @@ def run(options: argparse.Namespace) -> float:
         Path(folder).mkdir()
     cores = os.cpu_count() or 1
     workers = str(min(cores, 8))
-    # nnUNet_n_proc_DA=0 loads in the training process, which is fastest on few cores, but it crashes the planner
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "nnUNet_def_n_proc": workers, "nnUNet_n_proc_DA": "1"}
-    if device != "cpu":
-        del environment["nnUNet_n_proc_DA"]
+    environment = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "nnUNet_def_n_proc": workers,
+        "nnUNet_npp": "1",
+        "nnUNet_nps": "1",
+    }
+    if device == "cpu":
+        # nnUNet_n_proc_DA=0, below, loads in the training process: best on few cores, but it crashes the planner.
+        # Waiting threads that spin make a step 3 times slower as soon as another process wants a core (measured).
+        environment.update(nnUNet_n_proc_DA="1", OMP_WAIT_POLICY="PASSIVE")
     print("In your own shell, the commands below need these three variables:")
     for name, folder in folders.items():
         print(f"    export {name}={shlex.quote(folder)}")
@@ -161,16 +170,16 @@ def run(options: argparse.Namespace) -> float:
         **({"nnUNet_n_proc_DA": "0"} if device == "cpu" else {}),
     )
     predictions = output / "predictions"
+    folders_in_out = ["-i", str(dataset / "imagesTs"), "-o", str(predictions)]
     steps.run(
         "Predict the unseen cases",
-        ["nnUNetv2_predict", "-d", number, "-i", str(dataset / "imagesTs"), "-o", str(predictions), "-c", configuration]
-        + ["-f", fold, *model, "-npp", "1", "-nps", "1"],
+        ["nnUNetv2_predict", "-d", number, "-c", configuration, "-f", fold, *model, *folders_in_out],
     )
     summary_path = output / "dice.json"
+    references = ["-djfile", str(dataset / "dataset.json"), "-pfile", str(plans_path)]
     steps.run(
         "Evaluate",
-        ["nnUNetv2_evaluate_folder", str(dataset / "labelsTs"), str(predictions), "-np", "1", "-o", str(summary_path)]
-        + ["-djfile", str(dataset / "dataset.json"), "-pfile", str(plans_path)],
+        ["nnUNetv2_evaluate_folder", str(dataset / "labelsTs"), str(predictions), *references, "-o", str(summary_path)],
     )
 
     summary = json.loads(summary_path.read_text(encoding="utf-8"))

@@ -189,7 +189,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def reduce_plans(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
-    """A copy of nnU-Net's plans with at most four stages of 16-128 features, a small patch and batch size 2.
+    """A copy of nnU-Net's plans: at most four stages of 16-128 features, one convolution each, small patch, batch of 2.
 
     Same preprocessed data (`data_identifier` is kept), other name, so that it is chosen with `-p`. See nnU-Net's
     documentation/explanation_plans_files.md on editing plans by hand.
@@ -200,9 +200,11 @@ def reduce_plans(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     stages = min(len(SMALL_FEATURES), network["n_stages"])
     network["n_stages"] = stages
     network["features_per_stage"] = list(SMALL_FEATURES[:stages])
-    for key, value in network.items():
-        if isinstance(value, list):
-            network[key] = value[: stages - 1 if key == "n_conv_per_stage_decoder" else stages]
+    for key in ("kernel_sizes", "strides"):
+        network[key] = network[key][:stages]
+    for key in ("n_conv_per_stage", "n_blocks_per_stage", "n_conv_per_stage_decoder"):
+        if key in network:
+            network[key] = [1] * (stages - 1 if key == "n_conv_per_stage_decoder" else stages)
     total_stride = [math.prod(axis) for axis in zip(*network["strides"])]
     patch = settings["patch_size"]
     scale = min(1.0, (SMALL_PATCH_VOXELS[len(patch)] / math.prod(patch)) ** (1 / len(patch)))

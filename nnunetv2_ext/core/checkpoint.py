@@ -38,7 +38,9 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"the checkpoint {path} does not exist; train first, or name another one") from error
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"the checkpoint {path} is broken or cut short ({str(error).splitlines()[0]}); delete it and use another one") from error
+        raise ValueError(
+            f"the checkpoint {path} is broken or cut short ({str(error).splitlines()[0]}); delete it and use another one"
+        ) from error
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise ValueError(f"{path} is no nnU-Net checkpoint (it has no network_weights)")
     return checkpoint

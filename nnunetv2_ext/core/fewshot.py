@@ -22,12 +22,16 @@ def select_train_cases(available: Sequence[str], wanted: int | Sequence[str] | N
         return list(available)
     if isinstance(wanted, int):
         if not 1 <= wanted <= len(available):
-            raise ValueError(f"train_cases={wanted}, but this fold has {len(available)} training cases; choose 1 to {len(available)}")
+            raise ValueError(
+                f"train_cases={wanted}, but this fold has {len(available)} training cases; choose 1 to {len(available)}"
+            )
         order = np.random.RandomState(seed).permutation(len(available))
         names = sorted(available)
         return sorted(names[i] for i in order[:wanted])
     unknown = [case for case in wanted if case not in set(available)]
     if unknown or not wanted:
         what = f"names {', '.join(unknown)}, not among" if unknown else "is empty; name some of"
-        raise ValueError(f"train_cases {what} the {len(available)} training cases of this fold (e.g. {', '.join(sorted(available)[:3])})")
+        raise ValueError(
+            f"train_cases {what} the {len(available)} training cases of this fold (e.g. {', '.join(sorted(available)[:3])})"
+        )
     return sorted(set(wanted))

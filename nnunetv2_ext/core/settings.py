@@ -17,14 +17,15 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 ENVIRONMENT_VARIABLE = "nnUNet_ext_settings"
 PLANS_KEY = "nnunetv2_ext"
 
 # What a field may say about itself, in ``json_schema_extra``:
-RESUMABLE = {"resumable": True}  # may be changed when a training is continued (it sets how long or how often, not what is learnt)
-STRUCTURAL = {"structural": True}  # changes the network, so all folds of a model folder must agree on it
+RESUMABLE: JsonDict = {"resumable": True}  # may be changed when a training is continued (it sets how long or how often, not what is learnt)
+STRUCTURAL: JsonDict = {"structural": True}  # changes the network, so all folds of a model folder must agree on it
 
 
 class CommonSettings(BaseModel):
@@ -32,14 +33,22 @@ class CommonSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_epochs: int = Field(1000, ge=1, description="epochs; the learning rate decays to zero over them", json_schema_extra=RESUMABLE)
-    num_iterations_per_epoch: int = Field(250, ge=1, description="optimiser steps per epoch", json_schema_extra=RESUMABLE)
+    num_epochs: int = Field(
+        1000, ge=1, description="epochs; the learning rate decays to zero over them", json_schema_extra=RESUMABLE
+    )
+    num_iterations_per_epoch: int = Field(
+        250, ge=1, description="optimiser steps per epoch", json_schema_extra=RESUMABLE
+    )
     num_val_iterations_per_epoch: int = Field(
         50, ge=1, description="validation batches per epoch, for the pseudo Dice", json_schema_extra=RESUMABLE
     )
-    initial_lr: float = Field(1e-2, gt=0, description="learning rate of the first epoch (polynomial decay, exponent 0.9)")
+    initial_lr: float = Field(
+        1e-2, gt=0, description="learning rate of the first epoch (polynomial decay, exponent 0.9)"
+    )
     weight_decay: float = Field(3e-5, ge=0, description="L2 penalty of the optimiser")
-    batch_size: int | None = Field(None, ge=1, description="samples per optimiser step over all GPUs; none: what the plans say")
+    batch_size: int | None = Field(
+        None, ge=1, description="samples per optimiser step over all GPUs; none: what the plans say"
+    )
     oversample_foreground_percent: float = Field(
         0.33, ge=0, le=1, description="share of each batch whose patch is forced to contain foreground"
     )
@@ -47,7 +56,10 @@ class CommonSettings(BaseModel):
         10, ge=1, description="epochs between two checkpoint_latest.pth (nnU-Net: 50)", json_schema_extra=RESUMABLE
     )
     seed: int | None = Field(
-        None, ge=0, lt=2**31, description="random seed; with nnUNet_n_proc_DA=0 on CPU two runs are then identical bit for bit"
+        None,
+        ge=0,
+        lt=2**31,
+        description="random seed; with nnUNet_n_proc_DA=0 on CPU two runs are then identical bit for bit",
     )
     train_cases: int | list[str] | None = Field(
         None,
@@ -62,10 +74,15 @@ class CommonSettings(BaseModel):
         json_schema_extra=RESUMABLE,
     )
     panel_every: int = Field(
-        10, ge=0, description="epochs between two pictures of what the method does; 0: never", json_schema_extra=RESUMABLE
+        10,
+        ge=0,
+        description="epochs between two pictures of what the method does; 0: never",
+        json_schema_extra=RESUMABLE,
     )
     tensorboard: bool = Field(
-        False, description='also log to TensorBoard; needs pip install "nnunetv2-ext[tensorboard]"', json_schema_extra=RESUMABLE
+        False,
+        description='also log to TensorBoard; needs pip install "nnunetv2-ext[tensorboard]"',
+        json_schema_extra=RESUMABLE,
     )
 
 
@@ -158,7 +175,9 @@ def _from_file(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"the settings file {str(path)!r} cannot be read as YAML ({reason}); mend it or unset {ENVIRONMENT_VARIABLE}") from error
+        raise ValueError(
+            f"the settings file {str(path)!r} cannot be read as YAML ({reason}); mend it or unset {ENVIRONMENT_VARIABLE}"
+        ) from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -247,7 +266,9 @@ def _presets(model: type[BaseModel], values: Mapping[str, Any], sources: Mapping
         if presets is None or preset is None:
             continue
         if preset not in presets:
-            raise ValueError(f"{name}.preset={preset!r} (from {sources[f'{name}.preset']}) does not exist; there is {', '.join(presets)}")
+            raise ValueError(
+                f"{name}.preset={preset!r} (from {sources[f'{name}.preset']}) does not exist; there is {', '.join(presets)}"
+            )
         chosen.update({f"{name}.{key}": value for key, value in presets[preset].items()})
     return chosen
 
@@ -275,10 +296,16 @@ def _one_line(error: ValidationError, fields: Mapping[str, FieldInfo], sources: 
     messages: dict[str, str] = {}
     for problem in error.errors():
         location = [str(part) for part in problem["loc"]]
-        key = next((k for k in (".".join(location[:2]), location[0] if location else "") if k in fields), ".".join(location))
+        key = next(
+            (k for k in (".".join(location[:2]), location[0] if location else "") if k in fields), ".".join(location)
+        )
         what = problem["msg"].removeprefix("Value error, ")
         # of a union (int or list), pydantic reports every member; one sentence per key is what a reader needs
-        messages[key] = f"{messages[key]} / {what}" if key in messages else f"{key}={problem['input']!r} (from {sources.get(key, 'default')}): {what}"
+        messages[key] = (
+            f"{messages[key]} / {what}"
+            if key in messages
+            else f"{key}={problem['input']!r} (from {sources.get(key, 'default')}): {what}"
+        )
     meanings = [f"; {key} is: {fields[key].description}" for key in messages if key in fields]
     return "invalid setting " + "; ".join(messages.values()) + "".join(meanings)
 

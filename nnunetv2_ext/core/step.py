@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +102,8 @@ def backward_passes(
         raise ValueError("a training step needs at least one loss pass")
     values: dict[str, Tensor] = {}
     for number, loss_pass in enumerate(passes, 1):
-        synchronise = number == len(passes) or not isinstance(network, DistributedDataParallel)
-        with nullcontext() if synchronise else network.no_sync():
+        local = number < len(passes) and isinstance(network, DistributedDataParallel)
+        with cast(DistributedDataParallel, network).no_sync() if local else nullcontext():
             # one autocast block per forward: on older torch a no_grad forward before a grad forward in one block loses gradients
             # (pytorch/pytorch#112583)
             with torch.autocast(device.type) if device.type == "cuda" else nullcontext():

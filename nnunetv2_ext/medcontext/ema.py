@@ -75,7 +75,6 @@ class EMATeacher:
         _refuse_wrapped(student)
         self.module: nn.Module = copy.deepcopy(student)
         self.module.float().eval().requires_grad_(False)
-        self.module.zero_grad(set_to_none=True)  # deepcopy takes gradients along
         decoder = getattr(self.module, "decoder", None)
         if decoder is not None and hasattr(decoder, "deep_supervision"):  # nnU-Net's set_deep_supervision_enabled
             decoder.deep_supervision = False

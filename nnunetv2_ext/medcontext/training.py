@@ -24,9 +24,10 @@ from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.step import Batch, LossPass, Term
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.medcontext.consistency import consistency_loss, disagreement, ramp, valid_mask
-from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose, draw_diagnosis
+from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose
 from nnunetv2_ext.medcontext.ema import EMATeacher, momentum, released_momentum
-from nnunetv2_ext.medcontext.masking import apply_mask, block_mask, resolve_block
+from nnunetv2_ext.medcontext.masking import apply_mask, block_mask, cell_counts, resolve_block
+from nnunetv2_ext.medcontext.panel import draw_panel
 from nnunetv2_ext.medcontext.settings import MedContextSettings
 
 
@@ -39,13 +40,23 @@ class MedContextTraining(ExtTrainer):
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"medcontext": MedContextSettings}
 
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")) -> None:
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.teacher: EMATeacher | None = None  # -> initialize; none without consistency
         self._teacher_is_loaded = False
         self._diagnosis: Diagnosis | None = None
         self.mask_block = resolve_block(
-            self.medcontext.mask_block, self.configuration_manager.patch_size, self.configuration_manager.pool_op_kernel_sizes, self.medcontext.tube
+            self.medcontext.mask_block,
+            self.configuration_manager.patch_size,
+            self.configuration_manager.pool_op_kernel_sizes,
+            self.medcontext.tube,
         )
 
     @property
@@ -71,12 +82,24 @@ class MedContextTraining(ExtTrainer):
         self.mask_block = resolve_block(
             s.mask_block, self.configuration_manager.patch_size, self.configuration_manager.pool_op_kernel_sizes, s.tube
         )
+        self._report_mask()
         if s.preset == "paper_code":
             self.print_to_log_file(
                 "WARNING: medcontext.preset=paper_code repeats the released code's numbers for ablation: its consistency is close to zero and "
                 "its teacher is almost the student."
             )
         self._build_teacher()
+
+    def _report_mask(self) -> None:
+        s, patch = self.medcontext, self.configuration_manager.patch_size
+        cells, hidden = cell_counts(patch, self.mask_block, s.mask_ratio, s.tube, s.mask_rounding)
+        self.print_to_log_file(
+            f"MedContext hides {hidden} of {cells} blocks of {self.mask_block} voxels in a patch of {tuple(patch)}."
+        )
+        if 0 < s.mask_ratio < 1 and hidden in (0, cells):
+            self.print_to_log_file(
+                "WARNING: that is no mask, or nothing but mask; set medcontext.mask_block to smaller blocks."
+            )
 
     def _build_teacher(self) -> None:
         if self.medcontext.beta > 0:
@@ -129,7 +152,15 @@ class MedContextTraining(ExtTrainer):
         """A mask for data of ``shape`` (B, C, *S): bool (B, 1, *S), True = hidden."""
         s = self.medcontext
         return block_mask(
-            shape[0], shape[2:], self.mask_block, s.mask_ratio, self.generator, self.device, s.tube, s.mask_per_sample, s.mask_rounding
+            shape[0],
+            shape[2:],
+            self.mask_block,
+            s.mask_ratio,
+            self.generator,
+            self.device,
+            s.tube,
+            s.mask_per_sample,
+            s.mask_rounding,
         )
 
     def hide(self, data: Tensor, mask: Tensor) -> Tensor:
@@ -165,7 +196,9 @@ class MedContextTraining(ExtTrainer):
         self._diagnosis = diagnose(self, Batch.from_loader(self.last_batch, self.device))
         figures["medcontext/momentum"] = self.teacher_momentum(last)
         figures["medcontext/ramp"] = ramp(last, self.total_steps, self.medcontext.ramp_fraction)
-        figures["medcontext/disagreement"] = float(disagreement(self._diagnosis.teacher, self._diagnosis.masked, self.label_manager.has_regions))
+        figures["medcontext/disagreement"] = float(
+            disagreement(self._diagnosis.teacher, self._diagnosis.masked, self.label_manager.has_regions)
+        )
         figures["medcontext/gradient_ratio"] = self._diagnosis.gradient_ratio
         return figures
 
@@ -175,7 +208,13 @@ class MedContextTraining(ExtTrainer):
         if self.last_batch is None or self.medcontext.masked_fraction == 0:
             return
         result = self._diagnosis or diagnose(self, Batch.from_loader(self.last_batch, self.device))
-        draw_diagnosis(result, path, f"{type(self).__name__}, epoch {self.current_epoch - 1}", self.dataset_json, self.label_manager)
+        draw_panel(
+            result,
+            path,
+            f"{type(self).__name__}, epoch {self.current_epoch - 1}",
+            self.dataset_json,
+            self.label_manager,
+        )
 
     # ---- checkpoint -----------------------------------------------------------------------------------------------------------------
     def method_state(self) -> dict[str, Any]:
@@ -200,7 +239,9 @@ class MedContextTraining(ExtTrainer):
         else:
             self.teacher.load_state_dict(state["teacher"])
             if state["total_steps"] != self.total_steps:
-                self.print_to_log_file(f"The training's length changes from {state['total_steps']} to {self.total_steps} steps; ramp and momentum follow.")
+                self.print_to_log_file(
+                    f"The training's length changes from {state['total_steps']} to {self.total_steps} steps; ramp and momentum follow."
+                )
         self._teacher_is_loaded = True
 
     @classmethod
@@ -210,5 +251,7 @@ class MedContextTraining(ExtTrainer):
             return super().export_weights(checkpoint, weights)
         state = checkpoint["nnunetv2_ext"]["methods"].get("medcontext")
         if state is None:
-            raise ValueError("this checkpoint has no teacher (medcontext.beta was 0, or plain nnU-Net wrote it); export --weights student")
+            raise ValueError(
+                "this checkpoint has no teacher (medcontext.beta was 0, or plain nnU-Net wrote it); export --weights student"
+            )
         return state["teacher"]

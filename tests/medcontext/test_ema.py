@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
 from nnunetv2_ext.medcontext.ema import EMATeacher, momentum, released_momentum
@@ -204,6 +205,19 @@ def test_deep_supervision_is_off_in_the_teacher_only(student):
     assert student.decoder.deep_supervision and not teacher.module.decoder.deep_supervision
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(teacher(x), student.eval()(x)[0])
+
+
+def test_nnunets_own_network_with_its_shared_encoder():
+    torch.manual_seed(0)
+    student = PlainConvUNet(
+        1, 2, [4, 8], nn.Conv3d, 3, [1, 2], 1, 3, 1, norm_op=nn.InstanceNorm3d, nonlin=nn.ReLU, deep_supervision=True
+    )
+    teacher = EMATeacher(student)
+    perturb(student)
+    teacher.update(student, 0.0)
+    x = torch.randn(2, 1, 8, 8, 8)
+    assert equal(teacher.module, student)
+    assert torch.equal(teacher(x), student.eval()(x)[0]) and teacher(x).shape == (2, 3, 8, 8, 8)
 
 
 @pytest.mark.parametrize("container", [list, tuple])

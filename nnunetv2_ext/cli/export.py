@@ -1,0 +1,35 @@
+"""``nnUNetv2_ext export MODEL_FOLDER OUT``: a model folder that plain nnU-Net can predict with."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("model_folder", type=Path, help="nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION")
+    parser.add_argument(
+        "output",
+        type=Path,
+        help="folder to write; must not exist. nnU-Net finds a model by -d and -tr if it is named nnUNetTrainer__PLANS__CONFIGURATION",
+    )
+    parser.add_argument(
+        "--weights",
+        default="student",
+        help="student (the trained network, default) or teacher (MedContext's moving average)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, and print how to predict."""
+    from nnunetv2_ext.core.export import export_model
+
+    written = export_model(args.model_folder, args.output, args.weights)
+    for path in written:
+        print(f"wrote {path}")
+    checkpoint = "" if any(p.name == "checkpoint_final.pth" for p in written) else f" -chk {written[0].name}"
+    print(
+        f"Predict without this package: nnUNetv2_predict_from_modelfolder -i INPUT -o OUTPUT -m {args.output}{checkpoint}"
+    )
+    return 0

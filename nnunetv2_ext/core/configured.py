@@ -1,0 +1,164 @@
+"""ConfiguredTrainer: nnUNetTrainer that takes settings, a seed and a few-shot training set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import yaml
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from pydantic import BaseModel
+
+from nnunetv2_ext.core import randomness
+from nnunetv2_ext.core import settings as ext_settings
+from nnunetv2_ext.core.compat import require_supported_nnunet
+from nnunetv2_ext.core.fewshot import select_train_cases
+from nnunetv2_ext.core.files import atomic_write_text, require_writable
+
+
+class ConfiguredTrainer(nnUNetTrainer):
+    """The part of ExtTrainer that knows the settings.
+
+    Attributes:
+        method_settings: *method hook*; block name to pydantic model, merged over all base classes.
+        default_settings: *method hook*; dotted keys whose default differs for this trainer.
+        settings: the resolved settings.
+        generator: the methods' own random stream, on the device, per rank; it leaves nnU-Net's augmentation stream untouched, so runs of
+            one seed see the same batches whatever the method draws.
+    """
+
+    method_settings: ClassVar[dict[str, type[BaseModel]]] = {}
+    default_settings: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        require_supported_nnunet()
+        self.is_continued = bool(plans.get("continue_training"))
+        resolved = ext_settings.resolve(
+            self.settings_model(), trainer_defaults=self.default_settings, plans=plans.get(ext_settings.PLANS_KEY)
+        )
+        try:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+        except OSError as error:
+            raise ValueError(
+                f"the results folder cannot be written ({error}); check nnUNet_results, its rights and the disk"
+            ) from error
+        require_writable(Path(self.output_folder))
+        if not self.label_manager.foreground_labels:
+            raise ValueError(
+                f"dataset.json of {self.plans_manager.dataset_name} declares no foreground label; there is nothing to learn"
+            )
+        self._apply_settings(resolved)
+        self.generator: torch.Generator  # -> initialize
+        self._train_cases: list[str] | None = None  # -> do_split, or the checkpoint
+
+    @classmethod
+    def settings_model(cls) -> type[ext_settings.CommonSettings]:
+        """The pydantic model of this trainer's settings: the common keys and the block of each method it inherits from."""
+        methods: dict[str, type[BaseModel]] = {}
+        for base in reversed(cls.__mro__):
+            methods.update(vars(base).get("method_settings", {}))
+        return ext_settings.settings_model(cls.__name__, methods)
+
+    def _apply_settings(self, resolved: ext_settings.Resolved) -> None:
+        s = resolved.settings
+        self.resolved, self.settings = resolved, s
+        self.num_epochs = s.num_epochs
+        self.num_iterations_per_epoch = s.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = s.num_val_iterations_per_epoch
+        self.initial_lr = s.initial_lr
+        self.weight_decay = s.weight_decay
+        self.save_every = s.save_every
+        plans = self.plans_manager.plans
+        if not self.was_initialized:  # initialize() spreads both over the DDP ranks
+            self.oversample_foreground_percent = s.oversample_foreground_percent
+            if s.batch_size is not None:
+                plans["configurations"][self.configuration_name]["batch_size"] = s.batch_size
+                self.configuration_manager.configuration["batch_size"] = s.batch_size
+        # build_network_architecture is called on the class by the predictor, which knows the plans and nothing else
+        plans[ext_settings.PLANS_KEY] = s.model_dump(mode="json")
+
+    def initialize(self) -> None:
+        """Seed (if asked to), then build network, optimiser and loss as nnU-Net does."""
+        seed = self.settings.seed
+        if seed is not None:
+            randomness.seed_everything(seed + self.local_rank)
+        super().initialize()
+        self.generator = torch.Generator(self.device)
+        self.generator.manual_seed(
+            ((torch.initial_seed() if seed is None else seed) + 7919 * (self.local_rank + 1)) % 2**63
+        )
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's split, with the training list cut down to ``train_cases``; the validation list is untouched."""
+        train, validation = super().do_split()
+        chosen = select_train_cases(train, self.settings.train_cases, self.settings.train_cases_seed)
+        if self.settings.train_cases is not None:
+            self.print_to_log_file(f"train_cases: {len(chosen)} of {len(train)} training cases: {', '.join(chosen)}")
+            if self._train_cases is not None and self._train_cases != chosen:
+                raise ValueError(
+                    f"this training was started on {', '.join(self._train_cases)}, but train_cases now selects {', '.join(chosen)}; restore the "
+                    "split or the settings, or start a new training without --c"
+                )
+            self._train_cases = chosen
+        return chosen, validation
+
+    def get_tr_and_val_datasets(self):
+        """nnU-Net's datasets; raises ValueError if no training case has a foreground voxel."""
+        train, validation = super().get_tr_and_val_datasets()
+        for case in train.identifiers:
+            locations = train.load_case(case)[3]["class_locations"]
+            # the tuple that starts with -1 holds every annotated voxel, background included
+            if any(
+                len(where) for label, where in locations.items() if not (isinstance(label, tuple) and label[0] == -1)
+            ):
+                return train, validation
+        raise ValueError(
+            f"none of the {len(train.identifiers)} training cases of fold {self.fold} has a foreground voxel: check the labels "
+            "(nnUNetv2_plan_and_preprocess --verify_dataset_integrity) and the split"
+        )
+
+    def get_training_transforms(self, *args, **kwargs):
+        """nnU-Net's augmentation; with a ``seed`` without the part that depends on the clock."""
+        transforms = super().get_training_transforms(*args, **kwargs)
+        if self.settings.seed is not None:
+            randomness.make_repeatable(transforms)
+        return transforms
+
+    def on_train_start(self) -> None:
+        """Check the other folds, print the settings, nnU-Net's own start, write the settings beside the checkpoints."""
+        self._require_same_structure_as_other_folds()
+        self.print_to_log_file(
+            f"Settings of {type(self).__name__} (`nnUNetv2_ext settings {type(self).__name__}` explains them):\n"
+            + ext_settings.describe(self.settings, self.resolved.sources),
+            add_timestamp=False,
+        )
+        super().on_train_start()
+        if self.settings.seed is not None:
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        if self.local_rank == 0:
+            header = f"# {type(self).__name__}, fold {self.fold}. To repeat: {ext_settings.ENVIRONMENT_VARIABLE}=<this file>\n"
+            content = yaml.safe_dump(ext_settings.flatten(self.settings), sort_keys=False)
+            atomic_write_text(Path(self.output_folder) / "nnunetv2_ext_settings.yaml", header + content)
+
+    def _require_same_structure_as_other_folds(self) -> None:
+        plans_file = Path(self.output_folder_base) / "plans.json"
+        others = [p.parent.name for p in Path(self.output_folder_base).glob("fold_*/checkpoint_*.pth")]
+        others = sorted({name for name in others if name != f"fold_{self.fold}"})
+        if not others or not plans_file.is_file():
+            return
+        block = yaml.safe_load(plans_file.read_text()).get(ext_settings.PLANS_KEY) or {}
+        theirs, ours = ext_settings.flatten_layer(block, type(self.settings)), ext_settings.flatten(self.settings)
+        for key, field in ext_settings.fields_by_key(type(self.settings)).items():
+            if ext_settings.is_marked(field, "structural") and key in theirs and theirs[key] != ours[key]:
+                raise ValueError(
+                    f"{', '.join(others)} in {self.output_folder_base} were trained with {key}={theirs[key]}, this fold has {key}={ours[key]}: "
+                    "all folds of a model folder share one network. Use the same value, or another plans name (-p) for the new one"
+                )

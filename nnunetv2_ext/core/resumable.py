@@ -1,0 +1,272 @@
+"""ResumableTrainer: a training that can be stopped at any step and continued as if it had not been.
+
+Between steps the loop looks for signals and the stop file. A checkpoint holds, besides nnU-Net's keys, one key of ours: settings, random
+states, the unfinished epoch, the log and the methods' state.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from nnunetv2_ext.core import checkpoint as checkpoints
+from nnunetv2_ext.core import randomness
+from nnunetv2_ext.core import settings as ext_settings
+from nnunetv2_ext.core.configured import ConfiguredTrainer
+from nnunetv2_ext.core.files import atomic_torch_save
+from nnunetv2_ext.core.interruption import StopRequest
+from nnunetv2_ext.core.logs import EpochLog, progress_bar
+
+
+class ResumableTrainer(ConfiguredTrainer):
+    """The part of ExtTrainer that runs the epochs, saves and loads.
+
+    Attributes:
+        global_step: optimiser steps done, over all epochs.
+        epoch_log: this run's CSV and TensorBoard log; None before on_train_start.
+        epochs_without_improvement: epochs since the moving average of the pseudo Dice was last best.
+    """
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.global_step = 0
+        self.epochs_without_improvement = 0
+        self.epoch_log: EpochLog | None = None
+        self._stop: StopRequest | None = None
+        self._partial_epoch: dict[str, Any] | None = (
+            None  # set while a checkpoint is written, or after one was read, within an epoch
+        )
+        self._random_states: list[dict[str, Any]] | None = None  # one per rank, from the checkpoint
+        self._log_state: dict[str, Any] | None = None
+
+    # ---- the loop -------------------------------------------------------------------------------------------------------------------
+    def on_train_start(self) -> None:
+        """Start the epoch log after nnU-Net's own start."""
+        super().on_train_start()
+        self.epoch_log = EpochLog(
+            Path(self.output_folder),
+            enabled=self.local_rank == 0,
+            tensorboard=self.settings.tensorboard,
+            warn=self.print_to_log_file,
+        )
+        if self._log_state is not None:
+            self.epoch_log.load_state_dict(self._log_state, self.current_epoch)
+        self.logger.loggers.append(self.epoch_log)
+
+    def on_train_end(self) -> None:
+        """nnU-Net's, then close the log."""
+        super().on_train_end()
+        if self.epoch_log is not None:
+            self.epoch_log.close()
+
+    def on_epoch_end(self) -> None:
+        """nnU-Net's; the latest checkpoint is written last, with the final best EMA, so that a continued run compares as an unbroken one."""
+        best_before, save_every, epoch = self._best_ema, self.save_every, self.current_epoch
+        self.save_every = self.num_epochs + epoch + 2  # never due inside super()
+        try:
+            super().on_epoch_end()
+        finally:
+            self.save_every = save_every
+        self.epochs_without_improvement = 0 if self._best_ema != best_before else self.epochs_without_improvement + 1
+        self.after_epoch(epoch)
+        if (epoch + 1) % save_every == 0 and epoch + 1 < self.num_epochs:
+            self._save_latest(completed_epochs=epoch + 1)
+
+    def after_epoch(self, epoch: int) -> None:
+        """Complete the log's row of the epoch that just ended."""
+        if self.epoch_log is not None:
+            self.epoch_log.end_epoch(epoch)
+            self.epoch_log.plot()
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether ``early_stop_patience`` is used up."""
+        patience = self.settings.early_stop_patience
+        return patience is not None and self.epochs_without_improvement >= patience
+
+    def run_training(self) -> None:
+        """Replaces nnUNetTrainer.run_training: the same calls in the same order, and between steps a look at signals and the stop file."""
+        self.on_train_start()
+        with StopRequest(Path(self.output_folder) / "stop") as self._stop:
+            if self._random_states is not None and self.local_rank < len(self._random_states):
+                randomness.set_random_state(self._random_states[self.local_rank], self.generator)
+            while self.current_epoch < self.num_epochs and not self.stopped_early:
+                self._run_epoch()
+        self._stop = None
+        if self.stopped_early:
+            self.print_to_log_file(
+                f"Early stop: {self.epochs_without_improvement} epochs without a better moving average of the pseudo Dice."
+            )
+        self.on_train_end()
+
+    def _run_epoch(self) -> None:
+        self.on_epoch_start()
+        self.on_train_epoch_start()
+        outputs: list[dict] = self._partial_epoch["outputs"] if self._partial_epoch else []
+        self._partial_epoch = None
+        total = self.num_iterations_per_epoch
+        with progress_bar(total, f"epoch {self.current_epoch}", self.local_rank == 0) as bar:
+            bar.update(len(outputs))
+            while len(outputs) < total:
+                self._stop_if_requested(outputs)
+                outputs.append(self.train_step(self._next_batch(self.dataloader_train, outputs)))
+                bar.update(1, loss=float(outputs[-1]["loss"]))
+        # a stop during validation resumes at its start, with the random numbers it started with
+        state = randomness.get_random_state(self.generator)
+        self.on_train_epoch_end(outputs)
+        with torch.no_grad():
+            self.on_validation_epoch_start()
+            val_outputs = []
+            for _ in range(self.num_val_iterations_per_epoch):
+                self._stop_if_requested(outputs, state)
+                val_outputs.append(self.validation_step(self._next_batch(self.dataloader_val, outputs, state)))
+            self.on_validation_epoch_end(val_outputs)
+        self.on_epoch_end()
+
+    def _next_batch(self, loader: Any, outputs: list[dict], state: dict | None = None) -> dict:
+        try:
+            return next(loader)
+        except RuntimeError:
+            # Ctrl-C and SLURM signal the loader's workers too, and they may die before we look
+            self._stop_if_requested(outputs, state)
+            raise
+
+    def _stop_if_requested(self, outputs: list[dict], state: dict | None = None) -> None:
+        assert self._stop is not None
+        requested = self._stop.requested
+        if self.is_ddp:  # all ranks must leave at the same step
+            flag = torch.tensor(float(requested), device=self.device)
+            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+            requested = bool(flag.item())
+        if not requested:
+            return
+        self._partial_epoch = {"outputs": outputs}
+        self._save_latest(self.current_epoch, state)
+        if self.local_rank == 0:
+            reason = self._stop.reason
+            self._stop.stop_file.unlink(missing_ok=True)
+            kept = (
+                "nothing was saved (--disable_checkpointing)"
+                if self.disable_checkpointing
+                else "checkpoint_latest.pth is written, --c continues"
+            )
+            self.print_to_log_file(
+                f"Stopped by {reason} in epoch {self.current_epoch} after {len(outputs)} training steps; {kept}."
+            )
+        for loader in (self.dataloader_train, self.dataloader_val):
+            if hasattr(loader, "_finish"):
+                loader._finish()
+        raise SystemExit(self._stop.exit_code)
+
+    def _gather(self, value: Any) -> list[Any]:
+        if not self.is_ddp:
+            return [value]
+        values: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(values, value)
+        return values
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------------------------
+    def method_state(self) -> dict[str, Any]:
+        """*Method hook.* What the method needs to continue, by method name; tensors and plain values."""
+        return {}
+
+    def load_method_state(self, states: dict[str, Any]) -> None:
+        """*Method hook.* Counterpart of ``method_state``; the own name may be missing (a checkpoint of plain nnU-Net)."""
+
+    @classmethod
+    def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
+        """*Method hook.* Weights that plain nnU-Net's network of the same plans loads, from a checkpoint of this trainer.
+
+        Args:
+            checkpoint: as read from the file.
+            weights: which network; ``student`` is the one that was trained.
+
+        Raises:
+            ValueError: no such network.
+        """
+        if weights != "student":
+            raise ValueError(f"{cls.__name__} has no {weights!r} weights to export; it has: student")
+        return checkpoint["network_weights"]
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Replaces nnUNetTrainer.save_checkpoint: its keys and ours, written atomically (temporary file, fsync, rename)."""
+        self._save(Path(filename), self.current_epoch + 1)
+
+    def _save_latest(self, completed_epochs: int, state: dict[str, Any] | None = None) -> None:
+        self._save(Path(self.output_folder) / "checkpoint_latest.pth", completed_epochs, state)
+
+    def _save(self, path: Path, completed_epochs: int, state: dict[str, Any] | None = None) -> None:
+        states = self._gather(state or randomness.get_random_state(self.generator))
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        atomic_torch_save(self._checkpoint(completed_epochs, states), path)
+
+    def _checkpoint(self, completed_epochs: int, random_states: list[dict[str, Any]] | None) -> dict[str, Any]:
+        # nnU-Net writes its dictionary straight to the file, so its keys are repeated here; a test compares them with upstream's
+        return {
+            "network_weights": checkpoints.unwrap(self.network).state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            "logging": {name: values[:completed_epochs] for name, values in self.logger.get_checkpoint().items()},
+            "_best_ema": self._best_ema,
+            "current_epoch": completed_epochs,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            checkpoints.EXTENSION_KEY: {
+                "format": checkpoints.FORMAT,
+                "settings": ext_settings.flatten(self.settings),
+                "global_step": self.global_step,
+                "epochs_without_improvement": self.epochs_without_improvement,
+                "train_cases": self._train_cases,
+                "partial_epoch": self._partial_epoch,
+                "random_states": random_states,
+                "log": None if self.epoch_log is None else self.epoch_log.state_dict(),
+                "methods": self.method_state(),
+            },
+        }
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """nnU-Net's, after checking that settings and architecture fit, and then our own state.
+
+        Raises:
+            ValueError: broken file with no other to fall back to, conflicting settings, or another architecture.
+        """
+        checkpoint, path, warning = checkpoints.read_or_fall_back(Path(filename_or_checkpoint))
+        if warning:
+            self.print_to_log_file(warning)
+        extension = checkpoint.get(checkpoints.EXTENSION_KEY)
+        if extension is not None:
+            model = type(self.settings)
+            self._apply_settings(
+                ext_settings.resume(model, extension["settings"], self.resolved, strict=self.is_continued)
+            )
+        if not self.was_initialized:
+            self.initialize()
+        checkpoints.check_weights(checkpoint["network_weights"], self.network, path)
+        super().load_checkpoint(str(path))
+        if extension is None:
+            self.print_to_log_file(f"{path} is a checkpoint of plain nnU-Net: the method's state starts fresh.")
+            self.global_step = self.current_epoch * self.num_iterations_per_epoch
+            self.load_method_state({})
+            return
+        self.global_step = extension["global_step"]
+        self.epochs_without_improvement = extension["epochs_without_improvement"]
+        self._train_cases = extension["train_cases"]
+        self._partial_epoch = extension["partial_epoch"]
+        self._random_states = extension["random_states"]
+        self._log_state = extension["log"]
+        self.load_method_state(extension["methods"])

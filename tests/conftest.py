@@ -1,0 +1,160 @@
+"""A tiny dataset, planned and preprocessed once per test session, and trainers on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nnunetv2_ext.core.phantom import write_phantom_dataset
+
+PATCH_3D, PATCH_2D, FEATURES = [16, 24, 16], [24, 24], [4, 8, 16]
+STRIDES = {2: [[1, 1], [2, 2], [2, 2]], 3: [[1, 1, 1], [2, 2, 2], [2, 2, 2]]}
+
+
+@dataclass(frozen=True)
+class TinyDataset:
+    """Folders of a preprocessed phantom dataset; ``dataset_id`` in ``raw``, plans named ``tiny``."""
+
+    root: Path
+    dataset_id: int
+    name: str
+
+    @property
+    def raw(self) -> Path:
+        return self.root / "raw"
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.root / "preprocessed"
+
+    @property
+    def images_ts(self) -> Path:
+        return self.raw / self.name / "imagesTs"
+
+    def environment(self, results: Path, settings: str = "") -> dict[str, str]:
+        """Environment of a subprocess or of this process."""
+        return {
+            "nnUNet_raw": str(self.raw),
+            "nnUNet_preprocessed": str(self.preprocessed),
+            "nnUNet_results": str(results),
+            "nnUNet_n_proc_DA": "0",
+            "nnUNet_def_n_proc": "1",
+            "nnUNet_ext_settings": settings,
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def plans(self) -> dict[str, Any]:
+        return json.loads((self.preprocessed / self.name / "tiny.json").read_text())
+
+    def dataset_json(self) -> dict[str, Any]:
+        return json.loads((self.preprocessed / self.name / "dataset.json").read_text())
+
+
+def run_command(command: list[str], environment: dict[str, str], cwd: Path, check: bool = True, timeout: int = 240):
+    """Run one of nnU-Net's or our console commands by the interpreter of this test, from ``cwd``."""
+    executable = Path(sys.executable).with_name(command[0])
+    done = subprocess.run(
+        [str(executable), *command[1:]],
+        env={**os.environ, **environment},
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+    )
+    assert not check or done.returncode == 0, done.stdout[-4000:]
+    return done
+
+
+def shrink(plans: dict[str, Any]) -> dict[str, Any]:
+    """A copy of nnU-Net's plans with a network and patch that train in milliseconds; preprocessed data are shared."""
+    plans = json.loads(json.dumps(plans))
+    plans["plans_name"] = "tiny"
+    for configuration in plans["configurations"].values():
+        if "architecture" not in configuration:
+            continue
+        kwargs = configuration["architecture"]["arch_kwargs"]
+        dim = len(configuration["patch_size"])
+        configuration["patch_size"] = PATCH_2D if dim == 2 else PATCH_3D
+        configuration["batch_size"] = 2
+        stages = len(FEATURES)
+        kwargs.update(n_stages=stages, features_per_stage=FEATURES, strides=STRIDES[dim])
+        kwargs.update(kernel_sizes=[[3] * dim] * stages)
+        for key, length in (
+            ("n_conv_per_stage", stages),
+            ("n_blocks_per_stage", stages),
+            ("n_conv_per_stage_decoder", stages - 1),
+        ):
+            if key in kwargs:
+                kwargs[key] = [1] * length
+    return plans
+
+
+def make_tiny_dataset(
+    root: Path, dataset_id: int = 1, configurations: tuple[str, ...] = ("2d", "3d_fullres"), **phantom: Any
+) -> TinyDataset:
+    """Write, plan and preprocess a phantom dataset with the stock command, and add the plans ``tiny``."""
+    options = {"num_train": 6, "num_test": 2, "shape": (24, 32, 24), "num_organs": 2, **phantom}
+    folder = write_phantom_dataset(root / "raw", dataset_id, **options)
+    dataset = TinyDataset(root, dataset_id, folder.name)
+    environment = dataset.environment(root / "results") | {"nnUNet_n_proc_DA": "1"}
+    run_command(
+        ["nnUNetv2_plan_and_preprocess", "-d", str(dataset_id), "-c", *configurations, "-np", "1", "-npfp", "1"],
+        environment,
+        root,
+    )
+    base = dataset.preprocessed / dataset.name
+    plans = json.loads((base / "nnUNetPlans.json").read_text())
+    (base / "tiny.json").write_text(json.dumps(shrink(plans)))
+    names = sorted(p.name.removesuffix(".nii.gz") for p in (root / "raw" / dataset.name / "labelsTr").iterdir())
+    splits = [{"train": names[2:], "val": names[:2]}, {"train": names[:-2], "val": names[-2:]}]
+    (base / "splits_final.json").write_text(json.dumps(splits))
+    return dataset
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
+    """Two organs, 6 training cases (fold 0: 4 to train, 2 to validate), 2 test cases."""
+    return make_tiny_dataset(tmp_path_factory.mktemp("tiny"))
+
+
+TRAINER_SETTINGS = "num_epochs=2 num_iterations_per_epoch=3 num_val_iterations_per_epoch=1 panel_every=0"
+
+
+@pytest.fixture
+def make_trainer(tiny: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """``make_trainer(cls, "key=value ...", configuration=, continued=, plans=)`` on the tiny dataset; results in tmp_path."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def make(
+        cls: type,
+        settings: str = "",
+        configuration: str = "3d_fullres",
+        continued: bool = False,
+        plans: dict[str, Any] | None = None,
+        dataset: TinyDataset | None = None,
+        fold: int = 0,
+        results: Path | None = None,
+    ) -> Any:
+        dataset = dataset or tiny
+        keys = {pair.split("=")[0] for pair in settings.split()}
+        base = " ".join(pair for pair in TRAINER_SETTINGS.split() if pair.split("=")[0] not in keys)
+        for key, value in dataset.environment(results or tmp_path / "results", f"{base} {settings}").items():
+            monkeypatch.setenv(key, value)
+        plans = json.loads(json.dumps(plans or dataset.plans()))
+        plans["continue_training"] = continued
+        return cls(plans, configuration, fold, dataset.dataset_json(), torch.device("cpu"))
+
+    yield make
+    torch.set_num_threads(threads)
