@@ -30,6 +30,8 @@ class ConfiguredTrainer(nnUNetTrainer):
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {}
     default_settings: ClassVar[dict[str, Any]] = {}
+    generator: torch.Generator  # -> initialize
+    _train_cases: list[str] | None = None  # -> do_split, or the checkpoint
 
     def __init__(
         self,
@@ -37,7 +39,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         configuration: str,
         fold: int,
         dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
+        device: torch.device = torch.device("cuda"),  # noqa: B008  # nnUNetTrainer's signature; it fails on any other
     ) -> None:
         require_supported_nnunet()
         self.is_continued = bool(plans.get("continue_training"))
@@ -56,8 +58,6 @@ class ConfiguredTrainer(nnUNetTrainer):
                 f"dataset.json of {self.plans_manager.dataset_name} declares no foreground label; there is nothing to learn"
             )
         self._apply_settings(resolved)
-        self.generator: torch.Generator  # -> initialize
-        self._train_cases: list[str] | None = None  # -> do_split, or the checkpoint
 
     @classmethod
     def settings_model(cls) -> type[ext_settings.CommonSettings]:

@@ -30,24 +30,15 @@ class ResumableTrainer(ConfiguredTrainer):
         epochs_without_improvement: epochs since the moving average of the pseudo Dice was last best.
     """
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.global_step = 0
-        self.epochs_without_improvement = 0
-        self.epoch_log: EpochLog | None = None
-        self._stop: StopRequest | None = None
-        self._partial_epoch: dict[str, Any] | None = (
-            None  # set while a checkpoint is written, or after one was read, within an epoch
-        )
-        self._random_states: list[dict[str, Any]] | None = None  # one per rank, from the checkpoint
-        self._log_state: dict[str, Any] | None = None
+    global_step = 0
+    epochs_without_improvement = 0
+    epoch_log: EpochLog | None = None
+    _stop: StopRequest | None = None
+    _partial_epoch: dict[str, Any] | None = (
+        None  # set while a checkpoint is written, or after one was read, within an epoch
+    )
+    _random_states: list[dict[str, Any]] | None = None  # one per rank, from the checkpoint
+    _log_state: dict[str, Any] | None = None
 
     # ---- the loop -------------------------------------------------------------------------------------------------------------------
     def on_train_start(self) -> None:

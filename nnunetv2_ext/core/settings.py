@@ -24,7 +24,9 @@ ENVIRONMENT_VARIABLE = "nnUNet_ext_settings"
 PLANS_KEY = "nnunetv2_ext"
 
 # What a field may say about itself, in ``json_schema_extra``:
-RESUMABLE: JsonDict = {"resumable": True}  # may be changed when a training is continued (it sets how long or how often, not what is learnt)
+RESUMABLE: JsonDict = {
+    "resumable": True
+}  # may be changed when a training is continued (it sets how long or how often, not what is learnt)
 STRUCTURAL: JsonDict = {"structural": True}  # changes the network, so all folds of a model folder must agree on it
 
 

@@ -30,17 +30,8 @@ class ExtTrainer(ResumableTrainer):
     ``export_weights`` (core/resumable.py).
     """
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.last_batch: dict | None = None  # the loader's, on the CPU, for pictures
-        self._nonfinite_steps = 0
+    last_batch: dict | None = None  # the loader's, on the CPU, for pictures
+    _nonfinite_steps = 0
 
     # ---- one step -------------------------------------------------------------------------------------------------------------------
     def forward(self, batch: Batch, network: Callable[[Tensor], Any] | None = None) -> Any:

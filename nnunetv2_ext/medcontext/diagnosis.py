@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nnunetv2_ext.core.checkpoint import unwrap
+from nnunetv2_ext.core.labelmaps import logits_to_labels, target_to_labels
 from nnunetv2_ext.core.step import Batch
-from nnunetv2_ext.medcontext.consistency import ramp
+from nnunetv2_ext.medcontext.consistency import disagreement, ramp
 
 if TYPE_CHECKING:
     from nnunetv2_ext.medcontext.training import MedContextTraining
@@ -21,20 +23,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class Diagnosis:
-    """One sample (B = 1) seen by student and teacher; logits ``(1, heads, *S)``, all detached.
+    """One sample seen by student and teacher; label maps ``S`` on the CPU, numbered as in core/labelmaps.py.
 
     Attributes:
-        batch: the sample; its data ``(1, C, *S)``.
-        mask: bool ``(1, 1, *S)``, True = hidden.
-        clean, masked, teacher: logits of the student on x, on m(x), and of the teacher on x (the student's own without a teacher).
+        case: its case id.
+        image: first channel, ``S``.
+        hidden: bool ``S``.
+        target, clean, masked, teacher: the truth, the student on x and on m(x), the teacher on x (the student's own without one).
+        disagreement: share of voxels that the teacher on x and the student on m(x) label differently.
         gradient_ratio: |d(beta ramp L_cons)| / |d(a L_masked)| over the student's parameters; NaN without a teacher.
     """
 
-    batch: Batch
-    mask: Tensor
-    clean: Tensor
-    masked: Tensor
-    teacher: Tensor
+    case: str
+    image: np.ndarray
+    hidden: np.ndarray
+    target: np.ndarray
+    clean: np.ndarray
+    masked: np.ndarray
+    teacher: np.ndarray
+    disagreement: float
     gradient_ratio: float
 
 
@@ -75,7 +82,18 @@ def _diagnose(trainer: MedContextTraining, student: torch.nn.Module, sample: Bat
             ratio = _gradient_norm(consistency, parameters, trainer) / max(
                 _gradient_norm(supervised, parameters, trainer), 1e-12
             )
-    return Diagnosis(sample, mask, clean.detach().float(), masked.detach().float(), teacher.detach().float(), ratio)
+    labels = trainer.label_manager
+    return Diagnosis(
+        case=sample.keys[0],
+        image=sample.data[0, 0].float().cpu().numpy(),
+        hidden=mask[0, 0].cpu().numpy(),
+        target=target_to_labels(sample.top_target[0], labels),
+        clean=logits_to_labels(clean[0], labels),
+        masked=logits_to_labels(masked[0].detach(), labels),
+        teacher=logits_to_labels(teacher[0], labels),
+        disagreement=float(disagreement(teacher, masked, labels.has_regions)),
+        gradient_ratio=ratio,
+    )
 
 
 def _gradient_norm(loss: Tensor, parameters: list[torch.nn.Parameter], trainer: MedContextTraining) -> float:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_ext.core.labelmaps import class_names, logits_to_labels, target_to_labels
+from nnunetv2_ext.core.labelmaps import class_names
 from nnunetv2_ext.core.overlay import draw_slice, fullest_slice, label_colours, take_slice
 from nnunetv2_ext.medcontext.diagnosis import Diagnosis
 
@@ -19,14 +19,12 @@ HIDDEN_COLOUR = (0.55, 0.0, 0.75)
 
 def draw_panel(result: Diagnosis, path: Path, title: str, dataset_json: dict, labels: LabelManager) -> None:
     """Write the picture: columns image, mask, target, student on x, student on m(x), teacher on x; a row per axis (3-D) or one (2-D)."""
-    image = result.batch.data[0, 0].float().cpu().numpy()
-    hidden = result.mask[0, 0].cpu().numpy()
-    target = target_to_labels(result.batch.top_target[0], labels)
+    image, hidden = result.image, result.hidden
     maps = {
-        "target": target,
-        "student, whole patch": logits_to_labels(result.clean[0], labels),
-        "student, masked patch": logits_to_labels(result.masked[0], labels),
-        "teacher, whole patch": logits_to_labels(result.teacher[0], labels),
+        "target": result.target,
+        "student, whole patch": result.clean,
+        "student, masked patch": result.masked,
+        "teacher, whole patch": result.teacher,
     }
     classes = class_names(dataset_json, labels)
     # nnU-Net's progress plot calls seaborn.set(font_scale=2.5), which changes the fonts of the whole process
@@ -35,12 +33,12 @@ def draw_panel(result: Diagnosis, path: Path, title: str, dataset_json: dict, la
         rows = len(axes_to_cut)
         figure = Figure(figsize=(2.35 * 6, 2.5 * rows + 1.0), layout="constrained")
         figure.suptitle(
-            f"{title}: {result.batch.keys[0]}, patch {' x '.join(map(str, image.shape))}, {hidden.mean():.0%} hidden"
+            f"{title}: {result.case}, patch {' x '.join(map(str, image.shape))}, {hidden.mean():.0%} hidden"
         )
         grid = figure.subplots(rows, 6, squeeze=False)
         window = tuple(np.percentile(image, (1, 99.5)))
         for row, axis in zip(grid, axes_to_cut, strict=True):
-            index = None if axis is None else fullest_slice(target, axis)
+            index = None if axis is None else fullest_slice(result.target, axis)
 
             def cut(volume: np.ndarray, axis: int | None = axis, index: int | None = index) -> np.ndarray:
                 return volume.T if axis is None or index is None else take_slice(volume, axis, index)

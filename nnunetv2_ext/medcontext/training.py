@@ -23,7 +23,7 @@ from torch import Tensor
 from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.step import Batch, LossPass, Term
 from nnunetv2_ext.core.trainer import ExtTrainer
-from nnunetv2_ext.medcontext.consistency import consistency_loss, disagreement, ramp, valid_mask
+from nnunetv2_ext.medcontext.consistency import consistency_loss, ramp, valid_mask
 from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose
 from nnunetv2_ext.medcontext.ema import EMATeacher, momentum, released_momentum
 from nnunetv2_ext.medcontext.masking import apply_mask, block_mask, cell_counts, resolve_block
@@ -40,24 +40,9 @@ class MedContextTraining(ExtTrainer):
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"medcontext": MedContextSettings}
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.teacher: EMATeacher | None = None  # -> initialize; none without consistency
-        self._teacher_is_loaded = False
-        self._diagnosis: Diagnosis | None = None
-        self.mask_block = resolve_block(
-            self.medcontext.mask_block,
-            self.configuration_manager.patch_size,
-            self.configuration_manager.pool_op_kernel_sizes,
-            self.medcontext.tube,
-        )
+    teacher: EMATeacher | None = None  # -> initialize; none without consistency
+    _teacher_is_loaded = False
+    _diagnosis: Diagnosis | None = None
 
     @property
     def medcontext(self) -> MedContextSettings:
@@ -74,16 +59,23 @@ class MedContextTraining(ExtTrainer):
         """T, over which ramp and momentum run."""
         return self.num_epochs * self.num_iterations_per_epoch
 
+    @property
+    def mask_block(self) -> tuple[int, ...]:
+        """Edge of a hidden block in voxels, per axis."""
+        configuration = self.configuration_manager
+        return resolve_block(
+            self.medcontext.mask_block,
+            configuration.patch_size,
+            configuration.pool_op_kernel_sizes,
+            self.medcontext.tube,
+        )
+
     # ---- the teacher ----------------------------------------------------------------------------------------------------------------
     def initialize(self) -> None:
         """After nnU-Net's: DDP broadcasts rank 0's weights in its constructor, so the teacher is copied from what came out of it."""
         super().initialize()
-        s = self.medcontext
-        self.mask_block = resolve_block(
-            s.mask_block, self.configuration_manager.patch_size, self.configuration_manager.pool_op_kernel_sizes, s.tube
-        )
         self._report_mask()
-        if s.preset == "paper_code":
+        if self.medcontext.preset == "paper_code":
             self.print_to_log_file(
                 "WARNING: medcontext.preset=paper_code repeats the released code's numbers for ablation: its consistency is close to zero and "
                 "its teacher is almost the student."
@@ -196,9 +188,7 @@ class MedContextTraining(ExtTrainer):
         self._diagnosis = diagnose(self, Batch.from_loader(self.last_batch, self.device))
         figures["medcontext/momentum"] = self.teacher_momentum(last)
         figures["medcontext/ramp"] = ramp(last, self.total_steps, self.medcontext.ramp_fraction)
-        figures["medcontext/disagreement"] = float(
-            disagreement(self._diagnosis.teacher, self._diagnosis.masked, self.label_manager.has_regions)
-        )
+        figures["medcontext/disagreement"] = self._diagnosis.disagreement
         figures["medcontext/gradient_ratio"] = self._diagnosis.gradient_ratio
         return figures
 
