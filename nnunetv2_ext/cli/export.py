@@ -12,7 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "output",
         type=Path,
-        help="folder to write; must not exist. nnU-Net finds a model by -d and -tr if it is named nnUNetTrainer__PLANS__CONFIGURATION",
+        help="folder to write; must not exist. nnU-Net finds a model by -d and -tr if it is named "
+        "nnUNetTrainer__PLANS__CONFIGURATION",
     )
     parser.add_argument(
         "--weights",
@@ -28,8 +29,11 @@ def run(args: argparse.Namespace) -> int:
     written = export_model(args.model_folder, args.output, args.weights)
     for path in written:
         print(f"wrote {path}")
-    checkpoint = "" if any(p.name == "checkpoint_final.pth" for p in written) else f" -chk {written[0].name}"
+    folds = sorted({p.parent.name.removeprefix("fold_") for p in written})
+    options = f" -f {' '.join(folds)}"  # nnU-Net's default is all five
+    if not any(p.name == "checkpoint_final.pth" for p in written):
+        options += f" -chk {written[0].name}"
     print(
-        f"Predict without this package: nnUNetv2_predict_from_modelfolder -i INPUT -o OUTPUT -m {args.output}{checkpoint}"
+        f"Predict without this package: nnUNetv2_predict_from_modelfolder -i INPUT -o OUTPUT -m {args.output}{options}"
     )
     return 0

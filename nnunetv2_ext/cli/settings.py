@@ -6,7 +6,8 @@ import argparse
 import difflib
 import importlib
 import textwrap
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from nnunetv2_ext import installed_trainers
 
@@ -36,9 +37,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.trainer}:")
     else:
         near = difflib.get_close_matches(args.trainer, known, n=1, cutoff=0.4)
-        raise ValueError(
-            f"there is no trainer {args.trainer!r}; {'did you mean ' + near[0] + '? ' if near else ''}there is {', '.join(known)}"
-        )
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"there is no trainer {args.trainer!r}; {hint}there is {', '.join(known)}")
     for key, field in fields_by_key(model).items():
         default = defaults.get(key, field.get_default(call_default_factory=True))
         remark = " May be changed on --c." if is_marked(field, "resumable") else ""
@@ -54,22 +54,19 @@ def run(args: argparse.Namespace) -> int:
         )
     for method, named in presets.items():
         for name, values in named.items():
-            print(
-                f"\n{method}.preset={name} stands for: "
-                + " ".join(f"{method}.{key}={value}" for key, value in values.items())
-            )
+            # as one would type them: no blanks within a list
+            typed = " ".join(f"{method}.{key}={str(value).replace(' ', '')}" for key, value in values.items())
+            print(f"\n{method}.preset={name} stands for: {typed}")
     print(
-        '\nGive them as nnUNet_ext_settings="key=value key=value" or nnUNet_ext_settings=FILE.yaml; keys given later win over the plans\' block.'
+        '\nGive them as nnUNet_ext_settings="key=value key=value" or nnUNet_ext_settings=FILE.yaml. They win over '
+        "the block nnunetv2_ext of the plans."
     )
     return 0
 
 
 def type_name(field: Any) -> str:
     """A short name of a pydantic field's type with its bounds, e.g. ``float, >= 0, <= 1``."""
-    text = str(field.annotation) if not isinstance(field.annotation, type) else field.annotation.__name__
-    text = text.replace("typing.", "").replace("NoneType", "none").replace("None", "none")
-    if "Annotated[" in text:  # bounds of list elements say less than they cost to read
-        text = "list of int | int | none"
+    text = " | ".join(dict.fromkeys(_type_names(field.annotation)))
     bounds = [
         f"{sign} {getattr(m, name)}"
         for m in field.metadata
@@ -77,3 +74,17 @@ def type_name(field: Any) -> str:
         if hasattr(m, name)
     ]
     return ", ".join([text, *bounds])
+
+
+def _type_names(annotation: Any) -> list[str]:
+    """The alternatives of a type in words: ``Optional[Literal['a', 'b']]`` is a, b, none."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:  # bounds of list elements say less than they cost to read
+        return _type_names(arguments[0])
+    if origin is Literal:
+        return [str(value) for value in arguments]
+    if origin in (Union, UnionType):
+        return [name for argument in arguments for name in _type_names(argument)]
+    if origin is list:
+        return [f"list of {' | '.join(_type_names(arguments[0]))}"]
+    return ["none" if annotation is NoneType else annotation.__name__]

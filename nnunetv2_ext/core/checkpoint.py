@@ -38,12 +38,22 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"the checkpoint {path} does not exist; train first, or name another one") from error
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"the checkpoint {path} is broken or cut short ({str(error).splitlines()[0]}); delete it and use another one"
+            f"the checkpoint {path} is broken or cut short ({reason}); delete it and use another one"
         ) from error
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise ValueError(f"{path} is no nnU-Net checkpoint (it has no network_weights)")
     return checkpoint
+
+
+def require_known_format(extension: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError if a newer version of this package wrote the extension's part of the checkpoint."""
+    if extension["format"] > FORMAT:
+        raise ValueError(
+            f"{path} was written by a newer nnunetv2-ext (format {extension['format']}, this version reads up to {FORMAT}); "
+            "update it: pip install -U nnunetv2-ext"
+        )
 
 
 def read_or_fall_back(path: Path) -> tuple[dict[str, Any], Path, str | None]:
@@ -61,7 +71,10 @@ def read_or_fall_back(path: Path) -> tuple[dict[str, Any], Path, str | None]:
         other = path.with_name("checkpoint_best.pth")
         if path.name != "checkpoint_latest.pth" or not other.is_file():
             raise
-        return read(other), other, f"WARNING: {error}. Continuing from {other} instead"
+        try:
+            return read(other), other, f"WARNING: {error}. Continuing from {other} instead"
+        except ValueError as second:
+            raise ValueError(f"{error}; and {second}") from second
 
 
 def check_weights(weights: Mapping[str, Tensor], network: nn.Module, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -154,7 +155,8 @@ class ConfiguredTrainer(nnUNetTrainer):
         others = sorted({name for name in others if name != f"fold_{self.fold}"})
         if not others or not plans_file.is_file():
             return
-        block = yaml.safe_load(plans_file.read_text()).get(ext_settings.PLANS_KEY) or {}
+        # not as YAML, which reads JSON's 1e-05 as a string
+        block = json.loads(plans_file.read_text(encoding="utf-8")).get(ext_settings.PLANS_KEY) or {}
         theirs, ours = ext_settings.flatten_layer(block, type(self.settings)), ext_settings.flatten(self.settings)
         for key, field in ext_settings.fields_by_key(type(self.settings)).items():
             if ext_settings.is_marked(field, "structural") and key in theirs and theirs[key] != ours[key]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
-from nnunetv2_ext.core.files import atomic_torch_save, atomic_write_text
+from nnunetv2_ext.core.files import atomic_torch_save, atomic_write_text, require_writable
 from nnunetv2_ext.core.settings import PLANS_KEY
 from nnunetv2_ext.core.trainer import ExtTrainer
 
@@ -26,8 +27,8 @@ STOCK_TRAINER = nnUNetTrainer.__name__
 def export_model(model_folder: Path, output: Path, weights: str = "student") -> list[Path]:
     """Write ``model_folder`` (TRAINER__PLANS__CONFIGURATION) to ``output`` as a model of the stock nnUNetTrainer.
 
-    Every checkpoint of every fold gets the chosen weights under ``network_weights``, the stock trainer's name, and loses this package's key;
-    optimiser state is dropped. The source is only read.
+    Every checkpoint of every fold gets the chosen weights under ``network_weights`` and the stock trainer's name, and
+    loses this package's key and the optimiser's state. The source is only read.
 
     Args:
         model_folder: holds plans.json, dataset.json and the fold folders.
@@ -44,13 +45,13 @@ def export_model(model_folder: Path, output: Path, weights: str = "student") -> 
     files = sorted(model_folder.glob("fold_*/checkpoint_*.pth"))
     if missing or not files:
         raise ValueError(
-            f"{model_folder} is no trained model folder ({', '.join(missing) or 'no fold_*/checkpoint_*.pth'} missing); give the folder named "
-            "TRAINER__PLANS__CONFIGURATION below nnUNet_results"
+            f"{model_folder} is no trained model folder ({', '.join(missing) or 'fold_*/checkpoint_*.pth'} missing); "
+            "give the folder named TRAINER__PLANS__CONFIGURATION below nnUNet_results"
         )
     if output.exists():
         raise ValueError(f"{output} exists; name a folder that does not, or remove it")
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    # beside the output, so that the rename stays on one disk; a name of our own, so that nobody's folder is touched
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=require_writable(output.parent)))
     try:
         written = [_export_checkpoint(file, partial / file.relative_to(model_folder), weights) for file in files]
         plans = json.loads((model_folder / "plans.json").read_text())
@@ -62,6 +63,7 @@ def export_model(model_folder: Path, output: Path, weights: str = "student") -> 
             partial,
             ["dataset.json", *_COMPANIONS, *(str(fold / name) for fold in folds for name in _FOLD_COMPANIONS)],
         )
+        partial.chmod(model_folder.stat().st_mode & 0o777)  # mkdtemp lets nobody else in
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -70,11 +72,7 @@ def export_model(model_folder: Path, output: Path, weights: str = "student") -> 
 
 def _export_checkpoint(source: Path, target: Path, weights: str) -> Path:
     checkpoint = read(source)
-    trainer = recursive_find_trainer_class_by_name(checkpoint["trainer_name"])
-    if not issubclass(trainer, ExtTrainer):
-        raise ValueError(
-            f"{source} was trained with {trainer.__name__}, which is none of our trainers; there is nothing to export"
-        )
+    trainer = _trainer_of(checkpoint, source)
     exported: dict[str, Any] = {
         key: value
         for key, value in checkpoint.items()
@@ -87,6 +85,20 @@ def _export_checkpoint(source: Path, target: Path, weights: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic_torch_save(exported, target)
     return target
+
+
+def _trainer_of(checkpoint: dict[str, Any], source: Path) -> type[ExtTrainer]:
+    name = checkpoint.get("trainer_name", "an unnamed trainer")
+    try:
+        trainer = recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:  # nnU-Net's for a name it does not find
+        raise ValueError(
+            f"{source} was trained with {name}, which nnU-Net does not find here: install the package it comes from "
+            "(`nnUNetv2_ext doctor` lists our trainers)"
+        ) from error
+    if not issubclass(trainer, ExtTrainer):
+        raise ValueError(f"{source} was trained with {name}, which is none of our trainers; there is nothing to export")
+    return trainer
 
 
 def _copy(source: Path, target: Path, names: Sequence[str]) -> None:

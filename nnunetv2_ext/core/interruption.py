@@ -37,9 +37,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal is not None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        # the first one counts: when SIGTERM kills the parent of DDP's ranks, torch.multiprocessing sends them SIGINT on top
+        self.signal = self.signal or signal.Signals(number)
 
     @property
     def requested(self) -> bool:

@@ -6,6 +6,7 @@ states, the unfinished epoch, the log and the methods' state.
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class ResumableTrainer(ConfiguredTrainer):
     )
     _random_states: list[dict[str, Any]] | None = None  # one per rank, from the checkpoint
     _log_state: dict[str, Any] | None = None
+    _is_resumed = False
 
     # ---- the loop -------------------------------------------------------------------------------------------------------------------
     def on_train_start(self) -> None:
@@ -51,7 +53,9 @@ class ResumableTrainer(ConfiguredTrainer):
             warn=self.print_to_log_file,
         )
         if self._log_state is not None:
-            self.epoch_log.load_state_dict(self._log_state, self.current_epoch)
+            # stopped during validation: the training part's figures are in the row of the epoch that is continued
+            in_validation = self._partial_epoch is not None and self._partial_epoch["trained"]
+            self.epoch_log.load_state_dict(self._log_state, self.current_epoch + in_validation)
         self.logger.loggers.append(self.epoch_log)
 
     def on_train_end(self) -> None:
@@ -62,13 +66,15 @@ class ResumableTrainer(ConfiguredTrainer):
 
     def on_epoch_end(self) -> None:
         """nnU-Net's; the latest checkpoint is written last, with the final best EMA, so that a continued run compares as an unbroken one."""
-        best_before, save_every, epoch = self._best_ema, self.save_every, self.current_epoch
+        save_every, epoch = self.save_every, self.current_epoch
+        # nnU-Net's rule for checkpoint_best.pth, which is written inside super() and must hold the new count
+        improved = self._best_ema is None or self.logger.get_value("ema_fg_dice", step=-1) > self._best_ema
+        self.epochs_without_improvement = 0 if improved else self.epochs_without_improvement + 1
         self.save_every = self.num_epochs + epoch + 2  # never due inside super()
         try:
             super().on_epoch_end()
         finally:
             self.save_every = save_every
-        self.epochs_without_improvement = 0 if self._best_ema != best_before else self.epochs_without_improvement + 1
         self.after_epoch(epoch)
         if (epoch + 1) % save_every == 0 and epoch + 1 < self.num_epochs:
             self._save_latest(completed_epochs=epoch + 1)
@@ -88,17 +94,37 @@ class ResumableTrainer(ConfiguredTrainer):
     def run_training(self) -> None:
         """Replaces nnUNetTrainer.run_training: the same calls in the same order, and between steps a look at signals and the stop file."""
         self.on_train_start()
+        if self.current_epoch < self.num_epochs and not self.stopped_early:
+            self._set_old_checkpoints_aside()
         with StopRequest(Path(self.output_folder) / "stop") as self._stop:
             if self._random_states is not None and self.local_rank < len(self._random_states):
                 randomness.set_random_state(self._random_states[self.local_rank], self.generator)
+            self._random_states = None  # memory-mapped: Windows cannot replace the file while they are held
             while self.current_epoch < self.num_epochs and not self.stopped_early:
                 self._run_epoch()
-        self._stop = None
+        late_signal = self._stop_code() > 1
         if self.stopped_early:
             self.print_to_log_file(
                 f"Early stop: {self.epochs_without_improvement} epochs without a better moving average of the pseudo Dice."
             )
         self.on_train_end()
+        if late_signal:  # it came after the last look; the training is complete, the validation would be killed
+            self.print_to_log_file(f"Stopped by {self._stop.reason} after training; --val runs the validation.")
+            raise SystemExit(self._stop.exit_code)
+
+    def _set_old_checkpoints_aside(self) -> None:
+        """nnU-Net's ``--c`` prefers checkpoint_final.pth, so an old one would undo what is trained from here on."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        folder = Path(self.output_folder)
+        if self._is_resumed:  # a finished training gets longer
+            if (folder / "checkpoint_final.pth").is_file():
+                (folder / "checkpoint_final.pth").replace(folder / "checkpoint_latest.pth")
+            return
+        for name in ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"):
+            if (folder / name).is_file():
+                (folder / name).replace(folder / f"previous_{name}")
+                self.print_to_log_file(f"{name} of an earlier training in {folder} is kept as previous_{name}.")
 
     def _run_epoch(self) -> None:
         self.on_epoch_start()
@@ -134,14 +160,9 @@ class ResumableTrainer(ConfiguredTrainer):
 
     def _stop_if_requested(self, outputs: list[dict], state: dict | None = None) -> None:
         assert self._stop is not None
-        requested = self._stop.requested
-        if self.is_ddp:  # all ranks must leave at the same step
-            flag = torch.tensor(float(requested), device=self.device)
-            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-            requested = bool(flag.item())
-        if not requested:
+        if not self._stop_code():
             return
-        self._partial_epoch = {"outputs": outputs}
+        self._partial_epoch = {"outputs": outputs, "trained": state is not None}
         self._save_latest(self.current_epoch, state)
         if self.local_rank == 0:
             reason = self._stop.reason
@@ -157,7 +178,20 @@ class ResumableTrainer(ConfiguredTrainer):
         for loader in (self.dataloader_train, self.dataloader_val):
             if hasattr(loader, "_finish"):
                 loader._finish()
+        if self.is_ddp:
+            distributed.barrier()  # a rank that ends makes torch.multiprocessing end the others, who may still be writing
         raise SystemExit(self._stop.exit_code)
+
+    def _stop_code(self) -> int:
+        """0: go on, 1: the stop file, else a signal's number. The same on all ranks, who must leave at the same step."""
+        assert self._stop is not None
+        code = int(self._stop.signal or self._stop.requested)
+        if self.is_ddp:
+            flag = torch.tensor(code, device=self.device)
+            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+            code = int(flag)
+            self._stop.signal = signal.Signals(code) if code > 1 else None
+        return code
 
     def _gather(self, value: Any) -> list[Any]:
         if not self.is_ddp:
@@ -241,6 +275,7 @@ class ResumableTrainer(ConfiguredTrainer):
             self.print_to_log_file(warning)
         extension = checkpoint.get(checkpoints.EXTENSION_KEY)
         if extension is not None:
+            checkpoints.require_known_format(extension, path)
             model = type(self.settings)
             self._apply_settings(
                 ext_settings.resume(model, extension["settings"], self.resolved, strict=self.is_continued)
@@ -249,6 +284,7 @@ class ResumableTrainer(ConfiguredTrainer):
             self.initialize()
         checkpoints.check_weights(checkpoint["network_weights"], self.network, path)
         super().load_checkpoint(str(path))
+        self._is_resumed = True
         if extension is None:
             self.print_to_log_file(f"{path} is a checkpoint of plain nnU-Net: the method's state starts fresh.")
             self.global_step = self.current_epoch * self.num_iterations_per_epoch

@@ -13,10 +13,10 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -33,7 +33,7 @@ STRUCTURAL: JsonDict = {"structural": True}  # changes the network, so all folds
 class CommonSettings(BaseModel):
     """Settings every trainer of this package understands; a method adds its own below its name (``medcontext.mask_ratio``)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     num_epochs: int = Field(
         1000, ge=1, description="epochs; the learning rate decays to zero over them", json_schema_extra=RESUMABLE
@@ -63,7 +63,7 @@ class CommonSettings(BaseModel):
         lt=2**31,
         description="random seed; with nnUNet_n_proc_DA=0 on CPU two runs are then identical bit for bit",
     )
-    train_cases: int | list[str] | None = Field(
+    train_cases: Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
         description="few-shot: train on this many of the fold's training cases (nested draws: a smaller set is part of a larger), or on "
         "the listed case ids; validation cases stay as they are",
@@ -86,6 +86,14 @@ class CommonSettings(BaseModel):
         description='also log to TensorBoard; needs pip install "nnunetv2-ext[tensorboard]"',
         json_schema_extra=RESUMABLE,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads True as 1, which would turn "num_epochs: yes" of a YAML file into one epoch
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("expected a number, not true or false")
+        return value
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ def from_environment(text: str | None) -> dict[str, Any]:
     text = (text or "").strip()
     if not text:
         return {}
-    if Path(text).is_file() or "=" not in text:
+    if "=" not in text or _is_file(text):
         return _from_file(Path(text))
     pairs: dict[str, Any] = {}
     try:
@@ -167,14 +175,32 @@ def from_environment(text: str | None) -> dict[str, Any]:
     return pairs
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key may come once; PyYAML keeps the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+        if twice:
+            raise yaml.constructor.ConstructorError(problem=f"{twice[0]!r} is set twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than a file name can be: a list of cases, for example
+        return False
+
+
 def _from_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not _is_file(str(path)):
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE} names the settings file {str(path)!r}, which does not exist; give the path of a YAML file or "
             "key=value pairs"
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -208,9 +234,9 @@ def resolve(
     if environment is None:
         environment = os.environ.get(ENVIRONMENT_VARIABLE)
     layers = [
-        ("trainer", flatten_layer(trainer_defaults or {}, model)),
-        ("plans", flatten_layer(plans or {}, model)),
-        (ENVIRONMENT_VARIABLE, flatten_layer(from_environment(environment), model)),
+        ("trainer", _flatten_unique(trainer_defaults or {}, model, "trainer")),
+        ("plans", _flatten_unique(plans or {}, model, f"plans[{PLANS_KEY!r}]")),
+        (ENVIRONMENT_VARIABLE, _flatten_unique(from_environment(environment), model, ENVIRONMENT_VARIABLE)),
     ]
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -238,23 +264,36 @@ def resume(model: type[CommonSettings], saved: Mapping[str, Any], now: Resolved,
     fields = fields_by_key(model)
     values = {key: value for key, value in saved.items() if key in fields}
     sources = dict.fromkeys(values, "checkpoint")
+    before = flatten(_validate(model, values, sources))  # with the defaults of keys an older version did not have
     for key, value in now.explicit().items() if strict else ():
         if is_marked(fields[key], "resumable"):
             values[key], sources[key] = value, now.sources[key]
-        elif key in values and values[key] != value:
+        elif before[key] != value:
             raise ValueError(
-                f"this training was started with {key}={values[key]}, but {now.sources[key]} now says {key}={value}: continue with the old "
+                f"this training was started with {key}={before[key]}, but {now.sources[key]} now says {key}={value}: continue with the old "
                 "value (unset the new one), or start a new training without --c"
             )
     return Resolved(_validate(model, values, sources), sources)
 
 
+def _flatten_unique(layer: Any, model: type[BaseModel], source: str) -> dict[str, Any]:
+    if not isinstance(layer, Mapping):
+        raise ValueError(f"{source} must hold settings as key: value, not a {type(layer).__name__}")
+    flat = flatten_layer(layer, model)
+    nested = [f"{block}.{key}" for block, inner in layer.items() if isinstance(inner, Mapping) for key in inner]
+    twice = [key for key in nested if key in layer]
+    if twice:
+        raise ValueError(f"{source} sets {twice[0]!r} twice, nested and dotted; keep one of the two")
+    return flat
+
+
 def flatten_layer(layer: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Nested blocks of a source as dotted keys; a block without a key in it (``medcontext:``) is no key."""
     blocks = {key.partition(".")[0] for key in fields_by_key(model) if "." in key}
     flat: dict[str, Any] = {}
     for key, value in layer.items():
-        if key in blocks and isinstance(value, Mapping):
-            flat.update({f"{key}.{inner}": inner_value for inner, inner_value in value.items()})
+        if key in blocks and (value is None or isinstance(value, Mapping)):
+            flat.update({f"{key}.{inner}": inner_value for inner, inner_value in (value or {}).items()})
         else:
             flat[str(key)] = value
     return flat
@@ -306,10 +345,16 @@ def _one_line(error: ValidationError, fields: Mapping[str, FieldInfo], sources: 
         messages[key] = (
             f"{messages[key]} / {what}"
             if key in messages
-            else f"{key}={problem['input']!r} (from {sources.get(key, 'default')}): {what}"
+            else f"{key}={problem['input']!r} (from {_source(key, sources)}): {what}"
         )
     meanings = [f"; {key} is: {fields[key].description}" for key in messages if key in fields]
     return "invalid setting " + "; ".join(messages.values()) + "".join(meanings)
+
+
+def _source(key: str, sources: Mapping[str, str]) -> str:
+    """Where a key comes from; for a block that contradicts itself, where its keys come from."""
+    inside = dict.fromkeys(source for name, source in sources.items() if name.startswith(f"{key}."))
+    return sources.get(key) or " and ".join(inside) or "default"
 
 
 def describe(settings: CommonSettings, sources: Mapping[str, str]) -> str:

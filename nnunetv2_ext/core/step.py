@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+RESERVED = ("loss", "grad_norm")  # what a step reports beside its terms
+
+
 @dataclass(frozen=True)
 class Batch:
     """A training batch on the device.
@@ -96,7 +99,7 @@ def backward_passes(
         Every term's unweighted value, 0-dim, detached, on the device.
 
     Raises:
-        ValueError: no pass, or two terms of one name.
+        ValueError: no pass, two terms of one name, or a reserved name.
     """
     if not passes:
         raise ValueError("a training step needs at least one loss pass")
@@ -112,8 +115,10 @@ def backward_passes(
             if total is not None and total.requires_grad:
                 (total if grad_scaler is None else grad_scaler.scale(total)).backward()
         for name, term in terms.items():
-            if name in values:
-                raise ValueError(f"two loss terms are called {name!r}; a term's name must be unique within a step")
+            if name in values or name in RESERVED:
+                raise ValueError(
+                    f"a loss term cannot be called {name!r}: names must be unique within a step, and none of {', '.join(RESERVED)}"
+                )
             values[name] = term.value.detach()
     return values
 

@@ -64,16 +64,15 @@ class ExtTrainer(ResumableTrainer):
             ``loss``, the supervised term as in a plain run, every named term, and ``grad_norm``; 0-dim arrays.
 
         Raises:
-            ValueError: a term is not finite; the weights are still those of the step before.
+            ValueError: a term or the gradient is not finite; the weights are still those of the step before.
         """
         self.last_batch = batch
         on_device = Batch.from_loader(batch, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         values = backward_passes(self.loss_passes(on_device), self.network, self.device, self.grad_scaler)
         if self.grad_scaler is None:
-            figures = self._read(values)
+            figures = self._read(values | {"grad_norm": self.clip_gradients()})
             self._require_finite(figures, on_device.keys)
-            figures |= self._read({"grad_norm": self.clip_gradients()})
             self.optimizer.step()
         else:
             self.grad_scaler.unscale_(self.optimizer)
@@ -92,17 +91,20 @@ class ExtTrainer(ResumableTrainer):
         return {name: np.asarray(value) for name, value in zip(values, host, strict=True)}
 
     def _require_finite(self, figures: dict[str, np.ndarray], cases: Sequence[str]) -> None:
-        broken = [name for name, value in figures.items() if name != "grad_norm" and not np.isfinite(value)]
+        # the scaler skips steps whose gradients overflow, and lowers its scale
+        broken = [n for n, v in figures.items() if not np.isfinite(v) and not (n == "grad_norm" and self.grad_scaler)]
         self._nonfinite_steps = self._nonfinite_steps + 1 if broken else 0
         if self._nonfinite_steps <= (0 if self.grad_scaler is None else MAX_NONFINITE_UNDER_AMP):
             return
         where = f"epoch {self.current_epoch}, step {self.global_step}"
         path = Path(self.output_folder) / "checkpoint_before_nan.pth"
-        if self.local_rank == 0 and not self.disable_checkpointing:
+        kept = "no checkpoint was written (--disable_checkpointing)"
+        if not self.disable_checkpointing:  # by any rank: another one may not have met the broken batch
+            kept = f"the weights from before this step are in {path}"
             atomic_torch_save(self._checkpoint(completed_epochs=self.current_epoch, random_states=None), path)
         message = (
-            f"the loss term(s) {', '.join(f'{n}={figures[n]}' for n in broken)} are not finite at {where}, cases {', '.join(cases)}. The weights from "
-            f"before this step are in {path}. Check these cases for NaN or extreme intensities; else lower initial_lr"
+            f"not finite: {', '.join(f'{n}={figures[n]}' for n in broken)} at {where}, cases {', '.join(cases)}; {kept}. "
+            "Check these cases for NaN or extreme intensities; else lower initial_lr"
         )
         self.print_to_log_file(f"ERROR: {message}")
         raise ValueError(message)

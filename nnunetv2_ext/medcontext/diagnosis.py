@@ -1,14 +1,17 @@
 """A look at one sample: what student and teacher see, and how strongly each term pulls.
 
-Everything runs on one sample, in eval mode and on the uncompiled student, so it costs a fraction of a step per epoch and changes nothing.
+Everything runs on one sample, in eval mode and on the uncompiled networks, so it costs a fraction of a step per epoch
+and changes nothing.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,35 +24,36 @@ if TYPE_CHECKING:
     from nnunetv2_ext.medcontext.training import MedContextTraining
 
 
-@dataclass
+@dataclass(frozen=True)
 class Diagnosis:
-    """One sample seen by student and teacher; label maps ``S`` on the CPU, numbered as in core/labelmaps.py.
+    """One sample seen by student and teacher, on the CPU: logits kept until the next epoch would cost GPU memory.
 
     Attributes:
         case: its case id.
-        image: first channel, ``S``.
-        hidden: bool ``S``.
-        target, clean, masked, teacher: the truth, the student on x and on m(x), the teacher on x (the student's own without one).
-        disagreement: share of voxels that the teacher on x and the student on m(x) label differently.
-        gradient_ratio: |d(beta ramp L_cons)| / |d(a L_masked)| over the student's parameters; NaN without a teacher.
+        image: first channel, ``(*S)``.
+        hidden: bool ``(*S)``, the mask m.
+        target, clean, masked, teacher: label maps ``(*S)`` of the target, of the student on x and on m(x), and of the
+            teacher on x (None without a teacher). Numbered as in core/labelmaps.py.
+        gradient_ratio: |d(beta ramp L_cons)| / |d(a L_masked)| over the student's parameters; NaN without a teacher or
+            if a is 0.
+        disagreement: share of voxels, 0..1, that the teacher on x and the student on m(x) label differently; NaN
+            without a teacher.
     """
 
     case: str
-    image: np.ndarray
-    hidden: np.ndarray
-    target: np.ndarray
-    clean: np.ndarray
-    masked: np.ndarray
-    teacher: np.ndarray
-    disagreement: float
+    image: npt.NDArray[Any]
+    hidden: npt.NDArray[np.bool_]
+    target: npt.NDArray[Any]
+    clean: npt.NDArray[Any]
+    masked: npt.NDArray[Any]
+    teacher: npt.NDArray[Any] | None
     gradient_ratio: float
+    disagreement: float
 
 
 def diagnose(trainer: MedContextTraining, batch: Batch) -> Diagnosis:
-    """Look at the sample of ``batch`` with the most foreground; the mask comes from a generator of its own, seeded by the step."""
-    target = batch.top_target
-    foreground = ((target > 0) & (target != (trainer.label_manager.ignore_label or -1))).flatten(1).sum(1)
-    sample = batch.select([int(foreground.argmax())])
+    """Look at the sample of ``batch`` with the most foreground; the mask's generator is its own, seeded by the step."""
+    sample = batch.select([int(_foreground(trainer, batch.top_target).argmax())])
     student = unwrap(trainer.network)
     was_training = student.training
     student.eval()
@@ -63,18 +67,32 @@ def diagnose(trainer: MedContextTraining, batch: Batch) -> Diagnosis:
         student.train(was_training)
 
 
+def _foreground(trainer: MedContextTraining, target: Tensor) -> Tensor:
+    """Annotated foreground voxels per sample, (B,), of a target (B, 1 or regions, *S)."""
+    labels = trainer.label_manager
+    foreground = target > 0
+    if labels.ignore_label is not None:
+        # with regions the last channel is the ignore map
+        foreground = foreground[:, :-1] if labels.has_regions else foreground & (target != labels.ignore_label)
+    return foreground.flatten(1).sum(1)
+
+
 def _diagnose(trainer: MedContextTraining, student: torch.nn.Module, sample: Batch) -> Diagnosis:
-    s = trainer.medcontext
+    s, labels = trainer.medcontext, trainer.label_manager
     mask = trainer.draw_mask(sample.data.shape)
-    on_gpu = trainer.device.type == "cuda"
-    with torch.autocast(trainer.device.type, enabled=on_gpu):
-        with torch.no_grad():
-            clean = _top(trainer.forward(sample, student))
-            teacher = clean if trainer.teacher is None else _top(trainer.forward(sample, trainer.teacher))
+    with torch.no_grad():
+        clean = _logits(trainer, sample, student)
+        # .forward: the compiled call would build another graph for a batch of one
+        teacher = None if trainer.teacher is None else _logits(trainer, sample, trainer.teacher.module.forward)
+    # a block of its own: after a no_grad forward of the same network in the same autocast block, older torch finds its
+    # weights cast without gradient (pytorch/pytorch#112583)
+    with _autocast(trainer):
         output = trainer.forward(sample.with_data(trainer.hide(sample.data, mask)), student)
         masked = _top(output)
-        ratio = float("nan")
-        if trainer.teacher is not None and s.supervised_weight > 0:
+        ratio = share = float("nan")
+        if teacher is not None:
+            share = float(disagreement(teacher, masked.detach(), labels.has_regions))
+        if teacher is not None and s.supervised_weight > 0:
             weight = s.beta * ramp(max(0, trainer.global_step - 1), trainer.total_steps, s.ramp_fraction)
             consistency = weight * trainer.consistency(teacher, masked, sample)
             supervised = s.supervised_weight * trainer.loss(output, sample.target)
@@ -82,7 +100,6 @@ def _diagnose(trainer: MedContextTraining, student: torch.nn.Module, sample: Bat
             ratio = _gradient_norm(consistency, parameters, trainer) / max(
                 _gradient_norm(supervised, parameters, trainer), 1e-12
             )
-    labels = trainer.label_manager
     return Diagnosis(
         case=sample.keys[0],
         image=sample.data[0, 0].float().cpu().numpy(),
@@ -90,14 +107,25 @@ def _diagnose(trainer: MedContextTraining, student: torch.nn.Module, sample: Bat
         target=target_to_labels(sample.top_target[0], labels),
         clean=logits_to_labels(clean[0], labels),
         masked=logits_to_labels(masked[0].detach(), labels),
-        teacher=logits_to_labels(teacher[0], labels),
-        disagreement=float(disagreement(teacher, masked, labels.has_regions)),
+        teacher=None if teacher is None else logits_to_labels(teacher[0], labels),
         gradient_ratio=ratio,
+        disagreement=share,
     )
 
 
+def _logits(trainer: MedContextTraining, sample: Batch, network: Any) -> Tensor:
+    with _autocast(trainer):
+        return _top(trainer.forward(sample, network))
+
+
+def _autocast(trainer: MedContextTraining) -> AbstractContextManager[Any]:
+    """As in training: CUDA only."""
+    return torch.autocast("cuda") if trainer.device.type == "cuda" else nullcontext()
+
+
 def _gradient_norm(loss: Tensor, parameters: list[torch.nn.Parameter], trainer: MedContextTraining) -> float:
-    # scaled as in training: small gradients would vanish in half precision. torch.autograd.grad leaves .grad and DDP's hooks alone
+    # scaled as in training: small gradients would vanish in half precision. torch.autograd.grad leaves .grad and DDP's
+    # hooks alone
     scale = 1.0 if trainer.grad_scaler is None else float(trainer.grad_scaler.get_scale())
     if not loss.requires_grad:
         return 0.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -17,41 +19,64 @@ from nnunetv2_ext.medcontext.diagnosis import Diagnosis
 HIDDEN_COLOUR = (0.55, 0.0, 0.75)
 
 
-def draw_panel(result: Diagnosis, path: Path, title: str, dataset_json: dict, labels: LabelManager) -> None:
-    """Write the picture: columns image, mask, target, student on x, student on m(x), teacher on x; a row per axis (3-D) or one (2-D)."""
-    image, hidden = result.image, result.hidden
-    maps = {
-        "target": result.target,
-        "student, whole patch": result.clean,
-        "student, masked patch": result.masked,
-        "teacher, whole patch": result.teacher,
-    }
+def draw_panel(
+    result: Diagnosis,
+    path: Path,
+    title: str,
+    dataset_json: dict,
+    labels: LabelManager,
+    spacing: Sequence[float] | None = None,
+) -> None:
+    """Write the picture: columns image, mask, target, student on x, student on m(x), teacher on x (if there is one).
+
+    Args:
+        result: what to draw.
+        path: PNG to write.
+        title: beginning of the title; case, patch size and hidden share follow.
+        dataset_json: names of the classes.
+        labels: their order.
+        spacing: voxel size per patch axis in mm, so that slices get their true proportions; None for cubes.
+    """
+    image, target = result.image, result.target
+    maps = {"target": target, "student, whole patch": result.clean, "student, masked patch": result.masked}
+    if result.teacher is not None:
+        maps["teacher, whole patch"] = result.teacher
     classes = class_names(dataset_json, labels)
+    mm = (1.0,) * image.ndim if spacing is None else tuple(spacing)
+    # the fullest slice is meant to show organs, not the one with the largest unannotated part
+    ignored = [value for value, name in classes.items() if name == "ignore"]
+    organs = np.where(np.isin(target, ignored), 0, target)
+    columns, cuts = len(maps) + 2, [None] if image.ndim == 2 else [0, 1, 2]
     # nnU-Net's progress plot calls seaborn.set(font_scale=2.5), which changes the fonts of the whole process
     with matplotlib.style.context("default"):
-        axes_to_cut = range(3) if image.ndim == 3 else [None]
-        rows = len(axes_to_cut)
-        figure = Figure(figsize=(2.35 * 6, 2.5 * rows + 1.0), layout="constrained")
+        figure = Figure(figsize=(2.35 * columns, 2.5 * len(cuts) + 1.0), layout="constrained")
         figure.suptitle(
-            f"{title}: {result.case}, patch {' x '.join(map(str, image.shape))}, {hidden.mean():.0%} hidden"
+            f"{title}: {result.case}, patch {' x '.join(map(str, image.shape))}, {result.hidden.mean():.0%} hidden"
         )
-        grid = figure.subplots(rows, 6, squeeze=False)
+        grid = figure.subplots(len(cuts), columns, squeeze=False)
         window = tuple(np.percentile(image, (1, 99.5)))
-        for row, axis in zip(grid, axes_to_cut, strict=True):
-            index = None if axis is None else fullest_slice(result.target, axis)
-
-            def cut(volume: np.ndarray, axis: int | None = axis, index: int | None = index) -> np.ndarray:
-                return volume.T if axis is None or index is None else take_slice(volume, axis, index)
-
+        for row, axis in zip(grid, cuts, strict=True):
+            index = None if axis is None else fullest_slice(organs, axis)
+            # rows are the later of the two remaining axes, as take_slice has it
+            rest = [a for a in range(image.ndim) if a != axis]
+            options: dict[str, Any] = {"window": window, "spacing": (mm[rest[1]], mm[rest[0]])}
             position = "2-D patch" if axis is None else f"axis {axis}, slice {index}"
-            draw_slice(row[0], cut(image), window=window, title=f"image ({position})")
-            draw_slice(row[1], cut(image), window=window, title="what the student sees")
-            overlay = np.zeros((*cut(hidden).shape, 4))
-            overlay[cut(hidden)] = (*HIDDEN_COLOUR, 1.0)
-            row[1].imshow(overlay, origin="lower", interpolation="nearest")
+            draw_slice(row[0], _cut(image, axis, index), title=f"image ({position})", **options)
+            draw_slice(row[1], _cut(image, axis, index), title="what the student sees", **options)
+            hidden = _cut(result.hidden, axis, index)
+            cover = np.zeros((*hidden.shape, 4))
+            cover[hidden] = (*HIDDEN_COLOUR, 1.0)
+            row[1].imshow(cover, origin="lower", interpolation="nearest", aspect=row[1].get_aspect())
             for cell, (name, label) in zip(row[2:], maps.items(), strict=True):
-                draw_slice(cell, cut(image), cut(label), classes, window=window, title=name)
-        handles = [Patch(color=colour, label=classes[value]) for value, colour in label_colours(classes).items()]
+                draw_slice(cell, _cut(image, axis, index), _cut(label, axis, index), classes, title=name, **options)
+        # of a hundred organs only those in this patch
+        present = set(np.unique(np.concatenate([np.unique(label) for label in maps.values()])).tolist())
+        colours = {value: colour for value, colour in label_colours(classes).items() if value in present}
+        handles = [Patch(color=colour, label=classes[value]) for value, colour in colours.items()]
         handles.append(Patch(color=HIDDEN_COLOUR, label="hidden from the student"))
         figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False)
         figure.savefig(path, dpi=110)
+
+
+def _cut(volume: np.ndarray, axis: int | None, index: int | None) -> np.ndarray:
+    return volume.T if axis is None or index is None else take_slice(volume, axis, index)

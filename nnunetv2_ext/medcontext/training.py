@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from nnunetv2_ext.core.checkpoint import unwrap
+from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, unwrap
 from nnunetv2_ext.core.step import Batch, LossPass, Term
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.medcontext.consistency import consistency_loss, ramp, valid_mask
@@ -204,6 +204,7 @@ class MedContextTraining(ExtTrainer):
             f"{type(self).__name__}, epoch {self.current_epoch - 1}",
             self.dataset_json,
             self.label_manager,
+            self.configuration_manager.spacing[-len(self.configuration_manager.patch_size) :],
         )
 
     # ---- checkpoint -----------------------------------------------------------------------------------------------------------------
@@ -237,9 +238,11 @@ class MedContextTraining(ExtTrainer):
     @classmethod
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
         """``teacher``: the moving average instead of the trained network; everything else as in core."""
-        if weights != "teacher":
+        if weights not in ("student", "teacher"):
+            raise ValueError(f"{cls.__name__} has no {weights!r} weights to export; it has: student, teacher")
+        if weights == "student":
             return super().export_weights(checkpoint, weights)
-        state = checkpoint["nnunetv2_ext"]["methods"].get("medcontext")
+        state = checkpoint.get(EXTENSION_KEY, {}).get("methods", {}).get("medcontext")
         if state is None:
             raise ValueError(
                 "this checkpoint has no teacher (medcontext.beta was 0, or plain nnU-Net wrote it); export --weights student"

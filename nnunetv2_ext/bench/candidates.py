@@ -1,0 +1,125 @@
+"""Which trainers are measured, with which settings, and how a mistyped name is answered."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nnunetv2_ext import installed_trainers
+
+BASELINE = "nnUNetTrainer"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trainer with its settings.
+
+    Attributes:
+        trainer: class name, as for ``nnUNetv2_train -tr``.
+        settings: what ``nnUNet_ext_settings`` is set to while it is built (``key=value`` pairs or a YAML file's path); empty: whatever
+            the variable holds already.
+    """
+
+    trainer: str
+    settings: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name for tables: the class and, shortened to the last part of each key, the settings."""
+        if "=" not in self.settings:
+            return f"{self.trainer} {self.settings}".strip()
+        pairs = [pair.partition("=") for pair in self.settings.split()]
+        return " ".join([self.trainer, *(f"{key.rpartition('.')[2]}{sign}{value}" for key, sign, value in pairs)])
+
+
+def parse_candidates(trainers: Sequence[str], settings: Sequence[str] = ()) -> list[Candidate]:
+    """Candidates from the command line; plain nnUNetTrainer always comes first, once.
+
+    Args:
+        trainers: ``NAME`` or ``NAME:SETTINGS``; a name may occur several times with different settings.
+        settings: ``NAME=SETTINGS``, for every occurrence of the name; joined with what follows the occurrence's own colon.
+
+    Raises:
+        ValueError: settings without a name or for a trainer that is not measured, a file joined with pairs, or one candidate twice.
+    """
+    common: dict[str, str] = {}
+    for entry in settings:
+        name, separator, value = entry.partition("=")
+        if not separator or not value or not name.isidentifier():
+            raise ValueError(
+                f"--settings {entry!r} is not of the form TRAINER=SETTINGS; write for example "
+                '--settings nnUNetTrainerMedContext="medcontext.masked_fraction=0.5"'
+            )
+        common[name] = f"{common[name]} {value}" if name in common else value
+    candidates = [Candidate(BASELINE)]
+    for entry in trainers:
+        name, _, own = entry.partition(":")
+        candidate = Candidate(name, _join(name, common.get(name, ""), own.strip()))
+        if candidate == candidates[0]:
+            continue
+        if candidate in candidates:
+            raise ValueError(f"-tr names {entry!r} twice with the same settings; give each its own after a colon")
+        candidates.append(candidate)
+    for name in common:
+        if name not in {c.trainer for c in candidates}:
+            raise ValueError(f"--settings names {name}, which is not among the trainers of -tr; add it there")
+    return candidates
+
+
+def _join(name: str, common: str, own: str) -> str:
+    if common and own and ("=" not in common or "=" not in own):
+        raise ValueError(
+            f"a settings file of {name} cannot be joined with other settings; write all of them into the file"
+        )
+    return f"{common} {own}".strip()
+
+
+def find_trainer(name: str) -> type:
+    """The class that ``nnUNetv2_train -tr NAME`` would use.
+
+    Raises:
+        ValueError: no such trainer (with the nearest names), or its module cannot be imported.
+    """
+    if name in (ours := installed_trainers()):  # nnU-Net's own search imports all its trainers, which takes seconds
+        return _import_ours(name, ours[name])
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        if "Could not find requested nnunet trainer" not in str(error):
+            raise
+    except AssertionError as error:
+        raise ValueError(f"{name} is no trainer: {error}") from error
+    near = difflib.get_close_matches(name, known_trainers(), n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(
+        f"there is no trainer {name!r}; {hint}nnUNetv2_ext doctor lists ours and where nnU-Net looks for others"
+    )
+
+
+def _import_ours(name: str, module: str) -> type:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ValueError(
+            f"{name} cannot be imported ({error}); install what is missing, nnUNetv2_ext doctor says more"
+        ) from error
+
+
+def known_trainers() -> list[str]:
+    """Names of all trainers that are imported by now, and of ours."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    names, waiting = {BASELINE, *installed_trainers()}, [nnUNetTrainer]
+    while waiting:
+        for subclass in waiting.pop().__subclasses__():
+            if subclass.__name__ not in names and subclass.__name__.startswith("nnUNetTrainer"):
+                names.add(subclass.__name__)
+            waiting.append(subclass)
+    return sorted(names)

@@ -1,0 +1,144 @@
+"""Where the time inside a training step goes, for any trainer, without touching its code.
+
+The step is cut at the beginning and end of calls that every trainer makes: a call of a network, the loss, a backward pass, the optimiser.
+Each stretch of time belongs to the innermost call that is running, the rest is ``other``. On CUDA the cuts are events on the stream, so
+nothing waits and the stretches are the GPU's; elsewhere they are clock readings.
+
+A trainer adds parts of its own by the class attribute ``bench_parts``: ``{"lookup": ("retrieve",)}``, part to names of its methods.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+FORWARD, LOSS, BACKWARD, OPTIMISER, AFTER, OTHER = "forward", "loss", "backward", "optimiser", "after step", "other"
+CORE_PARTS = {OPTIMISER: ("clip_gradients",), AFTER: ("after_step",)}
+
+
+class Timeline:
+    """Cuts in time, each with the part that begins there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cuts: list[tuple[Any, str]] = []
+        self._running: list[str] = [OTHER]
+
+    def enter(self, part: str) -> None:
+        """``part`` begins."""
+        self._running.append(part)
+        self._cut()
+
+    def leave(self) -> None:
+        """The part that began last ends, the one around it goes on."""
+        self._running.pop()
+        self._cut()
+
+    def start(self) -> None:
+        """The first cut: everything up to the next one is ``other``."""
+        self._cut()
+
+    def _cut(self) -> None:
+        if self._device.type == "cuda":
+            moment: Any = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        else:
+            moment = time.perf_counter()
+        self._cuts.append((moment, self._running[-1]))
+
+    def seconds(self) -> dict[str, float]:
+        """Time of each part between the first and the last cut."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        total: dict[str, float] = defaultdict(float)
+        for (begin, part), (end, _) in zip(self._cuts[:-1], self._cuts[1:], strict=True):
+            total[part] += begin.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - begin
+        return dict(total)
+
+
+def measure_parts(trainer: Any, batch: dict[str, Any], steps: int) -> dict[str, float]:
+    """Seconds per step of each part, over ``steps`` training steps."""
+    timeline = Timeline(trainer.device)
+    with _cuts_at_calls(trainer, timeline):
+        timeline.start()
+        for _ in range(steps):
+            trainer.train_step(batch)
+        timeline.start()
+    return {part: seconds / steps for part, seconds in timeline.seconds().items()}
+
+
+def other_networks(trainer: Any) -> dict[str, nn.Module]:
+    """Networks beside the trained one by attribute name: modules, or objects that hold one as ``module`` (an EMA teacher)."""
+    networks = {}
+    for name, value in vars(trainer).items():
+        module = value if isinstance(value, nn.Module) else getattr(value, "module", None)
+        if name in ("network", "loss") or not isinstance(module, nn.Module) or module is trainer.network:
+            continue
+        if next(module.parameters(), None) is not None:
+            networks[name] = module
+    return networks
+
+
+@contextmanager
+def _cuts_at_calls(trainer: Any, timeline: Timeline) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(_module_calls(trainer.network, FORWARD, timeline))
+        for name, module in other_networks(trainer).items():
+            stack.enter_context(_module_calls(module, name, timeline))
+        if isinstance(trainer.loss, nn.Module):
+            stack.enter_context(_module_calls(trainer.loss, LOSS, timeline))
+        else:
+            stack.enter_context(patch.object(trainer, "loss", _timed(trainer.loss, LOSS, timeline)))
+        for owner, names, part in (
+            (torch.autograd, ("backward", "grad"), BACKWARD),
+            (nn.utils, ("clip_grad_norm_",), OPTIMISER),
+            (trainer.optimizer, ("zero_grad", "step"), OPTIMISER),
+            (trainer.grad_scaler, ("unscale_", "step", "update"), OPTIMISER),
+            *((trainer, names, part) for part, names in _method_parts(trainer).items()),
+        ):
+            for name in names:
+                if hasattr(owner, name):
+                    timed = _timed(getattr(owner, name), part, timeline)
+                    stack.enter_context(patch.object(owner, name, timed))
+        yield
+
+
+def _method_parts(trainer: Any) -> dict[str, tuple[str, ...]]:
+    return {**CORE_PARTS, **getattr(trainer, "bench_parts", {})}
+
+
+@contextmanager
+def _module_calls(module: nn.Module, part: str, timeline: Timeline) -> Iterator[None]:
+    compiled = getattr(module, "_compiled_call_impl", None)
+    if compiled is not None and not hasattr(module, "_orig_mod"):
+        # after module.compile() hooks would be compiled in, clock and all
+        with patch.object(module, "_compiled_call_impl", _timed(compiled, part, timeline)):
+            yield
+        return
+    before = module.register_forward_pre_hook(lambda *_: timeline.enter(part))
+    after = module.register_forward_hook(lambda *_: timeline.leave(), always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _timed(function: Callable[..., Any], part: str, timeline: Timeline) -> Callable[..., Any]:
+    @wraps(function)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        timeline.enter(part)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            timeline.leave()
+
+    return timed
