@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-
 RESERVED = ("loss", "grad_norm")  # what a step reports beside its terms
 
 
