@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+DEFAULT_TRAINER = "nnUNetTrainerMedContext"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +50,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--no-mirroring", action="store_true", help="validate without test-time mirroring (8 times faster in 3-D)"
     )
-    parser.add_argument("--fast-cpu", action="store_true", help="bfloat16 networks on the CPU; say so beside the results")
+    parser.add_argument(
+        "--fast-cpu", action="store_true", help="bfloat16 networks on the CPU; say so beside the results"
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--table-only", action="store_true", help="run nothing, print the table of what is there")
     return parser.parse_args()
@@ -71,6 +76,7 @@ def train(task: dict[str, Any]) -> None:
         task["continue"],
         torch.device(task["device"]),
     )
+    trainer.logger.plot_progress_png = lambda folder: None  # nnU-Net's takes 1 to 2 s an epoch
     maybe_load_checkpoint(trainer, task["continue"], False)
     if task["fast_cpu"]:
         if not trainer.was_initialized:
@@ -145,6 +151,10 @@ def main() -> int:
     ]
     results: dict[tuple[int, str], dict[int, float]] = {(size, name): {} for size in sizes for name in names}
     spent, done = 0.0, 0
+    # importing all of nnU-Net's trainers takes 10 s: once here, and the runs inherit it (CUDA allows no fork)
+    context: Any = multiprocessing.get_context("fork" if args.device == "cpu" and hasattr(os, "fork") else "spawn")
+    if context.get_start_method() == "fork":
+        recursive_find_trainer_class_by_name(ladder.get("trainer", DEFAULT_TRAINER))
     for number, (size, seed, name) in enumerate(plan, 1):
         folder = args.output.resolve() / name / f"n{size or 'all'}_seed{seed}"
         summaries = list(folder.glob(f"*/*/fold_{args.fold}/validation/summary.json"))
@@ -166,13 +176,22 @@ def main() -> int:
                 "environment": {"nnUNet_results": str(folder), "nnUNet_ext_settings": str(settings_file)},
                 "log": str(folder / "log.txt"),
                 "continue": bool(list(folder.glob(f"*/*/fold_{args.fold}/checkpoint_*.pth"))),
-                "trainer": ladder.get("trainer", "nnUNetTrainerMedContext"),
+                "trainer": ladder.get("trainer", DEFAULT_TRAINER),
             } | {
                 key: getattr(args, key)
-                for key in ("dataset", "configuration", "fold", "plans", "device", "threads", "no_mirroring", "fast_cpu")
+                for key in (
+                    "dataset",
+                    "configuration",
+                    "fold",
+                    "plans",
+                    "device",
+                    "threads",
+                    "no_mirroring",
+                    "fast_cpu",
+                )
             }
             start = time.time()
-            process = multiprocessing.get_context("spawn").Process(target=train, args=(task,))
+            process = context.Process(target=train, args=(task,))
             process.start()
             process.join()
             if process.exitcode:

@@ -41,7 +41,7 @@ from quickstart_steps import (
 
 REQUIRED_DICE = 0.8  # mean over classes and unseen phantom cases: less means that the model did not learn
 # epochs, steps per epoch: chosen so that everything ends within 4 minutes on 2 CPU cores
-LENGTH = {"cpu": (10, 30), "mps": (10, 30), "cuda": (20, 50)}
+LENGTH = {"cpu": (8, 30), "mps": (8, 30), "cuda": (20, 50)}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -55,10 +55,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("quickstart_output"), help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder of an earlier run")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, help="default: 10, on cuda 20")
+    parser.add_argument("--epochs", type=int, help="default: 8, on cuda 20")
     parser.add_argument("--iterations", type=int, help="training steps per epoch; default: 30, on cuda 50")
-    parser.add_argument("--num-train", type=int, default=16, help="phantom cases to train on; default: %(default)s")
-    parser.add_argument("--num-test", type=int, default=4, help="unseen phantom cases; default: %(default)s")
+    parser.add_argument("--num-train", type=int, default=15, help="phantom cases to train on; default: %(default)s")
+    parser.add_argument("--num-test", type=int, default=3, help="unseen phantom cases; default: %(default)s")
     parser.add_argument(
         "--shape",
         type=int,
@@ -80,7 +80,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all steps; returns the exit status: 0, or 1 after a failed step or a phantom Dice below `REQUIRED_DICE`."""
     options = parse_arguments(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the running command is ended too
     start = time.monotonic()
     try:
         dice = run(options)
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\nAll of it took {time.monotonic() - start:.0f} s.")
     if options.dataset is None and not dice >= REQUIRED_DICE:
         print(
-            f"The mean Dice on unseen phantom cases is {dice:.3f}, below {REQUIRED_DICE}: the model did not learn enough.\n"
+            f"The mean Dice on unseen phantom cases is {dice:.3f}, below {REQUIRED_DICE}: the model did not learn.\n"
             "Either the training was too short (--epochs, --iterations) or something is wrong with the installation:\n"
             "see the log, and try  nnUNetv2_ext doctor",
             file=sys.stderr,
@@ -108,13 +107,13 @@ def run(options: argparse.Namespace) -> float:
     output = options.output.resolve()
     prepare_output(output, options.overwrite, options.dataset)
     folders = {f"nnUNet_{kind}": str(output / f"nnUNet_{kind}") for kind in ("raw", "preprocessed", "results")}
-    os.environ.update(folders)  # for nnU-Net's functions in this process
     for folder in folders.values():
         Path(folder).mkdir()
     cores = os.cpu_count() or 1
     workers = str(min(cores, 8))
     environment = {
         **os.environ,
+        **folders,
         "PYTHONUNBUFFERED": "1",
         "nnUNet_def_n_proc": workers,
         "nnUNet_npp": "1",
@@ -133,9 +132,15 @@ def run(options: argparse.Namespace) -> float:
     raw = output / "nnUNet_raw"
     if options.dataset is None:
         dataset = write_phantom_dataset(
-            raw, 1, num_train=options.num_train, num_test=options.num_test, shape=options.shape, seed=options.seed
+            raw,
+            1,
+            num_train=options.num_train,
+            num_test=options.num_test,
+            shape=options.shape,
+            seed=options.seed,
+            channels=2,
         )
-        print(f"    {options.num_train} synthetic training scans and {options.num_test} unseen ones")
+        print(f"    {options.num_train} synthetic patients (T1 and T2) to train on and {options.num_test} unseen ones")
     else:
         dataset = adopt_dataset(options.dataset.resolve(), raw)
     print(f"    {dataset}")
@@ -161,7 +166,7 @@ def run(options: argparse.Namespace) -> float:
     description = read_description(dataset)
     fold = "0" if description["numTraining"] >= 5 else "all"  # nnU-Net splits into five folds
     epochs, iterations = options.epochs or LENGTH[device][0], options.iterations or LENGTH[device][1]
-    length = f"num_epochs={epochs} num_iterations_per_epoch={iterations} num_val_iterations_per_epoch=4"
+    length = f"seed=0 num_epochs={epochs} num_iterations_per_epoch={iterations} num_val_iterations_per_epoch=4"
     model = ["-tr", options.trainer, "-p", plans_name, "-device", device]
     steps.run(
         f"Train {epochs} epochs of {iterations} steps",
@@ -204,4 +209,5 @@ def run(options: argparse.Namespace) -> float:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the running command is ended too
     sys.exit(main())

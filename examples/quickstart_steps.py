@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -144,39 +145,47 @@ def adopt_dataset(source: Path, raw: Path) -> Path:
         raise QuickstartError(
             f"--dataset {source} is no nnU-Net raw dataset: expected DatasetXXX_Name with a dataset.json"
         )
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
     description = read_description(source)
     ending = description["file_ending"]
-    training = get_filenames_of_train_images_and_targets(str(source), json.loads(json.dumps(description)))
-    unseen = {}
-    for label in sorted((source / "labelsTs").glob(f"*{ending}")):
-        case = label.name[: -len(ending)]
-        pattern = re.compile(re.escape(case) + r"_\d{4}" + re.escape(ending))
-        images = sorted(str(p) for p in (source / "imagesTs").glob("*") if pattern.fullmatch(p.name))
-        if images:
-            unseen[case] = {"images": images, "label": str(label)}
+    training, unseen = (labelled_cases(source, split, description) for split in ("Tr", "Ts"))
     if not unseen:
         if len(training) < 2:
             raise QuickstartError(f"--dataset {source} has {len(training)} labelled case(s): at least 2 are needed")
         for case in sorted(training)[-max(1, len(training) // 5) :]:
             unseen[case] = training.pop(case)
-        print(f"    no labelled test cases: {len(unseen)} training case(s) held out as unseen")
+        print(f"    no labelled test cases: the last {len(unseen)} training case(s) are held out as unseen")
 
     folder = raw / source.name
     for split, cases in (("Tr", training), ("Ts", unseen)):
         for case, files in cases.items():
-            for channel, image in enumerate(files["images"]):
-                link(Path(image), folder / f"images{split}" / f"{case}_{channel:04d}{ending}")
-            link(Path(files["label"]), folder / f"labels{split}" / f"{case}{ending}")
-            for kind, file in (("images", files["images"][0]), ("labels", files["label"])):
-                sidecar = Path(file).with_name(f"{case}.json")  # spacing of TIFF files
+            *images, label = files
+            for channel, image in enumerate(images):
+                link(image, folder / f"images{split}" / f"{case}_{channel:04d}{ending}")
+            link(label, folder / f"labels{split}" / f"{case}{ending}")
+            for kind, file in (("images", images[0]), ("labels", label)):
+                sidecar = file.with_name(f"{case}.json")  # spacing of TIFF files
                 if sidecar.is_file():
                     link(sidecar, folder / f"{kind}{split}" / sidecar.name)
     description.pop("dataset", None)  # an explicit file list: the links follow the standard layout
     description["numTraining"] = len(training)
     (folder / "dataset.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
     return folder
+
+
+def labelled_cases(dataset: Path, split: str, description: dict[str, Any]) -> dict[str, list[Path]]:
+    """Case -> its images in the order of the channels, then its label; cases without one of both are left out."""
+    if split == "Tr" and "dataset" in description:  # an explicit list, relative to the dataset's folder
+        listed = description["dataset"].items()
+        return {c: [dataset / os.path.expandvars(f) for f in (*files["images"], files["label"])] for c, files in listed}
+    ending, cases = description["file_ending"], {}
+    images = sorted((dataset / f"images{split}").glob(f"*{ending}"))
+    for label in sorted((dataset / f"labels{split}").glob(f"*{ending}")):
+        case = label.name[: -len(ending)]
+        pattern = re.compile(re.escape(case) + r"_\d{4}" + re.escape(ending))
+        channels = [image for image in images if pattern.fullmatch(image.name)]
+        if channels:
+            cases[case] = [*channels, label]
+    return cases
 
 
 def link(source: Path, target: Path) -> None:

@@ -49,6 +49,7 @@ class TinyDataset:
             "nnUNet_def_n_proc": "1",
             "nnUNet_ext_settings": settings,
             "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",  # nnU-Net sets as many threads as cores; spinning ones starve parallel tests
         }
 
     def plans(self) -> dict[str, Any]:
@@ -158,3 +159,38 @@ def make_trainer(tiny: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     yield make
     torch.set_num_threads(threads)
+
+
+def random_batches(trainer: Any, number: int, seed: int = 0, size: int = 2, labels: int = 3) -> list[dict]:
+    """``number`` batches of noise and random labels, as nnU-Net's loader hands them out."""
+    import numpy as np
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    patch = trainer.configuration_manager.patch_size
+    scales = trainer._get_deep_supervision_scales() or [[1] * len(patch)]
+    keys = np.array([f"case_{letter}" for letter in "abcdefgh"[:size]])
+    batches = []
+    for _ in range(number):
+        data = torch.randn(size, 1, *patch, generator=generator)
+        shapes = [[round(p * s) for p, s in zip(patch, scale)] for scale in scales]
+        target = [torch.randint(0, labels, (size, 1, *s), generator=generator).to(torch.int16) for s in shapes]
+        batches.append({"data": data, "target": target if trainer.enable_deep_supervision else target[0], "keys": keys})
+    return batches
+
+
+@pytest.fixture(scope="session")
+def fixed_batches() -> Callable[..., list[dict]]:
+    """``fixed_batches(trainer, number, seed=, size=, labels=)``: the same for all trainers of one configuration."""
+    return random_batches
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without progress.png and progress_ext.png, which cost more than a tiny epoch."""
+    from nnunetv2.training.logging.nnunet_logger import MetaLogger
+
+    from nnunetv2_ext.core.logs import EpochLog
+
+    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda self, folder: None)
+    monkeypatch.setattr(EpochLog, "plot", lambda self, path=None: None)

@@ -16,7 +16,7 @@ SEED = 20240705  # any fixed number: trainers whose loaders draw alike then get 
 
 
 def seed_everything() -> None:
-    """Seed python, numpy and torch, so that every trainer starts with the same weights and its loader draws the same patches."""
+    """Seed python, numpy and torch: every trainer starts with the same weights, every loader draws the same patches."""
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
@@ -32,7 +32,7 @@ def real_batch(trainer: Any) -> dict[str, Any]:
 
 
 def synthetic_batch(batch: Mapping[str, Any], num_labels: int) -> dict[str, Any]:
-    """A batch with the shapes and types of ``batch``: noise as ``data``, random labels as ``target``; other entries are kept.
+    """A batch of the shapes and types of ``batch``: noise as ``data``, random labels as ``target``, the rest kept.
 
     Args:
         batch: of the trainer's loader.

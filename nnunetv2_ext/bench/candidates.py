@@ -20,8 +20,8 @@ class Candidate:
 
     Attributes:
         trainer: class name, as for ``nnUNetv2_train -tr``.
-        settings: what ``nnUNet_ext_settings`` is set to while it is built (``key=value`` pairs or a YAML file's path); empty: whatever
-            the variable holds already.
+        settings: what ``nnUNet_ext_settings`` is set to while it is built (``key=value`` pairs or a YAML file's
+            path); empty: whatever the variable holds already.
     """
 
     trainer: str
@@ -41,10 +41,11 @@ def parse_candidates(trainers: Sequence[str], settings: Sequence[str] = ()) -> l
 
     Args:
         trainers: ``NAME`` or ``NAME:SETTINGS``; a name may occur several times with different settings.
-        settings: ``NAME=SETTINGS``, for every occurrence of the name; joined with what follows the occurrence's own colon.
+        settings: ``NAME=SETTINGS``, for every occurrence of the name; joined with what follows its own colon.
 
     Raises:
-        ValueError: settings without a name or for a trainer that is not measured, a file joined with pairs, or one candidate twice.
+        ValueError: settings without a name or for a trainer that is not measured, a file joined with pairs, or one
+            candidate twice.
     """
     common: dict[str, str] = {}
     for entry in settings:
@@ -55,6 +56,8 @@ def parse_candidates(trainers: Sequence[str], settings: Sequence[str] = ()) -> l
                 '--settings nnUNetTrainerMedContext="medcontext.masked_fraction=0.5"'
             )
         common[name] = f"{common[name]} {value}" if name in common else value
+    if BASELINE in common:
+        raise ValueError(f"--settings: plain {BASELINE} takes no settings; only the trainers of nnunetv2-ext do")
     candidates = [Candidate(BASELINE)]
     for entry in trainers:
         name, _, own = entry.partition(":")
@@ -68,6 +71,17 @@ def parse_candidates(trainers: Sequence[str], settings: Sequence[str] = ()) -> l
         if name not in {c.trainer for c in candidates}:
             raise ValueError(f"--settings names {name}, which is not among the trainers of -tr; add it there")
     return candidates
+
+
+def check_settings(candidate: Candidate, cls: type) -> None:
+    """Raise ValueError if ``cls`` takes no settings or refuses those of ``candidate``."""
+    from nnunetv2_ext.core.configured import ConfiguredTrainer
+    from nnunetv2_ext.core.settings import resolve
+
+    if issubclass(cls, ConfiguredTrainer):
+        resolve(cls.settings_model(), trainer_defaults=cls.default_settings, environment=candidate.settings or None)
+    elif candidate.settings:
+        raise ValueError(f"{candidate.trainer} takes no settings; only the trainers of nnunetv2-ext do")
 
 
 def _join(name: str, common: str, own: str) -> str:

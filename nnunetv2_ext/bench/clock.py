@@ -14,7 +14,8 @@ class Times(NamedTuple):
 
     Attributes:
         wall: what a clock on the wall shows, the device's work included.
-        cpu: processor time of this process over all its threads. On a machine shared with other work it is the steadier of the two.
+        cpu: processor time of this process over all its threads. On a machine shared with other work it is the
+            steadier of the two.
     """
 
     wall: float
@@ -32,8 +33,8 @@ def synchronize(device: torch.device) -> None:
 def time_block(call: Callable[[], object], number: int, device: torch.device) -> Times:
     """Mean over ``number`` calls run in one go.
 
-    One mean and no list: the calls of a block may differ on purpose (a masked pass in every second step), and without a wait between them
-    the CPU runs ahead of a GPU as it does in training.
+    One mean and no list: the calls of a block may differ on purpose (a masked pass in every second step), and without
+    a wait between them the CPU runs ahead of a GPU as it does in training.
     """
     synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 from collections import Counter
@@ -83,7 +84,7 @@ def saved_tensor_peak(step: Callable[[], object], number: int) -> int:
 
 
 def cuda_peak(step: Callable[[], object], number: int, device: torch.device, others: int) -> int:
-    """Bytes allocated at most during ``number`` steps, without the ``others`` that belong to trainers measured beside this one."""
+    """Bytes allocated at most during ``number`` steps, without ``others``, those of the trainers beside this one."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     for _ in range(number):
@@ -105,7 +106,7 @@ def release(device: torch.device) -> None:
 
 
 def resident_peak(step: Callable[[], object], number: int) -> int:
-    """Largest resident size of this process in bytes during ``number`` steps; on systems other than Linux since its start."""
+    """Largest resident size of this process in bytes during ``number`` steps; outside Linux since its start."""
     _forget_resident_peak()
     for _ in range(number):
         step()
@@ -113,10 +114,8 @@ def resident_peak(step: Callable[[], object], number: int) -> int:
 
 
 def _forget_resident_peak() -> None:
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
-    except OSError:
-        pass
 
 
 def _resident_peak() -> int:

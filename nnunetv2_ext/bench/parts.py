@@ -1,10 +1,11 @@
 """Where the time inside a training step goes, for any trainer, without touching its code.
 
-The step is cut at the beginning and end of calls that every trainer makes: a call of a network, the loss, a backward pass, the optimiser.
-Each stretch of time belongs to the innermost call that is running, the rest is ``other``. On CUDA the cuts are events on the stream, so
-nothing waits and the stretches are the GPU's; elsewhere they are clock readings.
+The step is cut at the beginning and end of calls that every trainer makes: a network, the loss, a backward pass, the
+optimiser. Each stretch of time belongs to the innermost call that is running, the rest is ``other``. On CUDA the cuts
+are events on the stream, so nothing waits and the stretches are the GPU's; elsewhere they are clock readings.
 
-A trainer adds parts of its own by the class attribute ``bench_parts``: ``{"lookup": ("retrieve",)}``, part to names of its methods.
+A trainer adds parts of its own by the class attribute ``bench_parts``, part to names of its methods:
+``{"lookup": ("retrieve",)}``.
 """
 
 from __future__ import annotations
@@ -72,11 +73,14 @@ def measure_parts(trainer: Any, batch: dict[str, Any], steps: int) -> dict[str, 
         for _ in range(steps):
             trainer.train_step(batch)
         timeline.start()
-    return {part: seconds / steps for part, seconds in timeline.seconds().items()}
+    seconds = timeline.seconds()
+    first, last = (FORWARD, LOSS, BACKWARD), (OPTIMISER, AFTER, OTHER)
+    order = [*first, *(part for part in seconds if part not in first + last), *last]
+    return {part: seconds[part] / steps for part in order if part in seconds}
 
 
 def other_networks(trainer: Any) -> dict[str, nn.Module]:
-    """Networks beside the trained one by attribute name: modules, or objects that hold one as ``module`` (an EMA teacher)."""
+    """Networks beside the trained one, by attribute: modules, or objects that hold one as ``module`` (a teacher)."""
     networks = {}
     for name, value in vars(trainer).items():
         module = value if isinstance(value, nn.Module) else getattr(value, "module", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 
@@ -29,11 +30,9 @@ def run(args: argparse.Namespace) -> int:
     written = export_model(args.model_folder, args.output, args.weights)
     for path in written:
         print(f"wrote {path}")
-    folds = sorted({p.parent.name.removeprefix("fold_") for p in written})
-    options = f" -f {' '.join(folds)}"  # nnU-Net's default is all five
-    if not any(p.name == "checkpoint_final.pth" for p in written):
-        options += f" -chk {written[0].name}"
-    print(
-        f"Predict without this package: nnUNetv2_predict_from_modelfolder -i INPUT -o OUTPUT -m {args.output}{options}"
-    )
+    final = [p for p in written if p.name == "checkpoint_final.pth"]
+    shown = final or [p for p in written if p.name == written[0].name]
+    folds = [p.parent.name.removeprefix("fold_") for p in shown]  # nnU-Net's default is all five
+    command = ["nnUNetv2_predict_from_modelfolder", "-i", "INPUT", "-o", "OUTPUT", "-m", str(args.output), "-f", *folds]
+    print(f"Predict without this package: {shlex.join(command if final else [*command, '-chk', written[0].name])}")
     return 0

@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
             typed = " ".join(f"{method}.{key}={str(value).replace(' ', '')}" for key, value in values.items())
             print(f"\n{method}.preset={name} stands for: {typed}")
     print(
-        '\nGive them as nnUNet_ext_settings="key=value key=value" or nnUNet_ext_settings=FILE.yaml. They win over '
-        "the block nnunetv2_ext of the plans."
+        '\nGive them as nnUNet_ext_settings="key=value key=value" or nnUNet_ext_settings=FILE.yaml.\n'
+        "They win over the block nnunetv2_ext of the plans."
     )
     return 0
 

@@ -51,8 +51,8 @@ def require_known_format(extension: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError if a newer version of this package wrote the extension's part of the checkpoint."""
     if extension["format"] > FORMAT:
         raise ValueError(
-            f"{path} was written by a newer nnunetv2-ext (format {extension['format']}, this version reads up to {FORMAT}); "
-            "update it: pip install -U nnunetv2-ext"
+            f"{path} was written by a newer nnunetv2-ext (format {extension['format']}, this version reads up to "
+            f"{FORMAT}); update it: pip install -U nnunetv2-ext"
         )
 
 
@@ -80,13 +80,16 @@ def read_or_fall_back(path: Path) -> tuple[dict[str, Any], Path, str | None]:
 def check_weights(weights: Mapping[str, Tensor], network: nn.Module, path: Path) -> None:
     """Compare names and shapes with the network before anything is overwritten.
 
+    A network may name buffers that take whatever size is loaded in its attribute ``buffers_of_any_size``.
+
     Raises:
         ValueError: the checkpoint belongs to another architecture; the first difference is named.
     """
+    free = getattr(unwrap(network), "buffers_of_any_size", frozenset())
     ours = {key: tuple(value.shape) for key, value in unwrap(network).state_dict().items()}
     theirs = {key.removeprefix("module."): tuple(value.shape) for key, value in weights.items()}
     for key in [*ours, *theirs]:
-        if ours.get(key) != theirs.get(key):
+        if ours.get(key) != theirs.get(key) and not (key in free and key in ours and key in theirs):
             raise ValueError(
                 f"{path} was trained with another network: {key} is {theirs.get(key, 'missing')} there and {ours.get(key, 'missing')} here. "
                 "Continue with the plans and settings it was trained with, or start a new training without --c"

@@ -39,7 +39,7 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        # the first one counts: when SIGTERM kills the parent of DDP's ranks, torch.multiprocessing sends them SIGINT on top
+        # the first one counts: when SIGTERM kills the parent of DDP's ranks, torch sends them SIGINT as well
         self.signal = self.signal or signal.Signals(number)
 
     @property

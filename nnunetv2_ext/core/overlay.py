@@ -20,11 +20,11 @@ Array = npt.NDArray[Any]
 
 # Okabe and Ito's palette, told apart by colour-blind readers too (https://jfly.uni-koeln.de/color/), without its black.
 _PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2")
-_IGNORE_COLOUR = "#9A9A9A"
+_IGNORE_COLOUR = "#FF2FD0"
 
 
 def label_colours(classes: Mapping[int, str]) -> dict[int, tuple[float, float, float]]:
-    """RGB per label value, by its rank among `classes` (label value -> name); 0 has none, `ignore` is grey.
+    """RGB per label value, by its rank among `classes` (label value -> name); 0 has none, `ignore` is pink.
 
     Each further round through the seven colours is darker; from the fourth round on they repeat.
     """
@@ -47,10 +47,16 @@ def take_slice(volume: Array, axis: int, index: int) -> Array:
 
 
 def fullest_slice(label: Array, axis: int) -> int:
-    """Index along `axis` of the slice with the most foreground (label > 0); the middle if there is none."""
+    """Index along `axis` of the slice that shows most of all classes; the middle if there is no label > 0.
+
+    Each class counts by the share of its voxels that lie in the slice, so that a large organ does not hide small ones.
+    """
     others = tuple(a for a in range(label.ndim) if a != axis)
-    counts = (label > 0).sum(axis=others)
-    return int(np.argmax(counts)) if counts.any() else label.shape[axis] // 2
+    shares = np.zeros(label.shape[axis])
+    for value in np.unique(label[label > 0]):
+        counts = (label == value).sum(axis=others)
+        shares += counts / counts.sum()
+    return int(np.argmax(shares)) if shares.any() else label.shape[axis] // 2
 
 
 def draw_slice(

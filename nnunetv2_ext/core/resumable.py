@@ -40,7 +40,7 @@ class ResumableTrainer(ConfiguredTrainer):
     )
     _random_states: list[dict[str, Any]] | None = None  # one per rank, from the checkpoint
     _log_state: dict[str, Any] | None = None
-    _is_resumed = False
+    _is_resumed = False  # a checkpoint was loaded
 
     # ---- the loop -------------------------------------------------------------------------------------------------------------------
     def on_train_start(self) -> None:
@@ -179,18 +179,19 @@ class ResumableTrainer(ConfiguredTrainer):
             if hasattr(loader, "_finish"):
                 loader._finish()
         if self.is_ddp:
-            distributed.barrier()  # a rank that ends makes torch.multiprocessing end the others, who may still be writing
+            distributed.barrier()  # one that ends makes torch.multiprocessing end the others, who may still be writing
         raise SystemExit(self._stop.exit_code)
 
     def _stop_code(self) -> int:
-        """0: go on, 1: the stop file, else a signal's number. The same on all ranks, who must leave at the same step."""
+        """0: go on, 1: the stop file, else the signal's number. The same on all ranks: they must leave at one step."""
         assert self._stop is not None
         code = int(self._stop.signal or self._stop.requested)
         if self.is_ddp:
             flag = torch.tensor(code, device=self.device)
             distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
             code = int(flag)
-            self._stop.signal = signal.Signals(code) if code > 1 else None
+            if code > 1:
+                self._stop.signal = signal.Signals(code)
         return code
 
     def _gather(self, value: Any) -> list[Any]:

@@ -144,7 +144,7 @@ def flatten(settings: BaseModel) -> dict[str, Any]:
 def from_environment(text: str | None) -> dict[str, Any]:
     """Parse the value of ``nnUNet_ext_settings``: the path of a YAML file, or ``key=value`` pairs separated by blanks.
 
-    Values are YAML scalars or flow lists (``train_cases=[case_1,case_2]``); quote a value that contains blanks.
+    Values are YAML scalars, ``none``, or flow lists (``train_cases=[case_1,case_2]``); quote a value that contains blanks.
 
     Raises:
         ValueError: missing or unreadable file, something that is not YAML, or a part that is not ``key=value``.
@@ -169,7 +169,7 @@ def from_environment(text: str | None) -> dict[str, Any]:
         if key in pairs:
             raise ValueError(f"{ENVIRONMENT_VARIABLE} sets {key!r} twice; keep one of the two")
         try:
-            pairs[key] = yaml.safe_load(value)
+            pairs[key] = None if value.lower() == "none" else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(f"{ENVIRONMENT_VARIABLE}: the value of {key!r} cannot be read: {value!r}") from error
     return pairs

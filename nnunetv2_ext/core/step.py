@@ -116,7 +116,7 @@ def backward_passes(
         for name, term in terms.items():
             if name in values or name in RESERVED:
                 raise ValueError(
-                    f"a loss term cannot be called {name!r}: names must be unique within a step, and none of {', '.join(RESERVED)}"
+                    f"a loss term cannot be called {name!r}: names are unique in a step, and not {' or '.join(RESERVED)}"
                 )
             values[name] = term.value.detach()
     return values

@@ -103,8 +103,8 @@ class ExtTrainer(ResumableTrainer):
             kept = f"the weights from before this step are in {path}"
             atomic_torch_save(self._checkpoint(completed_epochs=self.current_epoch, random_states=None), path)
         message = (
-            f"not finite: {', '.join(f'{n}={figures[n]}' for n in broken)} at {where}, cases {', '.join(cases)}; {kept}. "
-            "Check these cases for NaN or extreme intensities; else lower initial_lr"
+            f"not finite: {', '.join(f'{n}={figures[n]}' for n in broken)} at {where}, cases {', '.join(cases)}; "
+            f"{kept}. Check these cases for NaN or extreme intensities; else lower initial_lr"
         )
         self.print_to_log_file(f"ERROR: {message}")
         raise ValueError(message)
@@ -131,7 +131,14 @@ class ExtTrainer(ResumableTrainer):
         averaged = {name: float(np.mean([rank[name] for rank in per_rank if name in rank])) for name in means}
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
         if self.epoch_log is not None:
-            self.epoch_log.add(averaged | self.epoch_figures(), self.current_epoch)
+            self.epoch_log.add(averaged | self._try_epoch_figures(), self.current_epoch)
+
+    def _try_epoch_figures(self) -> dict[str, float]:
+        try:
+            return self.epoch_figures()
+        except Exception as error:  # out of memory, say: a figure must never end a training
+            self.print_to_log_file(f"WARNING: the method's figures could not be taken: {type(error).__name__}: {error}")
+            return {}
 
     def after_epoch(self, epoch: int) -> None:
         """The log's row, and every ``panel_every`` epochs (and after the last) the method's picture."""

@@ -53,7 +53,8 @@ class EMATeacher:
 
     Not an `nn.Module`, so that assigning it to a trainer or network never registers its weights anywhere. It always
     runs in eval mode, without gradient, with fp32 weights (a half-precision average stalls: with 1 - m = 0.002 a weight
-    of 1.0 pulled towards 1.1 never moves) and without deep supervision outputs.
+    of 1.0 pulled towards 1.1 never moves) and without deep supervision outputs. A module with a true attribute
+    `shared_by_copies` (a store of data, not of weights) is the student's own in the teacher as well.
 
     Args:
         student: the unwrapped network: not the `DistributedDataParallel` or `torch.compile` wrapper around it.
@@ -73,13 +74,14 @@ class EMATeacher:
 
     def __init__(self, student: nn.Module) -> None:
         _refuse_wrapped(student)
-        self.module: nn.Module = copy.deepcopy(student)
+        shared = _shared_modules(student)
+        self.module: nn.Module = copy.deepcopy(student, {id(module): module for module in shared})
         self.module.float().eval().requires_grad_(False)
         decoder = getattr(self.module, "decoder", None)
         if decoder is not None and hasattr(decoder, "deep_supervision"):  # nnU-Net's set_deep_supervision_enabled
             decoder.deep_supervision = False
         self._parameters: list[torch.Tensor] = list(self.module.parameters())
-        self._buffers = list(self.module.buffers())
+        self._buffers = list(_own_buffers(self.module).values())
         self._student: nn.Module | None = None
         self._student_parameters: list[torch.Tensor] = []
         self._student_buffers: list[torch.Tensor] = []
@@ -158,13 +160,23 @@ class EMATeacher:
         _refuse_wrapped(student)
         for what, mine, theirs in (
             ("parameter", self.module.named_parameters(), student.named_parameters()),
-            ("buffer", self.module.named_buffers(), student.named_buffers()),
+            ("buffer", _own_buffers(self.module).items(), _own_buffers(student).items()),
         ):
             _compare(what, {n: tuple(t.shape) for n, t in mine}, {n: tuple(t.shape) for n, t in theirs})
         self._student_parameters = list(student.parameters())
-        self._student_buffers = list(student.buffers())
+        self._student_buffers = list(_own_buffers(student).values())
         self._same_dtype = all(s.dtype == t.dtype for s, t in zip(self._student_parameters, self._parameters))
         self._student = student
+
+
+def _shared_modules(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if getattr(module, "shared_by_copies", False)]
+
+
+def _own_buffers(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers by name, without those of shared modules, which may be large and of changing size."""
+    shared = {id(buffer) for module in _shared_modules(network) for buffer in module.buffers()}
+    return {name: buffer for name, buffer in network.named_buffers() if id(buffer) not in shared}
 
 
 def _compare(what: str, teacher: dict[str, tuple[int, ...]], student: dict[str, tuple[int, ...]]) -> None:

@@ -23,10 +23,10 @@ def _pixels(axes):
     return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
 
 
-def test_colours_are_distinct_stable_and_grey_for_ignore():
+def test_colours_are_distinct_stable_and_one_of_its_own_for_ignore():
     colours = label_colours(CLASSES)
     assert 0 not in colours and len(set(colours.values())) == 3
-    assert len(set(colours[3])) == 1
+    assert colours[3] != label_colours({3: "lesion"})[3]
     assert label_colours({1: "liver"})[1] == colours[1]
     assert len(set(label_colours({k: str(k) for k in range(22)}).values())) == 21
 
@@ -43,8 +43,15 @@ def test_fullest_slice_and_its_fallback():
     label = np.zeros((4, 5, 6), dtype=np.uint8)
     assert fullest_slice(label, 2) == 3
     label[:, 1, 4] = 2
-    label[0, 0, 0] = 1
     assert [fullest_slice(label, axis) for axis in range(3)] == [0, 1, 4]
+
+
+def test_fullest_slice_prefers_all_organs_to_much_of_one():
+    label = np.zeros((1, 8, 3), dtype=np.uint8)
+    label[0, :8, 0] = 1
+    label[0, :6, 1] = 1  # less of organ 1, all of organ 2
+    label[0, 6, 1] = 2
+    assert fullest_slice(label, 2) == 1
 
 
 def test_image_alone_is_grey(axes):

@@ -1,41 +1,332 @@
-"""ExtTrainer against plain nnUNetTrainer: identical with nothing added, and identical after interruptions."""
+"""ExtTrainer against plain nnUNetTrainer: identical with nothing added; what it refuses; what survives pickling."""
 
 from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from batchgenerators.utilities.file_and_folder_operations import load_pickle, save_pickle
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from pydantic import BaseModel, ConfigDict, Field
 
 from nnunetv2_ext.core import randomness
+from nnunetv2_ext.core import trainer as trainer_module
+from nnunetv2_ext.core.settings import STRUCTURAL
+from nnunetv2_ext.core.step import LossPass, Term
 from nnunetv2_ext.core.trainer import ExtTrainer
+from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
+
+CPU = torch.device("cpu")
 
 
-def fixed_batches(trainer: nnUNetTrainer, number: int, seed: int = 0) -> list[dict]:
-    """The same random batches for any trainer of the same configuration."""
-    generator = torch.Generator().manual_seed(seed)
-    patch = trainer.configuration_manager.patch_size
-    scales = trainer._get_deep_supervision_scales()
-    batches = []
-    for _ in range(number):
-        data = torch.randn(2, 1, *patch, generator=generator)
-        shapes = [[round(p * s) for p, s in zip(patch, scale)] for scale in scales]
-        target = [torch.randint(0, 3, (2, 1, *shape), generator=generator).to(torch.int16) for shape in shapes]
-        batches.append({"data": data, "target": target, "keys": np.array(["case_a", "case_b"])})
-    return batches
+class PlainWithoutDeepSupervision(nnUNetTrainer):
+    def __init__(self, plans, configuration, fold, dataset_json, device=CPU) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.enable_deep_supervision = False
 
 
-def trained_weights(trainer: nnUNetTrainer, steps: int) -> dict[str, torch.Tensor]:
-    randomness.seed_everything(3)
+class OursWithoutDeepSupervision(ExtTrainer):
+    def __init__(self, plans, configuration, fold, dataset_json, device=CPU) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.enable_deep_supervision = False
+
+
+class PlainSeeded(nnUNetTrainer):
+    """nnU-Net at the tests' length, seeded where ours is, without the choice its augmentation makes by the clock."""
+
+    def __init__(self, plans, configuration, fold, dataset_json, device=CPU) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 2, 3, 1
+
+    def initialize(self) -> None:
+        randomness.seed_everything(11)
+        super().initialize()
+
+    @staticmethod
+    def get_training_transforms(*args, **kwargs):
+        transforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        randomness.make_repeatable(transforms)
+        return transforms
+
+
+def same_weights(a: nnUNetTrainer, b: nnUNetTrainer) -> bool:
+    ours, theirs = a.network.state_dict(), b.network.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# ---- identical to nnU-Net with nothing added
+
+
+@pytest.mark.parametrize(
+    ("configuration", "plain_class", "our_class", "settings"),
+    [
+        ("2d", nnUNetTrainer, ExtTrainer, ""),
+        ("3d_fullres", nnUNetTrainer, ExtTrainer, ""),
+        ("3d_fullres", PlainWithoutDeepSupervision, OursWithoutDeepSupervision, ""),
+        (
+            "3d_fullres",
+            nnUNetTrainer,
+            nnUNetTrainerMedContext,
+            "medcontext.masked_fraction=0 medcontext.beta=0 medcontext.supervised_weight=1",
+        ),
+    ],
+)
+def test_a_single_pass_gives_the_weights_of_plain_nnunet_bit_for_bit(
+    make_trainer, fixed_batches, configuration, plain_class, our_class, settings
+):
+    trainers, losses = [], []
+    for cls in (plain_class, our_class):
+        trainer = make_trainer(cls, settings, configuration=configuration)
+        randomness.seed_everything(3)
+        trainer.initialize()
+        trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+        losses.append([trainer.train_step(batch)["loss"] for batch in fixed_batches(trainer, 5)])
+        trainers.append(trainer)
+    assert losses[0] == losses[1]
+    assert same_weights(*trainers)
+
+
+def test_a_whole_training_through_the_loader_equals_plain_nnunet_bit_for_bit(make_trainer, no_pictures):
+    plain = make_trainer(PlainSeeded, configuration="2d")
+    plain.run_training()
+    ours = make_trainer(ExtTrainer, "num_epochs=2 num_iterations_per_epoch=3 seed=11", configuration="2d")
+    ours.run_training()
+    assert same_weights(plain, ours)
+    for key in ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice", "lrs"):
+        assert plain.logger.get_value(key, None) == ours.logger.get_value(key, None), key
+    assert len(ours.logger.get_value("lrs", None)) == 2
+    assert sorted(p.name for p in Path(ours.output_folder).glob("*.pth")) == [
+        "checkpoint_best.pth",
+        "checkpoint_final.pth",
+    ]
+
+
+def test_nnunet_s_progress_png_and_our_files_are_written(make_trainer):
+    trainer = make_trainer(ExtTrainer, "num_epochs=1 num_iterations_per_epoch=1", configuration="2d")
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    for name in ("progress.png", "progress_ext.png", "epochs.csv", "nnunetv2_ext_settings.yaml"):
+        assert (folder / name).stat().st_size > 0, name
+    block = json.loads((folder.parent / "plans.json").read_text())["nnunetv2_ext"]
+    assert block["num_epochs"] == 1
+
+
+def test_settings_reach_what_nnunet_uses(make_trainer):
+    text = "initial_lr=0.02 weight_decay=1e-4 batch_size=3 oversample_foreground_percent=1.0 save_every=7"
+    trainer = make_trainer(ExtTrainer, text, configuration="2d")
     trainer.initialize()
-    for batch in fixed_batches(trainer, steps):
+    group = trainer.optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.02, 1e-4)
+    assert (trainer.batch_size, trainer.oversample_foreground_percent, trainer.save_every) == (3, 1.0, 7)
+    loader = trainer.get_dataloaders()[0]
+    assert next(loader)["data"].shape[0] == 3
+
+
+def test_the_methods_generator_leaves_the_augmentation_stream_alone(make_trainer, no_pictures):
+    seen = {}
+    for name, settings in (("all", ""), ("half", "medcontext.masked_fraction=0.5 medcontext.fill=noise")):
+        trainer = make_trainer(nnUNetTrainerMedContext, f"seed=4 {settings}", configuration="2d")
+        step, seen[name] = trainer.train_step, []
+        trainer.train_step = lambda batch, s=step, n=name: (seen[n].append(batch["data"].clone()), s(batch))[1]
+        trainer.run_training()
+    assert len(seen["all"]) == 6 and all(torch.equal(a, b) for a, b in zip(seen["all"], seen["half"]))
+
+
+# ---- not a number
+
+
+def test_a_nan_loss_stops_with_term_cases_and_the_weights_before(make_trainer, fixed_batches):
+    trainer = make_trainer(nnUNetTrainerMedContext, "seed=1", configuration="2d")
+    trainer.initialize()
+    good, bad = fixed_batches(trainer, 2)
+    trainer.train_step(good)
+    before = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    bad["data"][1, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError) as caught:
+        trainer.train_step(bad)
+    text = str(caught.value)
+    assert "\n" not in text and "supervised=nan" in text and "case_a, case_b" in text and "step 1" in text
+    path = Path(trainer.output_folder) / "checkpoint_before_nan.pth"
+    assert str(path) in text and text in Path(trainer.log_file).read_text()
+    again = make_trainer(nnUNetTrainerMedContext, "seed=1", configuration="2d", continued=True)
+    again.load_checkpoint(str(path))
+    for loaded in (trainer.network.state_dict(), again.network.state_dict()):
+        assert all(torch.equal(before[key], loaded[key]) for key in before)
+    assert again.global_step == 1
+
+
+class BrokenGradient(ExtTrainer):
+    def loss_passes(self, batch):
+        def pathological() -> dict[str, Term]:
+            weight = next(self.network.parameters())
+            return {"pathological": Term((weight * 0).sum().sqrt())}  # value 0, gradient 0 * inf
+
+        return [LossPass("pathological", pathological), *super().loss_passes(batch)]
+
+
+def test_a_nan_gradient_of_a_finite_loss_stops_before_the_weights_are_lost(make_trainer, fixed_batches):
+    trainer = make_trainer(BrokenGradient, "seed=1", configuration="2d")
+    trainer.initialize()
+    before = [p.detach().clone() for p in trainer.network.parameters()]
+    with pytest.raises(ValueError, match="not finite: grad_norm=nan"):
+        trainer.train_step(fixed_batches(trainer, 1)[0])
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.network.parameters()))
+
+
+def test_under_amp_single_bad_steps_pass_and_a_series_does_not(make_trainer, fixed_batches, monkeypatch):
+    monkeypatch.setattr(trainer_module, "MAX_NONFINITE_UNDER_AMP", 2)
+    trainer = make_trainer(ExtTrainer, "seed=1", configuration="2d")
+    trainer.initialize()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu")
+    good, bad = fixed_batches(trainer, 2)
+    bad["data"][:] = float("nan")
+    for batch in (bad, bad, good, bad, bad):
         trainer.train_step(batch)
-    return trainer.network.state_dict()
+    assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
+    with pytest.raises(ValueError, match="supervised=nan at epoch 0, step 5"):
+        trainer.train_step(bad)
 
 
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_a_single_pass_gives_the_weights_of_plain_nnunet_bit_for_bit(make_trainer, configuration):
-    plain = trained_weights(make_trainer(nnUNetTrainer, configuration=configuration), 5)
-    ours = trained_weights(make_trainer(ExtTrainer, configuration=configuration), 5)
-    assert plain.keys() == ours.keys()
-    assert all(torch.equal(plain[key], ours[key]) for key in plain)
+def test_without_checkpoints_the_message_promises_none(make_trainer, fixed_batches):
+    trainer = make_trainer(ExtTrainer, "seed=1", configuration="2d")
+    trainer.initialize()
+    trainer.disable_checkpointing = True
+    (bad,) = fixed_batches(trainer, 1)
+    bad["data"][:] = float("nan")
+    with pytest.raises(ValueError, match="no checkpoint was written"):
+        trainer.train_step(bad)
+    assert not list(Path(trainer.output_folder).glob("*.pth"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Relabelled:
+    """The tiny dataset with other entries in dataset.json."""
+
+    original: object
+    changes: dict
+
+    def __getattr__(self, name: str):
+        return getattr(self.original, name)
+
+    def dataset_json(self) -> dict:
+        return self.original.dataset_json() | self.changes
+
+
+def test_a_batch_of_ignored_voxels_has_a_finite_loss_and_leaves_finite_weights(tiny, make_trainer, fixed_batches):
+    labels = tiny.dataset_json()["labels"]
+    dataset = Relabelled(tiny, {"labels": labels | {"ignore": len(labels)}})
+    trainer = make_trainer(nnUNetTrainerMedContext, "seed=1 medcontext.ramp_fraction=0", dataset=dataset)
+    trainer.initialize()
+    assert trainer.label_manager.ignore_label == 3
+    ignored, mixed = fixed_batches(trainer, 2, labels=4)
+    for target in ignored["target"]:
+        target.fill_(3)
+    for batch in (ignored, mixed, ignored):
+        figures = trainer.train_step(batch)
+        assert all(np.isfinite(value) for value in figures.values()), figures
+    assert figures["consistency"] == 0  # nothing to agree on
+    assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
+
+
+# ---- what is refused
+
+
+def test_a_file_in_the_place_of_the_output_folder(make_trainer, tiny, tmp_path):
+    name = tmp_path / "results" / tiny.name / "ExtTrainer__tiny__2d"
+    name.mkdir(parents=True)
+    (name / "fold_0").write_text("")
+    with pytest.raises(ValueError, match="results folder cannot be written") as caught:
+        make_trainer(ExtTrainer, configuration="2d")
+    assert "fold_0" in str(caught.value) and "\n" not in str(caught.value)
+    shutil.rmtree(name)
+    name.write_text("")
+    with pytest.raises(ValueError, match="results folder cannot be written"):
+        make_trainer(ExtTrainer, configuration="2d")
+
+
+def test_a_dataset_without_foreground_label(make_trainer, tiny):
+    with pytest.raises(ValueError, match="declares no foreground label"):
+        make_trainer(ExtTrainer, dataset=Relabelled(tiny, {"labels": {"background": 0}}))
+
+
+def test_training_cases_without_a_foreground_voxel(make_trainer, tiny, tmp_path):
+    copy = dataclasses.replace(tiny, root=tmp_path / "copy")
+    folder = copy.preprocessed / tiny.name
+    shutil.copytree(tiny.preprocessed / tiny.name, folder)
+    identifier = tiny.plans()["configurations"]["2d"]["data_identifier"]
+    train = json.loads((folder / "splits_final.json").read_text())[0]["train"]
+    for number, case in enumerate(train):
+        properties = load_pickle(str(folder / identifier / f"{case}.pkl"))
+        locations = properties["class_locations"]
+        for label in locations:
+            if number or label != 2:  # the first case keeps one organ for now
+                locations[label] = []
+        save_pickle(properties, str(folder / identifier / f"{case}.pkl"))
+    trainer = make_trainer(ExtTrainer, configuration="2d", dataset=copy)
+    trainer.get_tr_and_val_datasets()
+    locations = load_pickle(path := str(folder / identifier / f"{train[0]}.pkl"))
+    locations["class_locations"][2] = []
+    save_pickle(locations, path)
+    with pytest.raises(ValueError, match="none of the 4 training cases of fold 0 has a foreground voxel"):
+        trainer.get_tr_and_val_datasets()
+
+
+@pytest.mark.parametrize(("found", "said"), [("2.7.1", "nnunetv2 2.7.1 is not supported"), (None, "is not installed")])
+def test_an_unsupported_nnunet(make_trainer, monkeypatch, found, said):
+    monkeypatch.setattr("nnunetv2_ext.core.compat.nnunet_version", lambda: found)
+    with pytest.raises(ValueError, match=said):
+        make_trainer(ExtTrainer)
+
+
+def test_wrong_settings_stop_before_anything_is_written(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match="unknown setting 'num_epoch'"):
+        make_trainer(ExtTrainer, "num_epoch=3")
+    assert not (tmp_path / "results").exists()
+
+
+class ShapeSettings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    width: float = Field(1e-05, description="changes the network", json_schema_extra=STRUCTURAL)
+    speed: int = Field(1, description="does not")
+
+
+class ShapeTrainer(ExtTrainer):
+    method_settings: ClassVar = {"shape": ShapeSettings}
+
+
+def test_folds_of_one_model_folder_agree_on_the_network(make_trainer, no_pictures):
+    length = "num_epochs=1 num_iterations_per_epoch=1"
+    make_trainer(ShapeTrainer, length, configuration="2d").run_training()
+    with pytest.raises(ValueError) as caught:
+        make_trainer(ShapeTrainer, f"{length} shape.width=0.5", configuration="2d", fold=1).run_training()
+    text = str(caught.value)
+    assert "fold_0" in text and "shape.width=1e-05" in text and "shape.width=0.5" in text and "\n" not in text
+    # the same fold may start anew with another network, and another fold with another speed
+    make_trainer(ShapeTrainer, f"{length} shape.speed=3", configuration="2d", fold=1).run_training()
+
+
+# ---- pickling, as spawned workers need it
+
+
+def test_class_loaders_and_transforms_pickle_into_a_fresh_process(make_trainer, tmp_path):
+    assert pickle.loads(pickle.dumps(nnUNetTrainerMedContext)) is nnUNetTrainerMedContext
+    trainer = make_trainer(nnUNetTrainerMedContext, "seed=1", configuration="2d")
+    trainer.initialize()
+    loaders = [augmenter.data_loader for augmenter in trainer.get_dataloaders()]
+    path = tmp_path / "pickled"
+    path.write_bytes(pickle.dumps((nnUNetTrainerMedContext, *loaders)))
+    code = (
+        "import pickle, sys; cls, *loaders = pickle.load(open(sys.argv[1], 'rb'));"
+        "print(cls.__name__, *[next(loader)['data'].shape[0] for loader in loaders])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["nnUNetTrainerMedContext", "2", "2"], done.stderr[-2000:]

@@ -1,0 +1,107 @@
+"""``nnUNetv2_ext bench``: what trainers cost on this machine, as ratios to plain nnUNetTrainer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from nnunetv2_ext.bench.candidates import parse_candidates
+
+EPILOG = """\
+Example:
+  nnUNetv2_ext bench -d 4 -c 3d_fullres -tr nnUNetTrainerMedContext \\
+      "nnUNetTrainerMedContext:medcontext.masked_fraction=0.5" --plot cost.png
+
+Nothing is written into nnUNet_results. Every trainer steps on one fixed batch, so loading and augmentation do not
+count.
+Exit status: 0, or 1 if a trainer failed (the others are still reported).
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of a preprocessed dataset")
+    parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="e.g. 3d_fullres")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: %(default)s)")
+    parser.add_argument("-f", default="0", metavar="FOLD", help="fold, a number or all (default: %(default)s)")
+    parser.add_argument(
+        "-tr",
+        nargs="+",
+        default=[],
+        metavar="TRAINER",
+        help="trainers beside plain nnUNetTrainer, which is always measured; TRAINER:SETTINGS for one with settings, "
+        "also several times",
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TRAINER=SETTINGS",
+        help="nnUNet_ext_settings of one trainer: key=value pairs or a YAML file",
+    )
+    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each trainer (default: %(default)s)")
+    parser.add_argument("--steps-per-round", type=int, default=4, help="steps in each turn (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps that do not count (default: %(default)s)")
+    parser.add_argument(
+        "--batches",
+        choices=("both", "real", "synthetic"),
+        default="both",
+        help="one batch of the dataset, or noise and random labels of the same shape (default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=int, help="torch's CPU threads; 1 gives the steadiest CPU times")
+    parser.add_argument(
+        "--no-resident",
+        action="store_true",
+        help="on the CPU, do not start a process per trainer for its resident size",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart (PNG)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, write; 1 if a trainer failed."""
+    candidates = parse_candidates(args.tr, args.settings)
+    for file in (args.json, args.plot):
+        if file is not None and not os.access(file.absolute().parent, os.W_OK):
+            raise ValueError(f"{file} cannot be written: its folder does not exist or is not writable")
+    if args.f != "all" and not args.f.isdigit():
+        raise ValueError(f"-f {args.f!r} is neither a number nor all")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads must be 1 or more, but it is {args.threads}")
+
+    from nnunetv2_ext.bench import plan
+    from nnunetv2_ext.bench.chart import draw
+    from nnunetv2_ext.bench.report import as_text
+    from nnunetv2_ext.bench.session import Options, Session
+    from nnunetv2_ext.core.files import atomic_write_text
+
+    target = plan.Target(
+        dataset=plan.find_dataset(args.d),
+        configuration=args.c,
+        plans_name=args.p,
+        fold=int(args.f) if args.f != "all" else "all",
+        device=args.device or plan.default_device(),
+        threads=args.threads,
+    )
+    options = Options(
+        rounds=args.rounds,
+        steps_per_round=args.steps_per_round,
+        warm_up=args.warm_up,
+        batches=("real", "synthetic") if args.batches == "both" else (args.batches,),
+        resident=not args.no_resident,
+    )
+    report = Session(target, candidates, options).run()
+    print(as_text(report))
+    if args.json is not None:
+        atomic_write_text(args.json, json.dumps(report.as_dict(), indent=2) + "\n")
+        print(f"\nwrote {args.json}")
+    if args.plot is not None:
+        draw(report, args.plot)
+        print(f"wrote {args.plot}")
+    return 1 if any(r.failure is not None for r in report.results) else 0

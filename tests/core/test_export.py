@@ -1,0 +1,253 @@
+"""Export: a model that plain nnU-Net predicts with, the source untouched, and nothing left behind by a failure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from batchgenerators.utilities.file_and_folder_operations import save_json
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_ext.core import randomness
+from nnunetv2_ext.core.export import export_model
+from nnunetv2_ext.core.trainer import ExtTrainer
+from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
+
+FINAL = "fold_0/checkpoint_final.pth"
+
+
+def save_model(trainer: nnUNetTrainer, fold: int = 0, checkpoint: str = "checkpoint_final.pth") -> Path:
+    """A model folder as a training leaves it, after two steps on made-up batches."""
+    randomness.seed_everything(fold)
+    trainer.initialize()
+    patch = trainer.configuration_manager.patch_size
+    for _ in range(2):
+        targets = [
+            torch.randint(0, 3, (2, 1, *[round(p * s) for p, s in zip(patch, scale)])).to(torch.int16)
+            for scale in trainer._get_deep_supervision_scales()
+        ]
+        trainer.train_step({"data": torch.randn(2, 1, *patch), "target": targets, "keys": ["a", "b"]})
+    trainer.save_checkpoint(str(Path(trainer.output_folder) / checkpoint))
+    folder = Path(trainer.output_folder_base)
+    save_json(trainer.plans_manager.plans, folder / "plans.json", sort_keys=False)
+    save_json(trainer.dataset_json, folder / "dataset.json", sort_keys=False)
+    (folder / "dataset_fingerprint.json").write_text("{}")
+    (Path(trainer.output_folder) / "progress.png").write_bytes(b"picture")
+    (Path(trainer.output_folder) / "panel_epoch_0000.png").write_bytes(b"ours")
+    return folder
+
+
+@pytest.fixture
+def model(make_trainer) -> Path:
+    """nnUNetTrainerMedContext__tiny__3d_fullres with fold 0."""
+    return save_model(make_trainer(nnUNetTrainerMedContext))
+
+
+def read(path: Path) -> dict:
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def assert_same(first: dict, second: dict) -> None:
+    assert list(first) == list(second)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def logits(folder: Path, folds: tuple[int, ...] = (0,)) -> torch.Tensor:
+    """What nnU-Net's predictor makes of one made-up volume."""
+    predictor = nnUNetPredictor(use_mirroring=True, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folder), folds)
+    volume = torch.randn(1, 18, 26, 20, generator=torch.Generator().manual_seed(0))
+    return predictor.predict_logits_from_preprocessed_data(volume)
+
+
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+def test_the_export_is_a_stock_checkpoint_with_the_chosen_weights(model, tmp_path, weights):
+    before = fingerprint(model)
+    written = export_model(model, tmp_path / "out", weights)
+    assert written == [tmp_path / "out" / FINAL]
+    assert fingerprint(model) == before, "the source is only read"
+
+    source, exported = read(model / FINAL), read(written[0])
+    teacher = source["nnunetv2_ext"]["methods"]["medcontext"]["teacher"]
+    assert_same(exported["network_weights"], source["network_weights"] if weights == "student" else teacher)
+    assert not all(torch.equal(teacher[key], source["network_weights"][key]) for key in teacher)
+    assert exported["trainer_name"] == "nnUNetTrainer"
+    assert not {"nnunetv2_ext", "optimizer_state", "grad_scaler_state"} & set(exported)
+    assert "nnunetv2_ext" not in exported["init_args"]["plans"]
+    assert exported["inference_allowed_mirroring_axes"] == source["inference_allowed_mirroring_axes"]
+    plans = json.loads((tmp_path / "out" / "plans.json").read_text())
+    assert "nnunetv2_ext" not in plans and plans["plans_name"] == "tiny"
+
+
+def test_nnunet_without_this_package_gives_the_same_logits(model, tmp_path, monkeypatch):
+    ours = logits(model)
+    export_model(model, tmp_path / "student")
+    export_model(model, tmp_path / "teacher", "teacher")
+    monkeypatch.delenv("nnUNet_extTrainer")
+    with pytest.raises(RuntimeError, match="nnUNetTrainerMedContext"):
+        logits(model)
+    assert torch.equal(logits(tmp_path / "student"), ours)
+    teacher = logits(tmp_path / "teacher")
+    assert not torch.equal(teacher, ours)
+    checkpoint = read(model / FINAL)
+    checkpoint["network_weights"] = checkpoint["nnunetv2_ext"]["methods"]["medcontext"]["teacher"]
+    checkpoint["trainer_name"] = "nnUNetTrainer"
+    torch.save(checkpoint, model / FINAL)
+    assert torch.equal(teacher, logits(model))
+
+
+def test_every_fold_and_checkpoint_is_exported_with_what_nnunet_shares(model, make_trainer, tmp_path, monkeypatch):
+    save_model(make_trainer(nnUNetTrainerMedContext, fold=1), fold=1)
+    shutil.copy(model / FINAL, model / "fold_0" / "checkpoint_best.pth")
+    written = export_model(model, tmp_path / "deep" / "er" / "out")
+    assert sorted(fingerprint(tmp_path / "deep" / "er" / "out")) == [
+        "dataset.json",
+        "dataset_fingerprint.json",
+        "fold_0/checkpoint_best.pth",
+        "fold_0/checkpoint_final.pth",
+        "fold_0/progress.png",
+        "fold_1/checkpoint_final.pth",
+        "fold_1/progress.png",
+        "plans.json",
+    ]
+    assert len(written) == 3 and all(path.is_file() for path in written)
+    ours = logits(model, (0, 1))
+    monkeypatch.delenv("nnUNet_extTrainer")
+    assert torch.equal(logits(tmp_path / "deep" / "er" / "out", (0, 1)), ours)
+    assert not torch.equal(logits(tmp_path / "deep" / "er" / "out", (0,)), ours)
+
+
+def test_the_export_can_start_a_stock_training(model, make_trainer, tmp_path):
+    """-pretrained_weights with the exported file."""
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+    (path,) = export_model(model, tmp_path / "out", "teacher")
+    plain = make_trainer(nnUNetTrainer)
+    plain.initialize()
+    load_pretrained_weights(plain.network, str(path))
+    key = "encoder.stages.0.0.convs.0.conv.weight"
+    assert torch.equal(plain.network.state_dict()[key], read(path)["network_weights"][key])
+
+
+def test_others_may_read_the_export_as_they_may_the_source(model, tmp_path):
+    model.chmod(0o755)
+    export_model(model, tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+# ---- bad input ----
+
+
+def nothing_is_left(folder: Path) -> bool:
+    return [p.name for p in folder.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda model: shutil.rmtree(model), "no trained model folder.*plans.json, dataset.json missing"),
+        (lambda model: (model / "plans.json").unlink(), "no trained model folder.*plans.json missing"),
+        (lambda model: (model / FINAL).unlink(), r"no trained model folder.*fold_\*/checkpoint_\*\.pth missing"),
+        (lambda model: (model / FINAL).write_bytes(b"PK"), "checkpoint_final.pth is broken or cut short"),
+        (lambda model: (model / FINAL).write_bytes((model / FINAL).read_bytes()[:20000]), "broken or cut short"),
+        (lambda model: torch.save({"weights": 1}, model / FINAL), "is no nnU-Net checkpoint"),
+    ],
+    ids=["no folder", "no plans", "no checkpoint", "no zip", "cut short", "another file"],
+)
+def test_what_is_no_model_is_refused_in_one_line(model, tmp_path, damage: Callable[[Path], None], message):
+    damage(model)
+    (tmp_path / "into").mkdir()
+    with pytest.raises(ValueError, match=message) as error:
+        export_model(model, tmp_path / "into" / "out")
+    assert "\n" not in str(error.value)
+    assert nothing_is_left(tmp_path / "into")
+
+
+def test_a_failure_in_a_later_fold_leaves_nothing_behind(model, tmp_path):
+    (model / "fold_1").mkdir()
+    (model / "fold_1" / "checkpoint_final.pth").write_bytes(b"")
+    (tmp_path / "into").mkdir()
+    with pytest.raises(ValueError, match="fold_1"):
+        export_model(model, tmp_path / "into" / "out")
+    assert nothing_is_left(tmp_path / "into")
+
+
+def test_an_interrupt_leaves_nothing_behind(model, tmp_path, monkeypatch):
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nnunetv2_ext.core.export._copy", interrupt)
+    (tmp_path / "into").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        export_model(model, tmp_path / "into" / "out")
+    assert nothing_is_left(tmp_path / "into")
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
+def test_an_existing_output_is_not_touched(model, tmp_path, kind):
+    output = tmp_path / "out"
+    if kind == "file":
+        output.write_text("mine")
+    else:
+        output.mkdir()
+        if kind == "folder":
+            (output / "plans.json").write_text("mine")
+    before = fingerprint(tmp_path)
+    with pytest.raises(ValueError, match=r"out exists; name a folder that does not, or remove it"):
+        export_model(model, output)
+    assert fingerprint(tmp_path) == before
+
+
+@pytest.mark.parametrize("neighbour", ["out.partial", ".out", "out.tmp"])
+def test_neighbours_of_the_output_are_not_touched(model, tmp_path, neighbour):
+    (tmp_path / neighbour).mkdir()
+    (tmp_path / neighbour / "precious.txt").write_text("mine")
+    export_model(model, tmp_path / "out")
+    assert (tmp_path / neighbour / "precious.txt").read_text() == "mine"
+
+
+def test_an_output_that_cannot_be_written_is_one_line(model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="cannot write to the folder"):
+        export_model(model, tmp_path / "file" / "out")
+
+
+def test_a_model_of_plain_nnunet_needs_no_export(make_trainer, tmp_path):
+    folder = save_model(make_trainer(nnUNetTrainer))
+    with pytest.raises(ValueError, match="nnUNetTrainer, which is none of our trainers; there is nothing to export"):
+        export_model(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trainer_that_is_not_installed_is_one_line(model, tmp_path):
+    checkpoint = read(model / FINAL)
+    checkpoint["trainer_name"] = "nnUNetTrainerOfSomebody"
+    torch.save(checkpoint, model / FINAL)
+    with pytest.raises(ValueError, match="nnUNetTrainerOfSomebody, which nnU-Net does not find here") as error:
+        export_model(model, tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_weights_name_those_there_are(model, make_trainer, tmp_path):
+    with pytest.raises(ValueError, match="no 'taecher' weights to export; it has: student, teacher"):
+        export_model(model, tmp_path / "out", "taecher")
+    with pytest.raises(ValueError, match=r"no 'teacher' weights to export; it has: student$"):
+        ExtTrainer.export_weights(read(model / FINAL), "teacher")
+
+
+def test_a_checkpoint_without_teacher_says_so(make_trainer, tmp_path):
+    folder = save_model(make_trainer(nnUNetTrainerMedContext, "medcontext.beta=0"))
+    with pytest.raises(ValueError, match=r"has no teacher .*export --weights student"):
+        export_model(folder, tmp_path / "out", "teacher")
+    export_model(folder, tmp_path / "out", "student")

@@ -1,0 +1,276 @@
+"""examples/quickstart.py: its parts on tiny data, and one reduced run of the whole through the real commands."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnunetv2_ext.core.phantom import write_phantom_dataset
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+TINY = {"shape": (16, 20, 16), "num_organs": 2}
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import quickstart_steps
+
+    return quickstart_steps
+
+
+@pytest.fixture
+def quickstart(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import quickstart
+
+    return quickstart
+
+
+def _names(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+# --- running commands
+
+
+def _python(steps, monkeypatch, tmp_path, code):
+    monkeypatch.setattr(steps, "find_command", lambda name: sys.executable)
+    steps.Steps(tmp_path / "log", {"KEPT": "1"}).run("Title", ["python", "-c", code], ADDED="2")
+
+
+def test_command_gets_its_environment_and_is_logged(steps, monkeypatch, tmp_path, capsys):
+    _python(steps, monkeypatch, tmp_path, "import os; print(os.environ['KEPT'] + os.environ['ADDED'])")
+    assert "12" in (tmp_path / "log").read_text().splitlines()
+    shown = capsys.readouterr().out
+    assert "[1] Title" in shown and "ADDED=2 python -c" in shown and "\n12\n" not in shown
+
+
+def test_failing_command_shows_its_last_20_lines_and_the_log(steps, monkeypatch, tmp_path):
+    with pytest.raises(steps.QuickstartError, match="exit status 3") as error:
+        _python(
+            steps, monkeypatch, tmp_path, "print(*map('line {}'.format, range(30)), sep='\\n'); raise SystemExit(3)"
+        )
+    text = str(error.value)
+    assert "line 10\n" in text and "line 29\n" in text and "line 9\n" not in text
+    assert str(tmp_path / "log") in text
+    assert "line 9\n" in (tmp_path / "log").read_text()
+
+
+def test_missing_command_says_how_to_install(steps):
+    with pytest.raises(steps.QuickstartError, match="pip install"):
+        steps.find_command("nnUNetv2_no_such_command")
+
+
+def test_absent_device_is_refused(steps, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert steps.choose_device("auto") == "cpu"
+    with pytest.raises(steps.QuickstartError, match="--device cuda"):
+        steps.choose_device("cuda")
+
+
+# --- the output folder
+
+
+def test_output_folder_is_replaced_on_request_only(steps, tmp_path):
+    output = tmp_path / "out"
+    steps.prepare_output(output, False, None)
+    (output / "old").touch()
+    with pytest.raises(steps.QuickstartError, match=r"--output .* --overwrite"):
+        steps.prepare_output(output, False, None)
+    steps.prepare_output(output, True, None)
+    assert _names(output) == [steps.LOG_NAME]
+
+
+def test_a_folder_of_somebody_else_is_never_removed(steps, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(steps.QuickstartError, match="not made by this script"):
+        steps.prepare_output(tmp_path, True, None)
+    assert _names(tmp_path) == ["thesis.tex"]
+
+
+def test_overwrite_does_not_remove_the_dataset_it_is_to_use(steps, tmp_path):
+    steps.prepare_output(tmp_path / "out", False, None)
+    dataset = tmp_path / "out" / "nnUNet_raw" / "Dataset001_Phantom"
+    dataset.mkdir(parents=True)
+    with pytest.raises(steps.QuickstartError, match="--dataset lies in"):
+        steps.prepare_output(tmp_path / "out", True, dataset)
+    assert dataset.is_dir()
+
+
+# --- a user's dataset
+
+
+def test_adopted_dataset_holds_out_the_last_fifth_and_leaves_the_source_alone(steps, tmp_path):
+    source = write_phantom_dataset(tmp_path / "user", 12, num_train=6, num_test=0, **TINY)
+    before = {name: (source / name).read_bytes() for name in _names(source)}
+    folder = steps.adopt_dataset(source, tmp_path / "raw")
+    assert folder == tmp_path / "raw" / "Dataset012_Phantom"
+    assert len(_names(folder / "imagesTr")) == len(_names(folder / "labelsTr")) == 5
+    assert _names(folder / "imagesTs") == ["phantom_005_0000.nii.gz"]
+    assert (folder / "labelsTs" / "phantom_005.nii.gz").read_bytes() == before["labelsTr/phantom_005.nii.gz"]
+    assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 5
+    assert {name: (source / name).read_bytes() for name in _names(source)} == before
+
+
+def test_adopted_dataset_keeps_its_own_labelled_test_cases(steps, tmp_path):
+    source = write_phantom_dataset(tmp_path / "user", 12, num_train=2, num_test=2, channels=2, **TINY)
+    (source / "labelsTs" / "phantom_003.nii.gz").unlink()  # one unlabelled test case: of no use for evaluation
+    folder = steps.adopt_dataset(source, tmp_path / "raw")
+    assert len(_names(folder / "labelsTr")) == 2
+    assert _names(folder / "imagesTs") == ["phantom_002_0000.nii.gz", "phantom_002_0001.nii.gz"]
+
+
+def test_adopted_dataset_may_list_its_files(steps, tmp_path):
+    source = write_phantom_dataset(tmp_path / "user", 12, num_train=2, num_test=0, **TINY)
+    (source / "imagesTr").rename(source / "scans")
+    description = json.loads((source / "dataset.json").read_text())
+    description["dataset"] = {
+        case: {"images": [f"scans/phantom_{case}_0000.nii.gz"], "label": f"labelsTr/phantom_{case}.nii.gz"}
+        for case in ("000", "001")
+    }
+    (source / "dataset.json").write_text(json.dumps(description))
+    folder = steps.adopt_dataset(source, tmp_path / "raw")
+    assert _names(folder / "imagesTr") == ["000_0000.nii.gz"] and _names(folder / "labelsTs") == ["001.nii.gz"]
+    assert "dataset" not in json.loads((folder / "dataset.json").read_text())
+
+
+def test_what_is_no_dataset_is_refused(steps, tmp_path):
+    (tmp_path / "Dataset001_Empty").mkdir()
+    for folder in (tmp_path / "Dataset001_Empty", tmp_path / "missing"):
+        with pytest.raises(steps.QuickstartError, match="no nnU-Net raw dataset"):
+            steps.adopt_dataset(folder, tmp_path / "raw")
+    single = write_phantom_dataset(tmp_path, 2, num_train=1, num_test=0, **TINY)
+    with pytest.raises(steps.QuickstartError, match="at least 2"):
+        steps.adopt_dataset(single, tmp_path / "raw")
+
+
+# --- reduced plans, names, picture
+
+
+def _plans(dimensions=3, stages=6, patch=(128, 128, 128), strides=None):
+    network = {
+        "n_stages": stages,
+        "features_per_stage": [min(320, 32 * 2**i) for i in range(stages)],
+        "kernel_sizes": [[3] * dimensions] * stages,
+        "strides": strides or [[1] * dimensions] + [[2] * dimensions] * (stages - 1),
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+    }
+    settings = {
+        "data_identifier": "nnUNetPlans_x",
+        "batch_size": 7,
+        "patch_size": list(patch),
+        "architecture": {"arch_kwargs": network},
+    }
+    return {"plans_name": "nnUNetPlans", "configurations": {"x": settings, "2d": {}}}
+
+
+@pytest.mark.parametrize(
+    ("plans", "patch"),
+    [
+        (_plans(), [32, 32, 32]),
+        (_plans(patch=(40, 56, 40), stages=4), [32, 40, 32]),
+        (_plans(patch=(16, 16, 16), stages=3), [16, 16, 16]),
+        (_plans(2, 8, (512, 384)), [144, 112]),
+        (
+            _plans(patch=(20, 256, 224), strides=[[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]]),
+            [6, 88, 72],
+        ),
+    ],
+)
+def test_reduced_plans_fit_their_strides_and_reuse_the_data(steps, plans, patch):
+    original = json.dumps(plans)
+    small = steps.reduce_plans(plans, "x")
+    assert json.dumps(plans) == original
+    settings = small["configurations"]["x"]
+    network = settings["architecture"]["arch_kwargs"]
+    assert small["plans_name"] == "nnUNetPlans_small" and settings["data_identifier"] == "nnUNetPlans_x"
+    assert settings["batch_size"] == 2 and settings["patch_size"] == patch
+    assert (np.array(patch) % np.prod(network["strides"], axis=0) == 0).all()
+    assert network["features_per_stage"] == [16, 32, 64, 128][: network["n_stages"]]
+    lengths = {key: len(value) for key, value in network.items() if isinstance(value, list)}
+    assert lengths.pop("n_conv_per_stage_decoder") == network["n_stages"] - 1
+    assert set(lengths.values()) == {network["n_stages"]}
+
+
+def test_names_of_classes_and_regions(steps):
+    classes = {"labels": {"background": 0, "liver": 1, "ignore": 2}}
+    assert steps.class_names(classes) == {0: "background", 1: "liver", 2: "ignore"}
+    regions = {"labels": {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, "regions_class_order": [1, 2]}
+    assert steps.class_names(regions) == {0: "background", 1: "whole", 2: "core"}
+    assert steps.metric_names(regions)["(1, 2)"] == "whole" and steps.metric_names(classes)["1"] == "liver"
+
+
+def test_picture_of_a_case(steps, tmp_path):
+    from matplotlib.image import imread
+
+    dataset = write_phantom_dataset(tmp_path, 3, num_train=1, num_test=1, spacing=(1, 1, 2), **TINY)
+    truth = dataset / "labelsTs" / "phantom_001.nii.gz"
+    metrics = {"1": {"Dice": 1.0}, "2": {"Dice": float("nan")}}
+    result = {"reference_file": str(truth), "prediction_file": str(truth), "metrics": metrics}
+    steps.draw_case(dataset, result, tmp_path / "overlay.png")
+    picture = imread(tmp_path / "overlay.png")[..., :3]
+    coloured = (picture.max(-1) - picture.min(-1) > 0.2).mean(axis=0)
+    third = len(coloured) // 3
+    legend = (picture.max(-1) - picture.min(-1) > 0.2)[-60:].mean()
+    assert legend > 0
+    # only truth and prediction are coloured, and here alike
+    panels = [coloured[k * third + 30 : (k + 1) * third - 30].sum() for k in range(3)]
+    assert panels[0] < panels[1] / 3
+    assert panels[1] == pytest.approx(panels[2], rel=0.3)
+
+
+def test_report_prints_every_class_and_returns_the_mean(steps, capsys):
+    summary = {
+        "metric_per_case": [{}, {}],
+        "mean": {"1": {"Dice": 0.9}, "2": {"Dice": 0.5}},
+        "foreground_mean": {"Dice": 0.7},
+    }
+    assert steps.report(summary, {"labels": {"background": 0, "liver": 1, "spleen": 2}}) == 0.7
+    shown = capsys.readouterr().out
+    assert "2 unseen" in shown and "liver" in shown and "0.500" in shown
+
+
+# --- the script
+
+
+def test_mistakes_end_with_one_line_and_status_1(quickstart, tmp_path, capsys):
+    output = str(tmp_path / "out")
+    assert quickstart.main(["--dataset", str(tmp_path / "none"), "--output", output, "--device", "cpu"]) == 1
+    assert "quickstart stopped: --dataset" in capsys.readouterr().err
+    assert quickstart.main(["--output", output, "--device", "cpu", "--overwrite", "--shape", "4", "4", "4"]) == 1
+    assert "phantom shape must be" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        quickstart.main(["--epochs", "0"])
+
+
+@pytest.mark.parametrize(("dice", "status"), [(0.81, 0), (0.79, 1), (float("nan"), 1)])
+def test_status_tells_whether_the_phantom_was_learnt(quickstart, monkeypatch, dice, status):
+    monkeypatch.setattr(quickstart, "run", lambda options: dice)
+    assert quickstart.main([]) == status
+    assert quickstart.main(["--dataset", "Dataset001_X"]) == 0  # no promise about other data
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_reduced_run_through_the_real_commands(tmp_path):
+    """One step of training: everything must be there, and a model that cannot have learnt must be called that."""
+    output = tmp_path / "out"
+    sizes = ["--shape", "16", "20", "16", "--num-train", "5", "--num-test", "1", "--epochs", "1", "--iterations", "1"]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "quickstart.py"), "--output", str(output), "--device", "cpu", *sizes],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert "the model did not learn" in done.stderr, done.stdout + done.stderr
+    assert done.returncode == 1
+    assert (output / "overlay.png").is_file() and (output / "predictions" / "phantom_005.nii.gz").is_file()
+    assert "nnUNetPlans_small" in done.stdout and "-tr nnUNetTrainerMedContext" in done.stdout
+    assert json.loads((output / "dice.json").read_text())["foreground_mean"]["Dice"] < 0.8
+    assert not (EXAMPLES / "nnUNet_raw").exists()
