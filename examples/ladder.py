@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Run an ablation ladder: the same training under several settings, seeds and few-shot sizes, and print one table.
 
-    python examples/ladder.py examples/ladders/medcontext.yaml -d 4 -c 3d_fullres -p small --steps 2000 --seeds 3 --output ladder_output
+    python examples/ladder.py examples/ladders/medcontext.yaml -d 4 -c 3d_fullres -p small --steps 2000 --seeds 3 \\
+        --output ladder_output
 
-Each run is an ordinary training of one fold in a results folder of its own (OUTPUT/RUN/nN_seedS), so it can be looked at, resumed and
-predicted with. A finished run is kept: calling the same command again continues where the last call ended. Simplified: final checkpoint
-only, one fold, Dice only (mean over the foreground classes and cases of the fold's validation part).
+Each run is an ordinary training of one fold in a results folder of its own (OUTPUT/RUN/nN_seedS), so it can be looked
+at, resumed and predicted with. A finished run is kept: calling the same command again continues where the last call
+ended. Simplified: final checkpoint only, one fold, Dice only (mean over the foreground classes and cases of the fold's
+validation part).
 """
 
 from __future__ import annotations
@@ -90,7 +92,10 @@ def train(task: dict[str, Any]) -> None:
 
 
 def speed_up_on_cpu(network: Any) -> None:
-    """bfloat16 convolutions in channels-last layout, logits back in fp32: 2.2 times faster on a CPU that has AVX-512 BF16."""
+    """bfloat16 convolutions in channels-last layout, logits back in fp32.
+
+    2.2 times faster on a CPU that has AVX-512 BF16.
+    """
     import torch
 
     if network is None:
@@ -127,7 +132,8 @@ def print_table(results: dict[tuple[int, str], dict[int, float]]) -> None:
         difference = f"{statistics.fmean(paired):+.3f}" if paired else ""
         each = " ".join(f"{by_seed[seed]:.3f}" for seed in sorted(by_seed))
         print(
-            f"| {size or 'all'} | {run} | {len(by_seed)} | {statistics.fmean(by_seed.values()):.3f} | {each} | {difference} |"
+            f"| {size or 'all'} | {run} | {len(by_seed)} | {statistics.fmean(by_seed.values()):.3f} "
+            f"| {each} | {difference} |"
         )
 
 

@@ -189,7 +189,7 @@ def run(options: argparse.Namespace) -> float:
 
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
     dice = report(summary, description)
-    draw_case(dataset, predictions, summary["metric_per_case"][0], output / "overlay.png")
+    draw_case(dataset, summary["metric_per_case"][0], output / "overlay.png")
     print("\nWhere everything is:")
     for name, path in {
         "picture": output / "overlay.png",

@@ -132,7 +132,10 @@ TRAINER_SETTINGS = "num_epochs=2 num_iterations_per_epoch=3 num_val_iterations_p
 
 @pytest.fixture
 def make_trainer(tiny: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """``make_trainer(cls, "key=value ...", configuration=, continued=, plans=)`` on the tiny dataset; results in tmp_path."""
+    """``make_trainer(cls, "key=value ...", configuration=, continued=, plans=)`` on the tiny dataset.
+
+    Results are in tmp_path.
+    """
     import torch
 
     threads = torch.get_num_threads()

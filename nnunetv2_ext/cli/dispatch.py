@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("nnunetv2_ext.cli.doctor", "check this installation and say how to mend what is wrong"),
     "settings": ("nnunetv2_ext.cli.settings", "list every setting of a trainer: type, default, meaning"),
     "export": ("nnunetv2_ext.cli.export", "write a model folder that plain nnU-Net can predict with"),
+    "guides": ("nnunetv2_ext.cli.guides", "show what a J-RAS model retrieves for an image, and with which weights"),
     "bench": (
         "nnunetv2_ext.cli.bench",
         "measure what trainers cost against plain nnUNetTrainer: step, prediction, memory",

@@ -1,4 +1,4 @@
-"""Checkpoint files: reading them with a clear word about broken ones, and the key that holds what nnU-Net does not save."""
+"""Checkpoint files: reading them with a clear word about broken ones, and the key for what nnU-Net does not save."""
 
 from __future__ import annotations
 
@@ -85,12 +85,13 @@ def check_weights(weights: Mapping[str, Tensor], network: nn.Module, path: Path)
     Raises:
         ValueError: the checkpoint belongs to another architecture; the first difference is named.
     """
-    free = getattr(unwrap(network), "buffers_of_any_size", frozenset())
+    free: frozenset[str] = frozenset(getattr(unwrap(network), "buffers_of_any_size", ()))
     ours = {key: tuple(value.shape) for key, value in unwrap(network).state_dict().items()}
     theirs = {key.removeprefix("module."): tuple(value.shape) for key, value in weights.items()}
     for key in [*ours, *theirs]:
         if ours.get(key) != theirs.get(key) and not (key in free and key in ours and key in theirs):
             raise ValueError(
-                f"{path} was trained with another network: {key} is {theirs.get(key, 'missing')} there and {ours.get(key, 'missing')} here. "
+                f"{path} was trained with another network: {key} is {theirs.get(key, 'missing')} there "
+                f"and {ours.get(key, 'missing')} here. "
                 "Continue with the plans and settings it was trained with, or start a new training without --c"
             )

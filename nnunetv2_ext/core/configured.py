@@ -25,8 +25,8 @@ class ConfiguredTrainer(nnUNetTrainer):
         method_settings: *method hook*; block name to pydantic model, merged over all base classes.
         default_settings: *method hook*; dotted keys whose default differs for this trainer.
         settings: the resolved settings.
-        generator: the methods' own random stream, on the device, per rank; it leaves nnU-Net's augmentation stream untouched, so runs of
-            one seed see the same batches whatever the method draws.
+        generator: the methods' own random stream, on the device, per rank; it leaves nnU-Net's augmentation stream
+            untouched, so runs of one seed see the same batches whatever the method draws.
     """
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {}
@@ -56,13 +56,14 @@ class ConfiguredTrainer(nnUNetTrainer):
         require_writable(Path(self.output_folder))
         if not self.label_manager.foreground_labels:
             raise ValueError(
-                f"dataset.json of {self.plans_manager.dataset_name} declares no foreground label; there is nothing to learn"
+                f"dataset.json of {self.plans_manager.dataset_name} declares no foreground label; "
+                "there is nothing to learn"
             )
         self._apply_settings(resolved)
 
     @classmethod
     def settings_model(cls) -> type[ext_settings.CommonSettings]:
-        """The pydantic model of this trainer's settings: the common keys and the block of each method it inherits from."""
+        """The pydantic model of this trainer's settings: the common keys and a block per method it inherits from."""
         methods: dict[str, type[BaseModel]] = {}
         for base in reversed(cls.__mro__):
             methods.update(vars(base).get("method_settings", {}))
@@ -105,8 +106,8 @@ class ConfiguredTrainer(nnUNetTrainer):
             self.print_to_log_file(f"train_cases: {len(chosen)} of {len(train)} training cases: {', '.join(chosen)}")
             if self._train_cases is not None and self._train_cases != chosen:
                 raise ValueError(
-                    f"this training was started on {', '.join(self._train_cases)}, but train_cases now selects {', '.join(chosen)}; restore the "
-                    "split or the settings, or start a new training without --c"
+                    f"this training was started on {', '.join(self._train_cases)}, but train_cases now selects "
+                    f"{', '.join(chosen)}; restore the split or the settings, or start a new training without --c"
                 )
             self._train_cases = chosen
         return chosen, validation
@@ -122,8 +123,8 @@ class ConfiguredTrainer(nnUNetTrainer):
             ):
                 return train, validation
         raise ValueError(
-            f"none of the {len(train.identifiers)} training cases of fold {self.fold} has a foreground voxel: check the labels "
-            "(nnUNetv2_plan_and_preprocess --verify_dataset_integrity) and the split"
+            f"none of the {len(train.identifiers)} training cases of fold {self.fold} has a foreground voxel: "
+            "check the labels (nnUNetv2_plan_and_preprocess --verify_dataset_integrity) and the split"
         )
 
     def get_training_transforms(self, *args, **kwargs):
@@ -145,7 +146,10 @@ class ConfiguredTrainer(nnUNetTrainer):
         if self.settings.seed is not None:
             torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         if self.local_rank == 0:
-            header = f"# {type(self).__name__}, fold {self.fold}. To repeat: {ext_settings.ENVIRONMENT_VARIABLE}=<this file>\n"
+            header = (
+                f"# {type(self).__name__}, fold {self.fold}. "
+                f"To repeat: {ext_settings.ENVIRONMENT_VARIABLE}=<this file>\n"
+            )
             content = yaml.safe_dump(ext_settings.flatten(self.settings), sort_keys=False)
             atomic_write_text(Path(self.output_folder) / "nnunetv2_ext_settings.yaml", header + content)
 
@@ -161,6 +165,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         for key, field in ext_settings.fields_by_key(type(self.settings)).items():
             if ext_settings.is_marked(field, "structural") and key in theirs and theirs[key] != ours[key]:
                 raise ValueError(
-                    f"{', '.join(others)} in {self.output_folder_base} were trained with {key}={theirs[key]}, this fold has {key}={ours[key]}: "
-                    "all folds of a model folder share one network. Use the same value, or another plans name (-p) for the new one"
+                    f"{', '.join(others)} in {self.output_folder_base} were trained with {key}={theirs[key]}, "
+                    f"this fold has {key}={ours[key]}: all folds of a model folder share one network. "
+                    "Use the same value, or another plans name (-p) for the new one"
                 )

@@ -32,6 +32,7 @@ def select_train_cases(available: Sequence[str], wanted: int | Sequence[str] | N
     if unknown or not wanted:
         what = f"names {', '.join(unknown)}, not among" if unknown else "is empty; name some of"
         raise ValueError(
-            f"train_cases {what} the {len(available)} training cases of this fold (e.g. {', '.join(sorted(available)[:3])})"
+            f"train_cases {what} the {len(available)} training cases of this fold "
+            f"(e.g. {', '.join(sorted(available)[:3])})"
         )
     return sorted(set(wanted))

@@ -14,10 +14,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Context manager that turns SIGTERM, SIGINT and a stop file into a question the training loop asks between steps.
 
-    A second SIGINT interrupts at once. Handlers are installed in the main thread only (Python allows no other) and put back on exit.
+    A second SIGINT interrupts at once. Handlers are installed in the main thread only (Python allows no other) and put
+    back on exit.
 
     Args:
-        stop_file: ``stop`` in the fold's folder; its presence asks for a stop. It is removed when obeyed, or ``--c`` would stop at once.
+        stop_file: ``stop`` in the fold's folder; its presence asks for a stop. It is removed when obeyed, or ``--c``
+            would stop at once.
     """
 
     def __init__(self, stop_file: Path) -> None:
@@ -54,5 +56,5 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + signal number, as shells report it, so that ``train && predict`` does not go on; 0 for the stop file."""
+        """128 + signal number, as shells report it, so ``train && predict`` does not go on; 0 for the stop file."""
         return 128 + self.signal if self.signal is not None else 0

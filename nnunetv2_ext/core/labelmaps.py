@@ -1,4 +1,4 @@
-"""Logits and training targets as label maps that can be drawn, for datasets with classes and with (overlapping) regions."""
+"""Logits and training targets as label maps to draw, for datasets with classes and with (overlapping) regions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def class_names(dataset_json: dict, labels: LabelManager) -> dict[int, str]:
-    """Label value (as in the maps below) to name, without the background; ``ignore`` included where the dataset has it."""
+    """Label value (as in the maps below) to name, without the background; with ``ignore`` where the dataset has it."""
     names = [name for name in dataset_json["labels"] if name not in ("background", "ignore")]
     if labels.has_regions:  # drawn in head order, later regions over earlier ones
         classes = dict(enumerate(names, 1))
@@ -27,7 +27,10 @@ def logits_to_labels(logits: Tensor, labels: LabelManager) -> np.ndarray:
 
 
 def target_to_labels(target: Tensor, labels: LabelManager) -> np.ndarray:
-    """(1 or regions, *S) training target to one value per voxel, numbered like ``logits_to_labels``; the ignore label keeps its value."""
+    """(1 or regions, *S) training target to one value per voxel, numbered like ``logits_to_labels``.
+
+    The ignore label keeps its value.
+    """
     if not labels.has_regions:
         return target[0].cpu().numpy()
     return _last_region((target > 0).cpu().numpy())

@@ -1,4 +1,4 @@
-"""Random state: seeding, saving and restoring it, so that a continued training repeats what an uninterrupted one would have drawn."""
+"""Random state: seeding, saving and restoring it, so that a continued training draws what an unbroken one would."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransfo
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch (all devices); nnU-Net's single-threaded loader draws from the first two and from torch."""
+    """Seed Python, numpy and torch (all devices); nnU-Net's single-threaded loader draws from all three."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def get_random_state(generator: torch.Generator) -> dict[str, Any]:
-    """Everything random of this process: Python, numpy, torch CPU, the current CUDA device, and the method's own generator."""
+    """Everything random of this process: Python, numpy, torch CPU, the current CUDA device, the method's generator."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -44,7 +44,8 @@ def set_random_state(state: dict[str, Any], generator: torch.Generator) -> None:
 def make_repeatable(transform: BasicTransform) -> None:
     """Switch off what makes nnU-Net's augmentation depend on the clock.
 
-    GaussianBlurTransform(benchmark=True) times two implementations and keeps the faster one; they differ in the last bits.
+    GaussianBlurTransform(benchmark=True) times two implementations and keeps the faster one; they differ in the last
+    bits.
     """
     if isinstance(transform, GaussianBlurTransform):
         transform.benchmark = False

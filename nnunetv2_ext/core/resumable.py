@@ -1,7 +1,7 @@
 """ResumableTrainer: a training that can be stopped at any step and continued as if it had not been.
 
-Between steps the loop looks for signals and the stop file. A checkpoint holds, besides nnU-Net's keys, one key of ours: settings, random
-states, the unfinished epoch, the log and the methods' state.
+Between steps the loop looks for signals and the stop file. A checkpoint holds, besides nnU-Net's keys, one key of ours:
+settings, random states, the unfinished epoch, the log and the methods' state.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ResumableTrainer(ConfiguredTrainer):
     _log_state: dict[str, Any] | None = None
     _is_resumed = False  # a checkpoint was loaded
 
-    # ---- the loop -------------------------------------------------------------------------------------------------------------------
+    # ---- the loop ----------------------------------------------------------------------------------------------------
     def on_train_start(self) -> None:
         """Start the epoch log after nnU-Net's own start."""
         super().on_train_start()
@@ -65,7 +65,10 @@ class ResumableTrainer(ConfiguredTrainer):
             self.epoch_log.close()
 
     def on_epoch_end(self) -> None:
-        """nnU-Net's; the latest checkpoint is written last, with the final best EMA, so that a continued run compares as an unbroken one."""
+        """nnU-Net's; the latest checkpoint is written last.
+
+        It then holds the final best EMA, so that a continued run compares as an unbroken one.
+        """
         save_every, epoch = self.save_every, self.current_epoch
         # nnU-Net's rule for checkpoint_best.pth, which is written inside super() and must hold the new count
         improved = self._best_ema is None or self.logger.get_value("ema_fg_dice", step=-1) > self._best_ema
@@ -92,7 +95,10 @@ class ResumableTrainer(ConfiguredTrainer):
         return patience is not None and self.epochs_without_improvement >= patience
 
     def run_training(self) -> None:
-        """Replaces nnUNetTrainer.run_training: the same calls in the same order, and between steps a look at signals and the stop file."""
+        """Replaces nnUNetTrainer.run_training: the same calls in the same order.
+
+        Between steps it looks at signals and the stop file.
+        """
         self.on_train_start()
         if self.current_epoch < self.num_epochs and not self.stopped_early:
             self._set_old_checkpoints_aside()
@@ -105,7 +111,8 @@ class ResumableTrainer(ConfiguredTrainer):
         late_signal = self._stop_code() > 1
         if self.stopped_early:
             self.print_to_log_file(
-                f"Early stop: {self.epochs_without_improvement} epochs without a better moving average of the pseudo Dice."
+                f"Early stop: {self.epochs_without_improvement} epochs "
+                "without a better moving average of the pseudo Dice."
             )
         self.on_train_end()
         if late_signal:  # it came after the last look; the training is complete, the validation would be killed
@@ -201,17 +208,17 @@ class ResumableTrainer(ConfiguredTrainer):
         distributed.all_gather_object(values, value)
         return values
 
-    # ---- checkpoints ----------------------------------------------------------------------------------------------------------------
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
     def method_state(self) -> dict[str, Any]:
         """*Method hook.* What the method needs to continue, by method name; tensors and plain values."""
         return {}
 
     def load_method_state(self, states: dict[str, Any]) -> None:
-        """*Method hook.* Counterpart of ``method_state``; the own name may be missing (a checkpoint of plain nnU-Net)."""
+        """*Method hook.* Counterpart of ``method_state``; the own name may be missing (plain nnU-Net's checkpoint)."""
 
     @classmethod
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
-        """*Method hook.* Weights that plain nnU-Net's network of the same plans loads, from a checkpoint of this trainer.
+        """*Method hook.* Weights from this trainer's checkpoint that plain nnU-Net's network of the same plans loads.
 
         Args:
             checkpoint: as read from the file.
@@ -225,7 +232,7 @@ class ResumableTrainer(ConfiguredTrainer):
         return checkpoint["network_weights"]
 
     def save_checkpoint(self, filename: str) -> None:
-        """Replaces nnUNetTrainer.save_checkpoint: its keys and ours, written atomically (temporary file, fsync, rename)."""
+        """Replaces nnUNetTrainer.save_checkpoint: its keys and ours, written atomically (temporary, fsync, rename)."""
         self._save(Path(filename), self.current_epoch + 1)
 
     def _save_latest(self, completed_epochs: int, state: dict[str, Any] | None = None) -> None:
@@ -241,7 +248,8 @@ class ResumableTrainer(ConfiguredTrainer):
         atomic_torch_save(self._checkpoint(completed_epochs, states), path)
 
     def _checkpoint(self, completed_epochs: int, random_states: list[dict[str, Any]] | None) -> dict[str, Any]:
-        # nnU-Net writes its dictionary straight to the file, so its keys are repeated here; a test compares them with upstream's
+        # nnU-Net writes its dictionary straight to the file, so its keys are repeated here; a test compares them with
+        # upstream's
         return {
             "network_weights": checkpoints.unwrap(self.network).state_dict(),
             "optimizer_state": self.optimizer.state_dict(),

@@ -1,8 +1,8 @@
 """Settings of our trainers: typed, documented, and strict about names.
 
-Sources, later wins: the field's default < the trainer's own default < a method's preset < ``plans["nnunetv2_ext"]`` < the environment
-variable ``nnUNet_ext_settings``. nnU-Net's trainers take no further constructor arguments (an extra one raises KeyError in
-nnUNetTrainer.__init__), hence the file and the environment.
+Sources, later wins: the field's default < the trainer's own default < a method's preset < ``plans["nnunetv2_ext"]`` <
+the environment variable ``nnUNet_ext_settings``. nnU-Net's trainers take no further constructor arguments (an extra one
+raises KeyError in nnUNetTrainer.__init__), hence the file and the environment.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ STRUCTURAL: JsonDict = {"structural": True}  # changes the network, so all folds
 
 
 class CommonSettings(BaseModel):
-    """Settings every trainer of this package understands; a method adds its own below its name (``medcontext.mask_ratio``)."""
+    """Settings every trainer of this package understands.
+
+    A method adds its own below its name (``medcontext.mask_ratio``).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -65,8 +68,8 @@ class CommonSettings(BaseModel):
     )
     train_cases: Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
-        description="few-shot: train on this many of the fold's training cases (nested draws: a smaller set is part of a larger), or on "
-        "the listed case ids; validation cases stay as they are",
+        description="few-shot: train on this many of the fold's training cases (nested draws: a smaller set is part of "
+        "a larger), or on the listed case ids; validation cases stay as they are",
     )
     train_cases_seed: int = Field(0, ge=0, lt=2**31, description="which draw of train_cases")
     early_stop_patience: int | None = Field(
@@ -144,7 +147,8 @@ def flatten(settings: BaseModel) -> dict[str, Any]:
 def from_environment(text: str | None) -> dict[str, Any]:
     """Parse the value of ``nnUNet_ext_settings``: the path of a YAML file, or ``key=value`` pairs separated by blanks.
 
-    Values are YAML scalars, ``none``, or flow lists (``train_cases=[case_1,case_2]``); quote a value that contains blanks.
+    Values are YAML scalars, ``none``, or flow lists (``train_cases=[case_1,case_2]``); quote a value that contains
+    blanks.
 
     Raises:
         ValueError: missing or unreadable file, something that is not YAML, or a part that is not ``key=value``.
@@ -196,15 +200,16 @@ def _is_file(text: str) -> bool:
 def _from_file(path: Path) -> dict[str, Any]:
     if not _is_file(str(path)):
         raise ValueError(
-            f"{ENVIRONMENT_VARIABLE} names the settings file {str(path)!r}, which does not exist; give the path of a YAML file or "
-            "key=value pairs"
+            f"{ENVIRONMENT_VARIABLE} names the settings file {str(path)!r}, which does not exist; "
+            "give the path of a YAML file or key=value pairs"
         )
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"the settings file {str(path)!r} cannot be read as YAML ({reason}); mend it or unset {ENVIRONMENT_VARIABLE}"
+            f"the settings file {str(path)!r} cannot be read as YAML ({reason}); "
+            f"mend it or unset {ENVIRONMENT_VARIABLE}"
         ) from error
     if content is None:
         return {}
@@ -259,7 +264,8 @@ def resume(model: type[CommonSettings], saved: Mapping[str, Any], now: Resolved,
         strict: True for ``--c``. False (``--val``, predicting) adopts the checkpoint's settings without comparing.
 
     Raises:
-        ValueError: a source says something else than the checkpoint for a key that must not change; both values are shown.
+        ValueError: a source says something else than the checkpoint for a key that must not change; both values are
+            shown.
     """
     fields = fields_by_key(model)
     values = {key: value for key, value in saved.items() if key in fields}
@@ -270,8 +276,8 @@ def resume(model: type[CommonSettings], saved: Mapping[str, Any], now: Resolved,
             values[key], sources[key] = value, now.sources[key]
         elif before[key] != value:
             raise ValueError(
-                f"this training was started with {key}={before[key]}, but {now.sources[key]} now says {key}={value}: continue with the old "
-                "value (unset the new one), or start a new training without --c"
+                f"this training was started with {key}={before[key]}, but {now.sources[key]} now says {key}={value}: "
+                "continue with the old value (unset the new one), or start a new training without --c"
             )
     return Resolved(_validate(model, values, sources), sources)
 
@@ -308,7 +314,8 @@ def _presets(model: type[BaseModel], values: Mapping[str, Any], sources: Mapping
             continue
         if preset not in presets:
             raise ValueError(
-                f"{name}.preset={preset!r} (from {sources[f'{name}.preset']}) does not exist; there is {', '.join(presets)}"
+                f"{name}.preset={preset!r} (from {sources[f'{name}.preset']}) does not exist; "
+                f"there is {', '.join(presets)}"
             )
         chosen.update({f"{name}.{key}": value for key, value in presets[preset].items()})
     return chosen
@@ -323,7 +330,8 @@ def _validate(model: type[CommonSettings], values: Mapping[str, Any], sources: M
             near += [k for k in fields if k.rpartition(".")[2] == key.rpartition(".")[2] and k not in near]
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise ValueError(
-                f"unknown setting {key!r} (from {sources[key]}): {hint}`nnUNetv2_ext settings {model.__name__}` lists all of them"
+                f"unknown setting {key!r} (from {sources[key]}): {hint}"
+                f"`nnUNetv2_ext settings {model.__name__}` lists all of them"
             )
         block, _, inner = key.rpartition(".")
         (nested.setdefault(block, {}) if block else nested)[inner] = value

@@ -1,7 +1,7 @@
 """One training step as an ordered list of loss passes.
 
-Each pass is back-propagated before the next one's forward, so activation memory stays that of a single pass while the gradients are
-those of the summed loss (gradients accumulate in ``.grad``).
+Each pass is back-propagated before the next one's forward, so activation memory stays that of a single pass while the
+gradients are those of the summed loss (gradients accumulate in ``.grad``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Batch:
     """A training batch on the device.
 
     Attributes:
-        data: ``(B, C, *S)``, image channels first, then the one-hot channels of a previous stage if the configuration is a cascade.
+        data: ``(B, C, *S)``, image channels first, then the one-hot channels of a previous stage if the configuration
+            is a cascade.
         target: ``(B, 1 or regions, *S)``, or the list of it over deep-supervision resolutions, highest first.
         keys: B case ids.
     """
@@ -85,8 +86,8 @@ def backward_passes(
 ) -> dict[str, Tensor]:
     """Run forward and backward of each pass in turn; gradients add up in the parameters.
 
-    The last pass must use every parameter: under DDP only its backward is synchronised (all others run inside ``no_sync``), which
-    averages the accumulated gradients over the ranks.
+    The last pass must use every parameter: under DDP only its backward is synchronised (all others run inside
+    ``no_sync``), which averages the accumulated gradients over the ranks.
 
     Args:
         passes: in order; at least one.
@@ -106,8 +107,8 @@ def backward_passes(
     for number, loss_pass in enumerate(passes, 1):
         local = number < len(passes) and isinstance(network, DistributedDataParallel)
         with cast(DistributedDataParallel, network).no_sync() if local else nullcontext():
-            # one autocast block per forward: on older torch a no_grad forward before a grad forward in one block loses gradients
-            # (pytorch/pytorch#112583)
+            # one autocast block per forward: on older torch a no_grad forward before a grad forward in one block loses
+            # gradients (pytorch/pytorch#112583)
             with torch.autocast(device.type) if device.type == "cuda" else nullcontext():
                 terms = loss_pass.compute()
                 total = _weighted_sum(terms, loss_pass.weight)
@@ -116,7 +117,8 @@ def backward_passes(
         for name, term in terms.items():
             if name in values or name in RESERVED:
                 raise ValueError(
-                    f"a loss term cannot be called {name!r}: names are unique in a step, and not {' or '.join(RESERVED)}"
+                    f"a loss term cannot be called {name!r}: names are unique in a step, "
+                    f"and not {' or '.join(RESERVED)}"
                 )
             values[name] = term.value.detach()
     return values

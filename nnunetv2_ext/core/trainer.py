@@ -1,7 +1,8 @@
 """ExtTrainer: one training step as loss passes, and the hooks a method overrides.
 
-A method subclasses it once (in its own package), overrides the few hooks marked *method hook*, always calling ``super()``, and can then be
-combined with another method by inheriting from both. nnU-Net's own hooks stay what they are.
+A method subclasses it once (in its own package), overrides the few hooks marked *method hook*, always calling
+``super()``, and can then be combined with another method by inheriting from both. nnU-Net's own hooks stay what they
+are.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ MAX_NONFINITE_UNDER_AMP = 20
 class ExtTrainer(ResumableTrainer):
     """Base of all our trainers: nnUNetTrainer with loss passes, settings, exact resume, logs and clean interruption.
 
-    Further *method hooks* are ``method_settings`` and ``default_settings`` (core/configured.py), ``method_state``, ``load_method_state`` and
-    ``export_weights`` (core/resumable.py).
+    Further *method hooks* are ``method_settings`` and ``default_settings`` (core/configured.py), ``method_state``,
+    ``load_method_state`` and ``export_weights`` (core/resumable.py).
     """
 
     last_batch: dict | None = None  # the loader's, on the CPU, for pictures
     _nonfinite_steps = 0
 
-    # ---- one step -------------------------------------------------------------------------------------------------------------------
+    # ---- one step ----------------------------------------------------------------------------------------------------
     def forward(self, batch: Batch, network: Callable[[Tensor], Any] | None = None) -> Any:
         """*Method hook.* Logits of ``batch.data``; a network that needs to know the cases gets them here.
 
@@ -47,7 +48,10 @@ class ExtTrainer(ResumableTrainer):
         return (self.network if network is None else network)(batch.data)
 
     def loss_passes(self, batch: Batch) -> list[LossPass]:
-        """*Method hook.* The passes of this step; methods put theirs before the supervised one, which stays last and is nnU-Net's own."""
+        """*Method hook.* The passes of this step.
+
+        Methods put theirs before the supervised one, which stays last and is nnU-Net's own.
+        """
         return [LossPass("supervised", lambda: {"supervised": Term(self.loss(self.forward(batch), batch.target))})]
 
     def clip_gradients(self) -> Tensor:
@@ -55,10 +59,15 @@ class ExtTrainer(ResumableTrainer):
         return nn.utils.clip_grad_norm_(self.network.parameters(), 12)
 
     def after_step(self) -> None:
-        """*Method hook.* Called after the optimiser step, also when the scaler skipped it; ``global_step`` is still this step's."""
+        """*Method hook.* Called after the optimiser step, also when the scaler skipped it.
+
+        ``global_step`` is still this step's.
+        """
 
     def train_step(self, batch: dict) -> dict:
-        """Replaces nnUNetTrainer.train_step: all loss passes, then one unscale, clip, optimiser step, scaler update and ``after_step``.
+        """Replaces nnUNetTrainer.train_step.
+
+        All loss passes, then one unscale, clip, optimiser step, scaler update and ``after_step``.
 
         Returns:
             ``loss``, the supervised term as in a plain run, every named term, and ``grad_norm``; 0-dim arrays.
@@ -109,13 +118,19 @@ class ExtTrainer(ResumableTrainer):
         self.print_to_log_file(f"ERROR: {message}")
         raise ValueError(message)
 
-    # ---- one epoch ------------------------------------------------------------------------------------------------------------------
+    # ---- one epoch ---------------------------------------------------------------------------------------------------
     def epoch_figures(self) -> dict[str, float]:
-        """*Method hook.* Figures of the finished epoch for the log, named ``method/figure``; called with the training part done."""
+        """*Method hook.* Figures of the finished epoch for the log, named ``method/figure``.
+
+        Called with the training part done.
+        """
         return {}
 
     def draw_panel(self, path: Path) -> None:
-        """*Method hook.* Draw what the method does with ``last_batch`` to ``path`` (PNG). Must not touch global random state."""
+        """*Method hook.* Draw what the method does with ``last_batch`` to ``path`` (PNG).
+
+        Must not touch global random state.
+        """
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """nnU-Net's, plus every named term's mean over the steps (and ranks) that had it."""

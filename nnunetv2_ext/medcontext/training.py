@@ -34,8 +34,8 @@ from nnunetv2_ext.medcontext.settings import MedContextSettings
 class MedContextTraining(ExtTrainer):
     """Adds a masked pass with a moving-average teacher in front of nnU-Net's supervised pass.
 
-    The network that is trained, validated, saved and predicted with is the student, nnU-Net's own; the teacher is an attribute of the
-    trainer, no part of the network, and travels in the checkpoint under the extension's key.
+    The network that is trained, validated, saved and predicted with is the student, nnU-Net's own; the teacher is an
+    attribute of the trainer, no part of the network, and travels in the checkpoint under the extension's key.
     """
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"medcontext": MedContextSettings}
@@ -70,15 +70,15 @@ class MedContextTraining(ExtTrainer):
             self.medcontext.tube,
         )
 
-    # ---- the teacher ----------------------------------------------------------------------------------------------------------------
+    # ---- the teacher -------------------------------------------------------------------------------------------------
     def initialize(self) -> None:
-        """After nnU-Net's: DDP broadcasts rank 0's weights in its constructor, so the teacher is copied from what came out of it."""
+        """After nnU-Net's: DDP's constructor broadcasts rank 0's weights, so the teacher is copied from the result."""
         super().initialize()
         self._report_mask()
         if self.medcontext.preset == "paper_code":
             self.print_to_log_file(
-                "WARNING: medcontext.preset=paper_code repeats the released code's numbers for ablation: its consistency is close to zero and "
-                "its teacher is almost the student."
+                "WARNING: medcontext.preset=paper_code repeats the released code's numbers for ablation: "
+                "its consistency is close to zero and its teacher is almost the student."
             )
         self._build_teacher()
 
@@ -100,7 +100,7 @@ class MedContextTraining(ExtTrainer):
                 self.teacher.compile()
 
     def on_train_start(self) -> None:
-        """After nnU-Net's: ``-pretrained_weights`` are loaded between initialize and here, so a fresh teacher is copied now."""
+        """After nnU-Net's: ``-pretrained_weights`` were loaded since initialize, so a fresh teacher is copied now."""
         super().on_train_start()
         if self.teacher is not None and not self._teacher_is_loaded:
             self.teacher.copy_from(unwrap(self.network))
@@ -123,7 +123,7 @@ class MedContextTraining(ExtTrainer):
         if self.teacher is not None:
             self.teacher.update(unwrap(self.network), self.teacher_momentum(self.global_step))
 
-    # ---- the masked pass ------------------------------------------------------------------------------------------------------------
+    # ---- the masked pass ---------------------------------------------------------------------------------------------
     def loss_passes(self, batch: Batch) -> list[LossPass]:
         """The masked pass first, then the clean, supervised one: under DDP the last pass must use every parameter."""
         s = self.medcontext
@@ -178,9 +178,12 @@ class MedContextTraining(ExtTrainer):
         valid = None if s.cons_on_ignored else valid_mask(batch.top_target, labels.ignore_label, labels.has_regions)
         return consistency_loss(teacher_logits, student_logits, valid, s.consistency, labels.has_regions)
 
-    # ---- log and picture ------------------------------------------------------------------------------------------------------------
+    # ---- log and picture ---------------------------------------------------------------------------------------------
     def epoch_figures(self) -> dict[str, float]:
-        """Momentum, ramp, share of voxels on which teacher and student disagree, and |grad consistency| / |grad supervised|."""
+        """Momentum, ramp, share of voxels on which teacher and student disagree, and a ratio of gradient norms.
+
+        The ratio is |grad consistency| / |grad supervised|.
+        """
         figures = super().epoch_figures()
         last = self.global_step - 1
         if self.teacher is None or self.last_batch is None or self.medcontext.masked_fraction == 0:
@@ -207,7 +210,7 @@ class MedContextTraining(ExtTrainer):
             self.configuration_manager.spacing[-len(self.configuration_manager.patch_size) :],
         )
 
-    # ---- checkpoint -----------------------------------------------------------------------------------------------------------------
+    # ---- checkpoint --------------------------------------------------------------------------------------------------
     def method_state(self) -> dict[str, Any]:
         """Adds the teacher. Its step is the trainer's global_step; T follows from the settings."""
         state = super().method_state()
@@ -231,7 +234,8 @@ class MedContextTraining(ExtTrainer):
             self.teacher.load_state_dict(state["teacher"])
             if state["total_steps"] != self.total_steps:
                 self.print_to_log_file(
-                    f"The training's length changes from {state['total_steps']} to {self.total_steps} steps; ramp and momentum follow."
+                    f"The training's length changes from {state['total_steps']} to {self.total_steps} steps; "
+                    "ramp and momentum follow."
                 )
         self._teacher_is_loaded = True
 
@@ -245,6 +249,7 @@ class MedContextTraining(ExtTrainer):
         state = checkpoint.get(EXTENSION_KEY, {}).get("methods", {}).get("medcontext")
         if state is None:
             raise ValueError(
-                "this checkpoint has no teacher (medcontext.beta was 0, or plain nnU-Net wrote it); export --weights student"
+                "this checkpoint has no teacher (medcontext.beta was 0, or plain nnU-Net wrote it); "
+                "export --weights student"
             )
         return state["teacher"]
