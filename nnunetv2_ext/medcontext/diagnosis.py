@@ -34,7 +34,7 @@ class Diagnosis:
         hidden: bool ``(*S)``, the mask m.
         target, clean, masked, teacher: label maps ``(*S)`` of the target, of the student on x and on m(x), and of the
             teacher on x (None without a teacher). Numbered as in core/labelmaps.py.
-        gradient_ratio: |d(beta ramp L_cons)| / |d(a L_masked)| over the student's parameters; NaN without a teacher or
+        gradient_ratio: |d(beta ramp L_cons)| / |d(a' L_masked)| over the student's parameters; NaN without a teacher or
             if a is 0.
         disagreement: share of voxels, 0..1, that the teacher on x and the student on m(x) label differently; NaN
             without a teacher.
@@ -92,10 +92,10 @@ def _diagnose(trainer: MedContextTraining, student: torch.nn.Module, sample: Bat
         ratio = share = float("nan")
         if teacher is not None:
             share = float(disagreement(teacher, masked.detach(), labels.has_regions))
-        if teacher is not None and s.supervised_weight > 0:
+        if teacher is not None and trainer.masked_weight > 0:
             weight = s.beta * ramp(max(0, trainer.global_step - 1), trainer.total_steps, s.ramp_fraction)
             consistency = weight * trainer.consistency(teacher, masked, sample)
-            supervised = s.supervised_weight * trainer.loss(output, sample.target)
+            supervised = trainer.masked_weight * trainer.loss(output, sample.target)
             parameters = [p for p in student.parameters() if p.requires_grad]
             ratio = _gradient_norm(consistency, parameters, trainer) / max(
                 _gradient_norm(supervised, parameters, trainer), 1e-12

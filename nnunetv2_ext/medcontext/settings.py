@@ -52,6 +52,12 @@ class MedContextSettings(BaseModel):
         description="Weight a of the segmentation loss in the clean and in the masked pass, no unit. 1 doubles the "
         "supervised gradient of a plain run, 0.5 keeps it. Source: released code.",
     )
+    masked_supervised_weight: float | None = Field(
+        None,
+        ge=0,
+        description="Weight of the segmentation loss in the masked pass, no unit; none = supervised_weight. "
+        "Source: ours.",
+    )
     beta: float = Field(
         0.5,
         ge=0,
@@ -81,6 +87,13 @@ class MedContextSettings(BaseModel):
         le=1,
         description="Share of blocks hidden from the student in the masked pass, 0..1. "
         "Source: released code (argument default).",
+    )
+    mask_warmup: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of all training steps over which mask_ratio grows from 0 on a straight line; 0 = at once. "
+        "Source: ours.",
     )
     mask_rounding: Literal["nearest", "floor"] = Field(
         "nearest",
@@ -142,6 +155,8 @@ class MedContextSettings(BaseModel):
 
     @field_validator(
         "supervised_weight",
+        "masked_supervised_weight",
+        "mask_warmup",
         "beta",
         "ramp_fraction",
         "mask_ratio",

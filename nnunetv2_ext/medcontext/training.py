@@ -140,6 +140,18 @@ class MedContextTraining(ExtTrainer):
             return batch
         return batch.select(torch.randperm(total, generator=self.generator, device=self.device)[:wanted].tolist())
 
+    @property
+    def masked_weight(self) -> float:
+        """Weight of L_seg in the masked pass."""
+        s = self.medcontext
+        return s.supervised_weight if s.masked_supervised_weight is None else s.masked_supervised_weight
+
+    def mask_ratio(self, step: int) -> float:
+        """Share of blocks hidden at global step ``step``."""
+        s = self.medcontext
+        length = s.mask_warmup * self.total_steps
+        return s.mask_ratio * min(1.0, step / length) if length else s.mask_ratio
+
     def draw_mask(self, shape: Sequence[int]) -> Tensor:
         """A mask for data of ``shape`` (B, C, *S): bool (B, 1, *S), True = hidden."""
         s = self.medcontext
@@ -147,7 +159,7 @@ class MedContextTraining(ExtTrainer):
             shape[0],
             shape[2:],
             self.mask_block,
-            s.mask_ratio,
+            self.mask_ratio(self.global_step),
             self.generator,
             self.device,
             s.tube,
@@ -165,7 +177,7 @@ class MedContextTraining(ExtTrainer):
         # the teacher first: its activations are gone before the student's are kept
         seen = None if self.teacher is None else self.forward(batch, self.teacher)
         output = self.forward(masked)
-        terms = {"masked_supervised": Term(self.loss(output, batch.target), s.supervised_weight)}
+        terms = {"masked_supervised": Term(self.loss(output, batch.target), self.masked_weight)}
         if seen is not None:
             top = output[0] if isinstance(output, (list, tuple)) else output
             weight = s.beta * ramp(self.global_step, self.total_steps, s.ramp_fraction)

@@ -192,6 +192,38 @@ def test_two_clean_passes_give_the_plain_gradient_times_twice_their_weight(make_
             torch.testing.assert_close(mine.grad, factor * theirs.grad, rtol=1e-6, atol=1e-8, msg=name)
 
 
+def test_masked_supervised_weight_zero_leaves_the_plain_step(make_trainer):
+    """Without consistency the masked pass then teaches nothing: the weights are plain nnU-Net's."""
+    settings = "medcontext.masked_supervised_weight=0 medcontext.beta=0"
+    ours, plain = ready(make_trainer, settings), ready(make_trainer, cls=nnUNetTrainer)
+    batches = make_batches(ours, 2)
+    ours_log = train(ours, batches)
+    train(plain, batches)
+    assert all("masked_supervised" in figures for figures in ours_log)
+    for key, value in state(plain.network).items():
+        torch.testing.assert_close(ours.network.state_dict()[key], value, rtol=0, atol=1e-7)
+
+
+def test_masked_supervised_weight_replaces_supervised_weight_in_the_masked_pass(make_trainer):
+    """Two clean passes of weights 0.5 and 1.5 pull as strongly as two of weight 1."""
+    mixed = "medcontext.mask_ratio=0 medcontext.beta=0 medcontext.supervised_weight=1.5 medcontext.masked_supervised_weight=0.5"
+    norms = []
+    for settings in (mixed, "medcontext.mask_ratio=0 medcontext.beta=0"):
+        trainer = ready(make_trainer, settings)
+        norms.append(float(train(trainer, make_batches(trainer, 1))[0]["grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_mask_warmup_grows_the_hidden_share_on_a_line(make_trainer):
+    trainer = ready(make_trainer, "medcontext.mask_warmup=0.5 num_epochs=2 num_iterations_per_epoch=8")  # 16 steps
+    assert [trainer.mask_ratio(t) for t in (0, 2, 4, 8, 15)] == pytest.approx([0, 0.1, 0.2, 0.4, 0.4])
+    assert not trainer.draw_mask((1, 1, *trainer.configuration_manager.patch_size)).any()
+    trainer.global_step = 8
+    share = trainer.draw_mask((50, 1, *trainer.configuration_manager.patch_size)).float().mean()
+    assert float(share) == pytest.approx(0.4, abs=0.03)
+    assert ready(make_trainer, "medcontext.mask_warmup=0").mask_ratio(0) == 0.4
+
+
 def test_the_teacher_sees_the_clean_patch_the_masked_pass_comes_first_the_clean_one_last(make_trainer):
     trainer = ready(make_trainer)
     calls = Calls(trainer)
