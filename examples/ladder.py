@@ -55,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--fast-cpu", action="store_true", help="bfloat16 networks on the CPU; say so beside the results"
     )
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings common to all runs")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--table-only", action="store_true", help="run nothing, print the table of what is there")
     return parser.parse_args()
@@ -149,6 +150,7 @@ def main() -> int:
         return 2
     sizes = args.train_cases if args.train_cases is not None else ladder.get("train_cases", [0])
     names = [name for name in runs if not args.runs or name in args.runs]
+    common = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.set)}
     plan = [
         (size, seed, name)
         for seed in range(args.first_seed, args.first_seed + args.seeds)
@@ -166,7 +168,13 @@ def main() -> int:
         summaries = list(folder.glob(f"*/*/fold_{args.fold}/validation/summary.json"))
         if not summaries and not args.table_only:
             # a run of its own length (equal wall time instead of equal steps): a factor on the number of epochs
-            settings = {"num_val_iterations_per_epoch": 2, "panel_every": 0, **ladder.get("settings", {}), **runs[name]}
+            settings = {
+                "num_val_iterations_per_epoch": 2,
+                "panel_every": 0,
+                **ladder.get("settings", {}),
+                **common,
+                **runs[name],
+            }
             factor = settings.pop("steps_factor", 1)
             settings |= {
                 "num_epochs": max(1, round(factor * args.steps / args.epoch_steps)),

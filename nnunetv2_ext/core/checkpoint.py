@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: the file is missing, truncated, or no nnU-Net checkpoint.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        checkpoint = torch.load(str(path), map_location="cpu", weights_only=False, mmap=True)
     except FileNotFoundError as error:
         raise ValueError(f"the checkpoint {path} does not exist; train first, or name another one") from error
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:

@@ -6,6 +6,8 @@ settings, random states, the unfinished epoch, the log and the methods' state.
 
 from __future__ import annotations
 
+import copy
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -71,8 +73,10 @@ class ResumableTrainer(ConfiguredTrainer):
         """
         save_every, epoch = self.save_every, self.current_epoch
         # nnU-Net's rule for checkpoint_best.pth, which is written inside super() and must hold the new count
-        improved = self._best_ema is None or self.logger.get_value("ema_fg_dice", step=-1) > self._best_ema
-        self.epochs_without_improvement = 0 if improved else self.epochs_without_improvement + 1
+        ema = self.logger.get_value("ema_fg_dice", step=-1)
+        if not math.isnan(ema):  # validation batches without foreground say nothing
+            improved = self._best_ema is None or ema > self._best_ema
+            self.epochs_without_improvement = 0 if improved else self.epochs_without_improvement + 1
         self.save_every = self.num_epochs + epoch + 2  # never due inside super()
         try:
             super().on_epoch_end()
@@ -105,7 +109,7 @@ class ResumableTrainer(ConfiguredTrainer):
         with StopRequest(Path(self.output_folder) / "stop") as self._stop:
             if self._random_states is not None and self.local_rank < len(self._random_states):
                 randomness.set_random_state(self._random_states[self.local_rank], self.generator)
-            self._random_states = None  # memory-mapped: Windows cannot replace the file while they are held
+            self._random_states = None
             while self.current_epoch < self.num_epochs and not self.stopped_early:
                 self._run_epoch()
         late_signal = self._stop_code() > 1
@@ -136,7 +140,7 @@ class ResumableTrainer(ConfiguredTrainer):
     def _run_epoch(self) -> None:
         self.on_epoch_start()
         self.on_train_epoch_start()
-        outputs: list[dict] = self._partial_epoch["outputs"] if self._partial_epoch else []
+        outputs = self._outputs_of_partial_epoch()
         self._partial_epoch = None
         total = self.num_iterations_per_epoch
         with progress_bar(total, f"epoch {self.current_epoch}", self.local_rank == 0) as bar:
@@ -157,19 +161,25 @@ class ResumableTrainer(ConfiguredTrainer):
             self.on_validation_epoch_end(val_outputs)
         self.on_epoch_end()
 
+    def _outputs_of_partial_epoch(self) -> list[dict]:
+        per_rank = self._partial_epoch["outputs"] if self._partial_epoch else [[]]
+        return per_rank[self.local_rank if self.local_rank < len(per_rank) else 0]
+
     def _next_batch(self, loader: Any, outputs: list[dict], state: dict | None = None) -> dict:
         try:
             return next(loader)
         except RuntimeError:
-            # Ctrl-C and SLURM signal the loader's workers too, and they may die before we look
-            self._stop_if_requested(outputs, state)
+            # Ctrl-C and SLURM signal the loader's workers too, and they may die before we look. Under DDP the other
+            # ranks may be inside the step by now and would wait for this one in another collective
+            if not self.is_ddp:
+                self._stop_if_requested(outputs, state)
             raise
 
     def _stop_if_requested(self, outputs: list[dict], state: dict | None = None) -> None:
         assert self._stop is not None
         if not self._stop_code():
             return
-        self._partial_epoch = {"outputs": outputs, "trained": state is not None}
+        self._partial_epoch = {"outputs": self._gather(outputs), "trained": state is not None}
         self._save_latest(self.current_epoch, state)
         if self.local_rank == 0:
             reason = self._stop.reason
@@ -294,15 +304,20 @@ class ResumableTrainer(ConfiguredTrainer):
         checkpoints.check_weights(checkpoint["network_weights"], self.network, path)
         super().load_checkpoint(str(path))
         self._is_resumed = True
+        self.my_init_kwargs["plans"] = self.plans_manager.plans  # with today's settings, not the checkpoint's
         if extension is None:
             self.print_to_log_file(f"{path} is a checkpoint of plain nnU-Net: the method's state starts fresh.")
             self.global_step = self.current_epoch * self.num_iterations_per_epoch
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = self.weight_decay  # the checkpoint's came with the optimiser's state
             self.load_method_state({})
             return
         self.global_step = extension["global_step"]
         self.epochs_without_improvement = extension["epochs_without_improvement"]
         self._train_cases = extension["train_cases"]
         self._partial_epoch = extension["partial_epoch"]
-        self._random_states = extension["random_states"]
+        self._random_states = copy.deepcopy(
+            extension["random_states"]
+        )  # the file is memory-mapped; Windows would not replace it
         self._log_state = extension["log"]
         self.load_method_state(extension["methods"])

@@ -121,6 +121,7 @@ def backward_passes(
                     f"and not {' or '.join(RESERVED)}"
                 )
             values[name] = term.value.detach()
+        del terms, total  # their graphs, before the next pass builds its own
     return values
 
 

@@ -7,7 +7,7 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from nnunetv2_ext.core.files import atomic_torch_save
 from nnunetv2_ext.core.resumable import ResumableTrainer
 from nnunetv2_ext.core.step import Batch, LossPass, Term, backward_passes
 
-# Under AMP the GradScaler skips steps with non-finite gradients, which is normal now and then; so many in a row are not
+# Under AMP the GradScaler skips steps with non-finite gradients, which is normal now and then (its first scale, 2^16,
+# can be halved 16 times in a row); more in a row are not, nor is a scale that has fallen this far: at 0 it lets a NaN
+# through
 MAX_NONFINITE_UNDER_AMP = 20
+MIN_SCALE = 2.0**-10
 
 
 class ExtTrainer(ResumableTrainer):
@@ -81,15 +84,15 @@ class ExtTrainer(ResumableTrainer):
         values = backward_passes(self.loss_passes(on_device), self.network, self.device, self.grad_scaler)
         if self.grad_scaler is None:
             figures = self._read(values | {"grad_norm": self.clip_gradients()})
-            self._require_finite(figures, on_device.keys)
+            self._require_finite(figures, on_device)
             self.optimizer.step()
         else:
             self.grad_scaler.unscale_(self.optimizer)
             norm = self.clip_gradients()
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-            figures = self._read(values | {"grad_norm": norm})  # the step's only host sync, after everything is queued
-            self._require_finite(figures, on_device.keys)
+            figures = self._read(values | {"grad_norm": norm})  # waits for the device, after everything is queued
+            self._require_finite(figures, on_device)
         self.after_step()
         self.global_step += 1
         return {"loss": figures.get("supervised", next(iter(figures.values()))), **figures}
@@ -99,22 +102,27 @@ class ExtTrainer(ResumableTrainer):
         host = torch.stack([value.float() for value in values.values()]).cpu().numpy()
         return {name: np.asarray(value) for name, value in zip(values, host, strict=True)}
 
-    def _require_finite(self, figures: dict[str, np.ndarray], cases: Sequence[str]) -> None:
-        # the scaler skips steps whose gradients overflow, and lowers its scale
-        broken = [n for n, v in figures.items() if not np.isfinite(v) and not (n == "grad_norm" and self.grad_scaler)]
+    def _require_finite(self, figures: dict[str, np.ndarray], batch: Batch) -> None:
+        broken = [name for name, value in figures.items() if not np.isfinite(value)]
         self._nonfinite_steps = self._nonfinite_steps + 1 if broken else 0
-        if self._nonfinite_steps <= (0 if self.grad_scaler is None else MAX_NONFINITE_UNDER_AMP):
+        if not broken:
             return
-        where = f"epoch {self.current_epoch}, step {self.global_step}"
+        what = ", ".join(f"{name}={figures[name]}" for name in broken)
+        what += f" at epoch {self.current_epoch}, step {self.global_step}, cases {', '.join(batch.keys)}"
+        sick = [key for key, sample in zip(batch.keys, batch.data) if not bool(torch.isfinite(sample).all())]
+        if sick:
+            what += f" (NaN or infinite intensities in {', '.join(sick)})"
+        elif self.grad_scaler is not None:  # it has skipped this step
+            if broken != ["grad_norm"]:
+                self.print_to_log_file(f"WARNING: step skipped, not finite: {what}")
+            if self._nonfinite_steps <= MAX_NONFINITE_UNDER_AMP and self.grad_scaler.get_scale() >= MIN_SCALE:
+                return
         path = Path(self.output_folder) / "checkpoint_before_nan.pth"
         kept = "no checkpoint was written (--disable_checkpointing)"
         if not self.disable_checkpointing:  # by any rank: another one may not have met the broken batch
             kept = f"the weights from before this step are in {path}"
             atomic_torch_save(self._checkpoint(completed_epochs=self.current_epoch, random_states=None), path)
-        message = (
-            f"not finite: {', '.join(f'{n}={figures[n]}' for n in broken)} at {where}, cases {', '.join(cases)}; "
-            f"{kept}. Check these cases for NaN or extreme intensities; else lower initial_lr"
-        )
+        message = f"not finite: {what}; {kept}. Check these cases for NaN or extreme intensities; else lower initial_lr"
         self.print_to_log_file(f"ERROR: {message}")
         raise ValueError(message)
 

@@ -34,8 +34,8 @@ class Diagnosis:
         hidden: bool ``(*S)``, the mask m.
         target, clean, masked, teacher: label maps ``(*S)`` of the target, of the student on x and on m(x), and of the
             teacher on x (None without a teacher). Numbered as in core/labelmaps.py.
-        gradient_ratio: |d(beta ramp L_cons)| / |d(a' L_masked)| over the student's parameters; NaN without a teacher or
-            if a is 0.
+        gradient_ratio: |d(beta ramp L_cons)| / |d(a L_clean)| over the student's parameters; NaN without a teacher,
+            if a is 0, and under DDP.
         disagreement: share of voxels, 0..1, that the teacher on x and the student on m(x) label differently; NaN
             without a teacher.
     """
@@ -80,8 +80,17 @@ def _foreground(trainer: MedContextTraining, target: Tensor) -> Tensor:
 def _diagnose(trainer: MedContextTraining, student: torch.nn.Module, sample: Batch) -> Diagnosis:
     s, labels = trainer.medcontext, trainer.label_manager
     mask = trainer.draw_mask(sample.data.shape)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    with _autocast(trainer):
+        output = trainer.forward(sample, student)
+        clean = _top(output).detach()
+        # not under DDP: nnU-Net's batch Dice talks to the other ranks, who may not be here
+        compare = trainer.teacher is not None and s.supervised_weight > 0 and not trainer.is_ddp
+        supervised = 0.0
+        if compare:
+            supervised = _gradient_norm(s.supervised_weight * trainer.loss(output, sample.target), parameters, trainer)
+        del output
     with torch.no_grad():
-        clean = _logits(trainer, sample, student)
         # .forward: the compiled call would build another graph for a batch of one
         teacher = None if trainer.teacher is None else _logits(trainer, sample, trainer.teacher.module.forward)
     # a block of its own: after a no_grad forward of the same network in the same autocast block, older torch finds its
@@ -92,14 +101,10 @@ def _diagnose(trainer: MedContextTraining, student: torch.nn.Module, sample: Bat
         ratio = share = float("nan")
         if teacher is not None:
             share = float(disagreement(teacher, masked.detach(), labels.has_regions))
-        if teacher is not None and trainer.masked_weight > 0:
+        if teacher is not None and compare:
             weight = s.beta * ramp(max(0, trainer.global_step - 1), trainer.total_steps, s.ramp_fraction)
             consistency = weight * trainer.consistency(teacher, masked, sample)
-            supervised = trainer.masked_weight * trainer.loss(output, sample.target)
-            parameters = [p for p in student.parameters() if p.requires_grad]
-            ratio = _gradient_norm(consistency, parameters, trainer) / max(
-                _gradient_norm(supervised, parameters, trainer), 1e-12
-            )
+            ratio = _gradient_norm(consistency, parameters, trainer) / max(supervised, 1e-12)
     return Diagnosis(
         case=sample.keys[0],
         image=sample.data[0, 0].float().cpu().numpy(),

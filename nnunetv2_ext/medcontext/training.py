@@ -4,7 +4,7 @@ Written from the paper's abstract with the released code's errors corrected; not
 Gani, Naseer, Khan, Khan, "MedContext: Learning Contextual Cues for Efficient Volumetric Medical Segmentation",
 MICCAI 2024, https://arxiv.org/abs/2402.17725.
 
-    total = a L(s(x)) + a L(s(m(x))) + beta ramp(t) L_cons(teacher(x), s(m(x)))
+    total = a L(s(x)) + a' L(s(m(x))) + beta ramp(t) L_cons(teacher(x), s(m(x)))
 
 s student, m mask operator, L nnU-Net's own loss over all deep-supervision resolutions, t the global step.
 """
@@ -73,6 +73,13 @@ class MedContextTraining(ExtTrainer):
     # ---- the teacher -------------------------------------------------------------------------------------------------
     def initialize(self) -> None:
         """After nnU-Net's: DDP's constructor broadcasts rank 0's weights, so the teacher is copied from the result."""
+        architecture = self.configuration_manager.configuration["architecture"]
+        if "strides" not in architecture["arch_kwargs"]:
+            raise NotImplementedError(
+                "MedContext takes the block size and nnU-Net the deep supervision from the plan's strides, and the "
+                f"network {architecture['network_class_name']} has none: use plans of a U-Net (PlainConvUNet, "
+                "ResidualEncoderUNet)"
+            )
         super().initialize()
         self._report_mask()
         if self.medcontext.preset == "paper_code":
@@ -129,7 +136,8 @@ class MedContextTraining(ExtTrainer):
         s = self.medcontext
         passes = super().loss_passes(batch)
         passes[-1] = replace(passes[-1], weight=passes[-1].weight * s.supervised_weight)
-        if s.masked_fraction == 0 or self.global_step % s.masked_every:
+        teaches = self.masked_weight > 0 or self.teacher is not None
+        if not teaches or s.masked_fraction == 0 or self.global_step % s.masked_every:
             return passes
         return [LossPass("masked", lambda: self._masked_terms(self._masked_samples(batch))), *passes]
 
@@ -177,7 +185,8 @@ class MedContextTraining(ExtTrainer):
         # the teacher first: its activations are gone before the student's are kept
         seen = None if self.teacher is None else self.forward(batch, self.teacher)
         output = self.forward(masked)
-        terms = {"masked_supervised": Term(self.loss(output, batch.target), self.masked_weight)}
+        with torch.set_grad_enabled(self.masked_weight > 0):  # of weight 0 it is only logged
+            terms = {"masked_supervised": Term(self.loss(output, batch.target), self.masked_weight)}
         if seen is not None:
             top = output[0] if isinstance(output, (list, tuple)) else output
             weight = s.beta * ramp(self.global_step, self.total_steps, s.ramp_fraction)
@@ -198,6 +207,7 @@ class MedContextTraining(ExtTrainer):
         """
         figures = super().epoch_figures()
         last = self.global_step - 1
+        self._diagnosis = None
         if self.teacher is None or self.last_batch is None or self.medcontext.masked_fraction == 0:
             return figures
         self._diagnosis = diagnose(self, Batch.from_loader(self.last_batch, self.device))
@@ -233,11 +243,8 @@ class MedContextTraining(ExtTrainer):
     def load_method_state(self, states: dict[str, Any]) -> None:
         """Takes the teacher from the checkpoint; without one (plain nnU-Net) it starts as a copy of the student."""
         super().load_method_state(states)
-        if self.medcontext.beta == 0:
+        if self.teacher is None:  # beta is 0, or it was freed by on_train_end and --val_best loads a checkpoint
             return
-        if self.teacher is None:  # freed by on_train_end, and now --val_best loads a checkpoint
-            self._build_teacher()
-        assert self.teacher is not None
         state = states.get("medcontext")
         if state is None:
             self.teacher.copy_from(unwrap(self.network))

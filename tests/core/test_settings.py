@@ -193,8 +193,8 @@ def test_all_wrong_values_are_reported_at_once():
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    assert "medcontext.preset='paper'" in message("medcontext.preset=paper")
-    assert "there is paper_code" in message("medcontext.preset=paper")
+    assert "medcontext.preset='papers'" in message("medcontext.preset=papers")
+    assert "there is paper, paper_code" in message("medcontext.preset=papers")
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,8 @@ def test_a_nan_loss_stops_with_term_cases_and_the_weights_before(make_trainer, f
     with pytest.raises(ValueError) as caught:
         trainer.train_step(bad)
     text = str(caught.value)
-    assert "\n" not in text and "supervised=nan" in text and "case_a, case_b" in text and "step 1" in text
+    assert "\n" not in text and "supervised=nan" in text and "step 1" in text
+    assert "cases case_a, case_b (NaN or infinite intensities in case_b)" in text
     path = Path(trainer.output_folder) / "checkpoint_before_nan.pth"
     assert str(path) in text and text in Path(trainer.log_file).read_text()
     again = make_trainer(nnUNetTrainerMedContext, "seed=1", configuration="2d", continued=True)
@@ -182,18 +183,50 @@ def test_a_nan_gradient_of_a_finite_loss_stops_before_the_weights_are_lost(make_
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.network.parameters()))
 
 
+def break_loss(trainer: ExtTrainer) -> dict[str, float]:
+    """Lets a test multiply the loss by what it puts under ``is``."""
+    factor, stock = {"is": 1.0}, trainer.loss
+    trainer.loss = lambda output, target: stock(output, target) * factor["is"]
+    return factor
+
+
 def test_under_amp_single_bad_steps_pass_and_a_series_does_not(make_trainer, fixed_batches, monkeypatch):
     monkeypatch.setattr(trainer_module, "MAX_NONFINITE_UNDER_AMP", 2)
     trainer = make_trainer(ExtTrainer, "seed=1", configuration="2d")
     trainer.initialize()
     trainer.grad_scaler = torch.amp.GradScaler("cpu")
-    good, bad = fixed_batches(trainer, 2)
-    bad["data"][:] = float("nan")
-    for batch in (bad, bad, good, bad, bad):
+    (batch,) = fixed_batches(trainer, 1)
+    factor = break_loss(trainer)
+    for factor["is"] in (float("nan"), float("nan"), 1.0, float("nan"), float("nan")):
         trainer.train_step(batch)
     assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
-    with pytest.raises(ValueError, match="supervised=nan at epoch 0, step 5"):
+    assert "WARNING: step skipped, not finite: supervised=nan" in Path(trainer.log_file).read_text()
+    with pytest.raises(ValueError, match="supervised=nan, grad_norm=nan at epoch 0, step 5"):
+        trainer.train_step(batch)
+
+
+def test_under_amp_nan_in_the_image_stops_at_once(make_trainer, fixed_batches):
+    """Skipping it would halve the scale each time the case is drawn, until the scale is 0 and lets a NaN through."""
+    trainer = make_trainer(ExtTrainer, "seed=1", configuration="2d")
+    trainer.initialize()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu")
+    (bad,) = fixed_batches(trainer, 1)
+    bad["data"][0, 0, 0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"infinite intensities in case_a\)"):
         trainer.train_step(bad)
+
+
+def test_under_amp_a_collapsed_scale_stops_before_it_is_zero(make_trainer, fixed_batches):
+    trainer = make_trainer(ExtTrainer, "seed=1", configuration="2d")
+    trainer.initialize()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=trainer_module.MIN_SCALE)
+    (batch,) = fixed_batches(trainer, 1)
+    factor = break_loss(trainer)
+    trainer.train_step(batch)
+    factor["is"] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        trainer.train_step(batch)
+    assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
 
 
 def test_without_checkpoints_the_message_promises_none(make_trainer, fixed_batches):

@@ -46,8 +46,8 @@ def test_the_gradient_ratio_equals_an_independent_computation(make_trainer):
     teacher = copy.deepcopy(trainer.teacher.module)(x)
     consistency = (teacher.softmax(1) - output[0].softmax(1)).pow(2).sum(1).mean()
     ramp = math.exp(-5 * (1 - 2 / 30) ** 2)  # of the last step done, t = 2 of T = 30
-    expected = 0.5 * ramp * gradient_norm(consistency, network)
-    expected /= 0.5 * gradient_norm(trainer.loss(output, target), network)
+    expected = 2 * ramp * gradient_norm(consistency, network)
+    expected /= 0.5 * gradient_norm(trainer.loss(network(x), target), network)
     assert result.gradient_ratio == pytest.approx(expected, rel=1e-3)
     share = float((teacher.argmax(1) != output[0].argmax(1)).float().mean())
     assert 0 < share < 1 and result.disagreement == pytest.approx(share, abs=1e-6)

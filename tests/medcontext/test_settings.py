@@ -15,12 +15,14 @@ from nnunetv2_ext.medcontext.settings import MedContextSettings
 def test_defaults_are_those_of_the_design():
     assert MedContextSettings().model_dump() == {
         "preset": None,
-        "supervised_weight": 1.0,
-        "beta": 0.5,
+        "supervised_weight": 2.0,
+        "masked_supervised_weight": 0.0,
+        "beta": 2.0,
         "consistency": "prob_mse",
         "ramp_fraction": 0.01,
         "cons_on_ignored": False,
         "mask_ratio": 0.4,
+        "mask_warmup": 0.0,
         "mask_rounding": "nearest",
         "mask_block": None,
         "mask_per_sample": True,
@@ -47,7 +49,7 @@ def test_paper_code_preset_holds_valid_settings_and_changes_the_defaults():
     assert chosen.mask_ratio == 0.4 and chosen.mask_rounding == "floor" and chosen.mask_block == [4, 4]
     assert chosen.tube and not chosen.mask_per_sample and chosen.fill == "zero"
     assert chosen.ema_schedule == "released" and chosen.ema_base == 0.996
-    assert MedContextSettings(preset="paper_code").beta == 0.5, "the model itself must not merge a preset"
+    assert MedContextSettings(preset="paper_code").beta == 2, "the model itself must not merge a preset"
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,8 @@ def test_paper_code_preset_holds_valid_settings_and_changes_the_defaults():
         {"beta": -1},
         {"beta": float("inf")},
         {"supervised_weight": -0.5},
+        {"masked_supervised_weight": -0.5},
+        {"mask_warmup": 1.5},
         {"ramp_fraction": 1.5},
         {"ema_base": 1.01},
         {"ema_final": 1.01},
@@ -79,7 +83,7 @@ def test_paper_code_preset_holds_valid_settings_and_changes_the_defaults():
         {"mask_block": 2.5},
         {"consistency": "mse"},
         {"fill": "mean"},
-        {"preset": "paper"},
+        {"preset": "papers"},
         {"mask_rounding": "up"},
         {"ema_schedule": "epoch"},
         {"tube": "maybe"},

@@ -21,7 +21,7 @@ from nnunetv2_ext.core.step import Batch, backward_passes
 from nnunetv2_ext.medcontext import training as medcontext_training
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
 
-PLAIN_STEP = "medcontext.masked_fraction=0 medcontext.beta=0"
+PLAIN_STEP = "medcontext.masked_fraction=0 medcontext.beta=0 medcontext.supervised_weight=1"
 RESENC = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
 
 
@@ -121,9 +121,10 @@ class Calls:
 # ---- one step ----
 
 
-def test_two_steps_equal_a_slow_reimplementation(make_trainer):
+@pytest.mark.parametrize(("preset", "weights"), [("none", (2, 0, 2)), ("paper", (1, 1, 0.5))])
+def test_two_steps_equal_a_slow_reimplementation(make_trainer, preset, weights):
     """Three forwards, one summed loss, one backward, clipping, SGD with Nesterov momentum and the EMA, all by hand."""
-    trainer = ready(make_trainer, "medcontext.ramp_fraction=0.5")
+    trainer = ready(make_trainer, f"medcontext.ramp_fraction=0.5 medcontext.preset={preset}")
     batches = make_batches(trainer, 2)
     student, teacher = copy.deepcopy(trainer.network), copy.deepcopy(trainer.network)
     momenta = {name: torch.zeros_like(p) for name, p in student.named_parameters()}
@@ -146,7 +147,7 @@ def test_two_steps_equal_a_slow_reimplementation(make_trainer):
         supervised = trainer.loss(clean_logits, batch["target"])
         masked_supervised = trainer.loss(masked_logits, batch["target"])
         student.zero_grad()
-        (supervised + masked_supervised + 0.5 * ramp * consistency).backward()
+        (weights[0] * supervised + weights[1] * masked_supervised + weights[2] * ramp * consistency).backward()
         gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
         norm = torch.sqrt(sum(g.double().pow(2).sum() for g in gradients.values()))
         with torch.no_grad():
@@ -180,7 +181,9 @@ def test_without_a_masked_pass_the_weights_are_those_of_plain_nnunet_bit_for_bit
 
 @pytest.mark.parametrize(("weight", "factor"), [(0.5, 1.0), (1.0, 2.0)])
 def test_two_clean_passes_give_the_plain_gradient_times_twice_their_weight(make_trainer, weight, factor):
-    settings = f"medcontext.beta=0 medcontext.mask_ratio=0 medcontext.supervised_weight={weight}"
+    settings = (
+        f"medcontext.preset=paper medcontext.beta=0 medcontext.mask_ratio=0 medcontext.supervised_weight={weight}"
+    )
     ours, plain = ready(make_trainer, settings), ready(make_trainer, PLAIN_STEP)
     for trainer in (ours, plain):
         batch = Batch.from_loader(make_batches(trainer, 1)[0], trainer.device)
@@ -192,24 +195,35 @@ def test_two_clean_passes_give_the_plain_gradient_times_twice_their_weight(make_
             torch.testing.assert_close(mine.grad, factor * theirs.grad, rtol=1e-6, atol=1e-8, msg=name)
 
 
-def test_masked_supervised_weight_zero_leaves_the_plain_step(make_trainer):
-    """Without consistency the masked pass then teaches nothing: the weights are plain nnU-Net's."""
-    settings = "medcontext.masked_supervised_weight=0 medcontext.beta=0"
+def test_a_masked_pass_that_teaches_nothing_is_not_run(make_trainer):
+    """Neither supervised nor with a teacher: the step is plain nnU-Net's, bit for bit and at its cost."""
+    settings = "medcontext.masked_supervised_weight=0 medcontext.beta=0 medcontext.supervised_weight=1"
     ours, plain = ready(make_trainer, settings), ready(make_trainer, cls=nnUNetTrainer)
     batches = make_batches(ours, 2)
-    ours_log = train(ours, batches)
+    assert all("masked_supervised" not in figures for figures in train(ours, batches))
     train(plain, batches)
-    assert all("masked_supervised" in figures for figures in ours_log)
-    for key, value in state(plain.network).items():
-        torch.testing.assert_close(ours.network.state_dict()[key], value, rtol=0, atol=1e-7)
+    assert_same(state(plain.network), state(ours.network))
+
+
+def test_supervision_of_weight_0_in_the_masked_pass_is_logged_and_teaches_nothing(make_trainer, monkeypatch):
+    trainer = ready(make_trainer, "medcontext.masked_supervised_weight=0 medcontext.ramp_fraction=0")
+    monkeypatch.setattr(trainer, "consistency", lambda teacher, student, batch: 0 * student.sum())
+    plain = ready(make_trainer, cls=nnUNetTrainer)
+    batch = make_batches(trainer, 1)[0]
+    figures = train(trainer, [batch])[0]
+    train(plain, [batch])
+    assert np.isfinite(figures["masked_supervised"])
+    for ours, theirs in zip(trainer.network.parameters(), plain.network.parameters()):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, 2 * theirs.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_masked_supervised_weight_replaces_supervised_weight_in_the_masked_pass(make_trainer):
     """Two clean passes of weights 0.5 and 1.5 pull as strongly as two of weight 1."""
-    mixed = "medcontext.mask_ratio=0 medcontext.beta=0 medcontext.supervised_weight=1.5 medcontext.masked_supervised_weight=0.5"
     norms = []
-    for settings in (mixed, "medcontext.mask_ratio=0 medcontext.beta=0"):
-        trainer = ready(make_trainer, settings)
+    for clean, masked in ((1.5, 0.5), (1, "none")):
+        weights = f"medcontext.supervised_weight={clean} medcontext.masked_supervised_weight={masked}"
+        trainer = ready(make_trainer, f"medcontext.mask_ratio=0 medcontext.beta=0 {weights}")
         norms.append(float(train(trainer, make_batches(trainer, 1))[0]["grad_norm"]))
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
@@ -264,7 +278,9 @@ def test_masked_fraction_gives_that_many_samples_to_teacher_and_masked_pass(make
 
 
 def test_the_chosen_samples_keep_their_own_targets(make_trainer):
-    trainer = ready(make_trainer, "medcontext.masked_fraction=0.5 medcontext.mask_ratio=0 medcontext.beta=0")
+    trainer = ready(
+        make_trainer, "medcontext.preset=paper medcontext.masked_fraction=0.5 medcontext.mask_ratio=0 medcontext.beta=0"
+    )
     calls = Calls(trainer)
     batch = make_batches(trainer, 1, size=2)[0]
     before = copy.deepcopy(trainer.network)
@@ -300,7 +316,7 @@ def test_supervised_weight_zero_leaves_only_the_consistency(make_trainer):
     network = copy.deepcopy(trainer.network)
     network.zero_grad()
     student = network(trainer.hide(batch.data, mask))[0].softmax(1)
-    (0.5 * (trainer.teacher(batch.data).softmax(1) - student).pow(2).sum(1).mean()).backward()
+    (2 * (trainer.teacher(batch.data).softmax(1) - student).pow(2).sum(1).mean()).backward()
     for a, b in zip(trainer.network.parameters(), network.parameters(), strict=True):
         if b.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-8)
@@ -581,6 +597,13 @@ def test_a_mask_that_hides_nothing_is_warned_about(make_trainer):
     assert "hides 0 of 1" in Path(trainer.log_file).read_text() and "WARNING" in Path(trainer.log_file).read_text()
 
 
+def test_a_network_without_strides_is_refused_with_the_reason(make_trainer, tiny):
+    plans = tiny.plans()
+    del plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["strides"]
+    with pytest.raises(NotImplementedError, match="PlainConvUNet has none: use plans of a U-Net"):
+        make_trainer(nnUNetTrainerMedContext, plans=plans).initialize()
+
+
 def test_a_block_with_the_wrong_number_of_edges_is_one_clear_line(make_trainer):
     with pytest.raises(ValueError, match=r"mask_block \[4, 4\] has 2 edges but the patch .* has 3 axes"):
         ready(make_trainer, "medcontext.mask_block=[4,4]")
@@ -642,4 +665,6 @@ def test_a_run_frees_the_teacher_logs_every_figure_and_can_load_the_best_checkpo
     stored = torch.load(folder / "checkpoint_best.pth", weights_only=False)
     trainer.load_checkpoint(str(folder / "checkpoint_best.pth"))  # nnUNetv2_train --val_best
     assert_same(stored["network_weights"], state(trainer.network))
-    assert_same(stored["nnunetv2_ext"]["methods"]["medcontext"]["teacher"], state(trainer.teacher.module))
+    assert "teacher" in stored["nnunetv2_ext"]["methods"]["medcontext"] and trainer.teacher is None, (
+        "validation needs none"
+    )
