@@ -24,7 +24,7 @@ _FOLD_COMPANIONS = ("debug.json", "progress.png", "validation/summary.json")
 STOCK_TRAINER = nnUNetTrainer.__name__
 
 
-def export_model(model_folder: Path, output: Path, weights: str = "student") -> list[Path]:
+def export_model(model_folder: Path, output: Path, weights: str = "student", strip_bank: bool = False) -> list[Path]:
     """Write ``model_folder`` (TRAINER__PLANS__CONFIGURATION) to ``output`` as a model of the stock nnUNetTrainer.
 
     Every checkpoint of every fold gets the chosen weights under ``network_weights`` and the stock trainer's name, and
@@ -34,6 +34,8 @@ def export_model(model_folder: Path, output: Path, weights: str = "student") -> 
         model_folder: holds plans.json, dataset.json and the fold folders.
         output: must not exist; nothing is left there if something goes wrong.
         weights: which network, see the trainer's ``export_weights``.
+        strip_bank: instead of a stock model write one of the same trainer that holds no patients' patches
+            (``without_patient_data``); it needs this package to predict.
 
     Returns:
         The checkpoints written.
@@ -53,9 +55,12 @@ def export_model(model_folder: Path, output: Path, weights: str = "student") -> 
     # beside the output, so that the rename stays on one disk; a name of our own, so that nobody's folder is touched
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=require_writable(output.parent)))
     try:
-        written = [_export_checkpoint(file, partial / file.relative_to(model_folder), weights) for file in files]
+        written = [
+            _export_checkpoint(file, partial / file.relative_to(model_folder), weights, strip_bank) for file in files
+        ]
         plans = json.loads((model_folder / "plans.json").read_text())
-        plans.pop(PLANS_KEY, None)
+        if not strip_bank:
+            plans.pop(PLANS_KEY, None)
         atomic_write_text(partial / "plans.json", json.dumps(plans, indent=2))
         folds = sorted({file.parent.relative_to(model_folder) for file in files})
         _copy(
@@ -70,18 +75,21 @@ def export_model(model_folder: Path, output: Path, weights: str = "student") -> 
     return [output / path.relative_to(partial) for path in written]
 
 
-def _export_checkpoint(source: Path, target: Path, weights: str) -> Path:
+def _export_checkpoint(source: Path, target: Path, weights: str, strip_bank: bool) -> Path:
     checkpoint = read(source)
     trainer = _trainer_of(checkpoint, source)
+    if strip_bank:
+        checkpoint = trainer.without_patient_data(checkpoint)
     exported: dict[str, Any] = {
         key: value
         for key, value in checkpoint.items()
         if key not in (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")
     }
-    exported["network_weights"] = trainer.export_weights(checkpoint, weights)
-    exported["trainer_name"] = STOCK_TRAINER
-    exported["init_args"] = copy.deepcopy(checkpoint["init_args"])
-    exported["init_args"]["plans"].pop(PLANS_KEY, None)
+    if not strip_bank:
+        exported["network_weights"] = trainer.export_weights(checkpoint, weights)
+        exported["trainer_name"] = STOCK_TRAINER
+        exported["init_args"] = copy.deepcopy(checkpoint["init_args"])
+        exported["init_args"]["plans"].pop(PLANS_KEY, None)
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic_torch_save(exported, target)
     return target

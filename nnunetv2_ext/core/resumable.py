@@ -241,6 +241,15 @@ class ResumableTrainer(ConfiguredTrainer):
             raise ValueError(f"{cls.__name__} has no {weights!r} weights to export; it has: student")
         return checkpoint["network_weights"]
 
+    @classmethod
+    def without_patient_data(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """*Method hook.* The checkpoint without what its weights hold of patients, still a model of this trainer.
+
+        Raises:
+            ValueError: there is nothing to strip.
+        """
+        raise ValueError(f"models of {cls.__name__} keep no guide bank; export without --strip-bank")
+
     def save_checkpoint(self, filename: str) -> None:
         """Replaces nnUNetTrainer.save_checkpoint: its keys and ours, written atomically (temporary, fsync, rename)."""
         self._save(Path(filename), self.current_epoch + 1)

@@ -251,3 +251,10 @@ def test_a_checkpoint_without_teacher_says_so(make_trainer, tmp_path):
     with pytest.raises(ValueError, match=r"has no teacher .*export --weights student"):
         export_model(folder, tmp_path / "out", "teacher")
     export_model(folder, tmp_path / "out", "student")
+
+
+def test_only_a_model_with_a_bank_can_be_stripped_of_it(make_trainer, tmp_path):
+    folder = save_model(make_trainer(nnUNetTrainerMedContext))
+    with pytest.raises(ValueError, match="keep no guide bank; export without --strip-bank"):
+        export_model(folder, tmp_path / "out", strip_bank=True)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,40 @@
+"""``nnUNetv2_ext guides MODEL_FOLDER IMAGE -o PANEL.png``: what a J-RAS model retrieves for an image, as a picture."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("model_folder", type=Path, help="nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION")
+    parser.add_argument("image", type=Path, nargs="+", help="image file; one per channel, in the dataset's order")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="picture to write (PNG); it shows patients")
+    parser.add_argument("-l", "--label", type=Path, help="true label of the image, drawn beside the prediction")
+    parser.add_argument("-f", "--fold", default="0", help="fold whose guides are shown (default: %(default)s)")
+    parser.add_argument("-chk", "--checkpoint", default="checkpoint_final.pth", help="default: %(default)s")
+    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the picture and print the guides with their weights."""
+    import torch
+
+    from nnunetv2_ext.core.files import require_writable
+    from nnunetv2_ext.jras.look import load_model, look_at_image
+    from nnunetv2_ext.jras.panel import draw_guides
+
+    require_writable(args.output.absolute().parent)
+    predictor = load_model(args.model_folder, args.fold, args.checkpoint, torch.device(args.device))
+    view = look_at_image(predictor, args.image, args.label)
+    configuration = predictor.configuration_manager
+    spacing = configuration.spacing[-len(configuration.patch_size) :]
+    title = f"{args.model_folder.name}, fold {args.fold}"
+    draw_guides(view, args.output, title, predictor.dataset_json, predictor.label_manager, spacing)
+    print(f"{'guide':>8}  {'weight':>6}  {'cosine':>6}")
+    for number, weight, cosine in zip(view.guide_ids, view.weights, view.similarities):
+        print(f"{number:>8}  {weight:6.3f}  {cosine:6.3f}")
+    print(f"{'none':>8}  {view.null_weight:6.3f}  {view.null_similarity:6.3f}")
+    print(f"wrote {args.output}; it shows image patches of training cases")
+    return 0

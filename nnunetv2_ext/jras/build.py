@@ -1,0 +1,252 @@
+"""Drawing the bank's content from the preprocessed training cases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor
+
+from nnunetv2_ext.jras.bank import OUTSIDE
+from nnunetv2_ext.jras.groups import group_ids
+from nnunetv2_ext.jras.labels import adaptive_pool, low_res_labels, mask_lut
+
+_PADDING = -2  # marks voxels outside the image; -1 is what nnU-Net writes into empty space inside of it
+
+
+@dataclass(frozen=True)
+class BankContent:
+    """N guides, ordered by case.
+
+    Attributes:
+        images: ``(N, C, *L)`` fp32, normalised intensities.
+        labels: ``(N, *L)`` uint8, 255 = ignored or outside the image.
+        groups: ``(N,)`` int64, number of the case's subject.
+        lut: ``(256, M)`` uint8, label to mask channels.
+        cases: N case ids.
+        coordinates: ``(N, 3)`` int64, lowest voxel of the patch in the preprocessed case (2d: slice first); negative
+            where the patch is larger than the image.
+        centred: ``(N,)`` bool, drawn around a foreground voxel.
+        all_background: no stored label is foreground (fg_share 0, structures too thin for the cells, or too few
+            annotated planes): such guides say nothing about shape, and the trainer should warn.
+    """
+
+    images: Tensor
+    labels: Tensor
+    groups: Tensor
+    lut: Tensor
+    cases: tuple[str, ...]
+    coordinates: np.ndarray
+    centred: np.ndarray
+    all_background: bool
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What a case offers: shape, classes (or regions), and with an ignore label the key of its annotated voxels."""
+
+    name: str
+    shape: tuple[int, ...]
+    classes: tuple[Any, ...]
+    annotated: Any = None
+
+
+def draw_bank(
+    dataset: Any,
+    cases: Sequence[str],
+    patch_size: Sequence[int],
+    low_shape: Sequence[int],
+    bank_size: int,
+    fg_share: float,
+    label_manager: LabelManager,
+    seed: int,
+    group_key: bytes,
+    group_regex: str | None = None,
+) -> BankContent:
+    """Draw the guides: the same for the same arguments, in every process; no global random state is touched.
+
+    ``bank_size`` patches are spread evenly over the cases (more cases than that: one each of a random part of them). A
+    share ``fg_share`` is centred on a foreground voxel, all classes equally often as far as the cases have them; the
+    others lie anywhere, or with an ignore label around an annotated voxel. Patches are moved inwards at the image's
+    border, and reach outside only where the image is smaller.
+
+    Args:
+        dataset: nnU-Net's dataset: ``identifiers`` and ``load_case``.
+        cases: the fold's training cases; no other case is read.
+        patch_size: P, 2 or 3 numbers; 2d configurations draw slices along the first axis.
+        low_shape: L, cells per axis.
+        bank_size: N.
+        fg_share: 0..1.
+        label_manager: nnU-Net's.
+        seed: of the draw.
+        group_key: see ``group_ids``.
+        group_regex: see ``subject_of``.
+
+    Raises:
+        ValueError: nothing to retrieve from (one subject only, no annotated voxel), a case that is not in the dataset,
+            an image that is not finite, a regex that does not match, or a size or share out of range.
+    """
+    if bank_size < 1 or not 0 <= fg_share <= 1:
+        raise ValueError(f"a bank needs bank_size >= 1 and 0 <= fg_share <= 1, not {bank_size} and {fg_share}")
+    names = sorted(set(cases))
+    unknown = sorted(set(names) - set(dataset.identifiers))
+    if unknown:
+        raise ValueError(
+            f"the guide bank cannot be drawn from {', '.join(unknown)}: no such preprocessed training case"
+        )
+    rng = np.random.default_rng(seed)
+    offers = [_inspect(dataset, name, label_manager) for name in names]
+    if label_manager.has_ignore_label:
+        offers = [offer for offer in offers if offer.annotated is not None]
+    _require_two_subjects(names, [offer.name for offer in offers], group_key, group_regex)
+    entries = _spread(offers, bank_size, rng)
+    wanted = _assign_classes(entries, fg_share, rng)
+    images, labels, corners = _read_all(
+        dataset, entries, wanted, patch_size, low_shape, label_manager.ignore_label, rng
+    )
+    return BankContent(
+        images=images,
+        labels=labels,
+        groups=group_ids([entry.name for entry in entries], group_key, group_regex),
+        lut=mask_lut(label_manager),
+        cases=tuple(entry.name for entry in entries),
+        coordinates=corners,
+        centred=np.array([chosen is not None for chosen in wanted]),
+        all_background=not bool(((labels > 0) & (labels != OUTSIDE)).any()),
+    )
+
+
+def read_patch(
+    dataset: Any, case: str, corner: Sequence[int], patch_size: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A drawn patch at full resolution, not augmented.
+
+    Args:
+        dataset: nnU-Net's dataset.
+        case: case id, from ``BankContent.cases``.
+        corner: 3 numbers, from ``BankContent.coordinates``.
+        patch_size: P.
+
+    Returns:
+        Image ``(C, *P)`` fp32, 0 outside; labels ``(*P)`` int16, negative = background or outside; outside, ``(*P)``
+        bool.
+    """
+    data, seg, _, _ = dataset.load_case(case)
+    return _crop(data, seg, corner, patch_size)
+
+
+def _read_all(
+    dataset: Any,
+    entries: list[_Case],
+    wanted: list[Any],
+    patch_size: Sequence[int],
+    low_shape: Sequence[int],
+    ignore_label: int | None,
+    rng: np.random.Generator,
+) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Images ``(N, C, *L)``, labels ``(N, *L)`` and corners ``(N, 3)``; a case is opened once."""
+    images, labels, corners = [], [], []
+    opened: tuple[str, Any] = ("", None)
+    for entry, chosen in zip(entries, wanted):
+        if opened[0] != entry.name:
+            opened = (entry.name, dataset.load_case(entry.name))
+        data, seg, _, properties = opened[1]
+        corner = _draw_corner(entry, chosen, properties["class_locations"], patch_size, rng)
+        image, label, outside = _crop(data, seg, corner, patch_size)
+        low = adaptive_pool(image[None], low_shape)[0]
+        if not torch.isfinite(low).all():
+            raise ValueError(
+                f"the preprocessed image of case {entry.name} holds values that are not finite; check the raw image "
+                "and preprocess again"
+            )
+        ignored = outside if ignore_label is None else outside | (label == ignore_label)
+        images.append(low)
+        labels.append(low_res_labels(label, low_shape, ignored))
+        corners.append(corner)
+    return torch.stack(images), torch.stack(labels), np.array(corners, dtype=np.int64)
+
+
+def _require_two_subjects(names: Sequence[str], usable: Sequence[str], key: bytes, regex: str | None) -> None:
+    group_ids(names, key, regex)  # every case must have a subject, also one without an annotated voxel
+    subjects = len(set(group_ids(usable, key, regex).tolist()))
+    if subjects < 2:
+        raise ValueError(
+            f"{len(usable)} of the {len(names)} training case(s) of this fold have annotated voxels, and they are of "
+            f"{subjects} subject(s): a patch never gets guides of its own subject, so there is nothing to retrieve; "
+            "add cases, check jras.group_regex, or set jras.retriever=none"
+        )
+
+
+def _inspect(dataset: Any, name: str, label_manager: LabelManager) -> _Case:
+    data, _, _, properties = dataset.load_case(name)
+    locations = properties["class_locations"]
+    # the key that starts with -1 stands for every annotated voxel, background included; written with an ignore label
+    everything = [key for key in locations if isinstance(key, tuple) and key[0] == -1]
+    classes = tuple(key for key in locations if key not in everything and len(locations[key]))
+    annotated = next((key for key in everything if len(locations[key])), None)
+    return _Case(name, tuple(data.shape[1:]), classes, annotated if label_manager.has_ignore_label else None)
+
+
+def _spread(offers: list[_Case], bank_size: int, rng: np.random.Generator) -> list[_Case]:
+    """One entry per guide, ordered by case; numbers per case differ by at most one."""
+    each, rest = divmod(bank_size, len(offers))
+    one_more = set(rng.permutation(len(offers))[:rest].tolist())
+    return [offer for i, offer in enumerate(offers) for _ in range(each + (i in one_more))]
+
+
+def _assign_classes(entries: list[_Case], fg_share: float, rng: np.random.Generator) -> list[Any]:
+    """Per entry the class (or region) to centre on, or None."""
+    seen: dict[str, int] = {}
+    turn = []  # how many entries of the same case come before
+    for entry in entries:
+        turn.append(seen.get(entry.name, 0))
+        seen[entry.name] = turn[-1] + 1
+    shuffled = rng.permutation(len(entries)).tolist()
+    # round robin over the cases that have foreground, so that no case is all foreground while another has none
+    eligible = sorted((i for i in shuffled if entries[i].classes), key=lambda i: turn[i])
+    chosen = eligible[: round(fg_share * len(entries))]
+    counts = dict.fromkeys((key for entry in entries for key in entry.classes), 0)
+    result: list[Any] = [None] * len(entries)
+    # cases with little choice first, the others then make up for what is missing
+    for i in sorted(chosen, key=lambda i: len(entries[i].classes)):
+        classes = entries[i].classes
+        fewest = min(counts[key] for key in classes)
+        rarest = [key for key in classes if counts[key] == fewest]
+        best = rarest[rng.integers(len(rarest))]
+        counts[best] += 1
+        result[i] = best
+    return result
+
+
+def _draw_corner(
+    case: _Case, chosen: Any, locations: Any, patch_size: Sequence[int], rng: np.random.Generator
+) -> tuple[int, ...]:
+    """Lowest voxel of a patch: inside the image, or centred on it along axes where it is smaller than the patch."""
+    patch = _three(patch_size)
+    low = [min(0, -((p - n) // 2)) for p, n in zip(patch, case.shape)]
+    high = [max(n - p, lo) for p, n, lo in zip(patch, case.shape, low)]
+    key = case.annotated if chosen is None else chosen
+    if key is None:
+        return tuple(int(rng.integers(lo, hi + 1)) for lo, hi in zip(low, high))
+    voxel = locations[key][rng.integers(len(locations[key]))][1:]  # the first entry is the channel
+    return tuple(int(min(max(v - p // 2, lo), hi)) for v, p, lo, hi in zip(voxel, patch, low, high))
+
+
+def _crop(data: Any, seg: Any, corner: Sequence[int], patch_size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    box = [[int(c), int(c) + p] for c, p in zip(corner, _three(patch_size))]
+    image = torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(data, box, 0))).float()
+    padded = crop_and_pad_nd(seg, box, _PADDING, cast_cropped_to=np.int16)
+    label = torch.from_numpy(np.ascontiguousarray(padded[0]))
+    if len(patch_size) == 2:
+        image, label = image[:, 0], label[0]
+    return image, label, label == _PADDING
+
+
+def _three(patch_size: Sequence[int]) -> tuple[int, ...]:
+    """A 2d patch as one slice, as nnU-Net stores 2d data."""
+    return (1, *patch_size) if len(patch_size) == 2 else tuple(patch_size)

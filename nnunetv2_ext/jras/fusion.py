@@ -1,0 +1,140 @@
+"""How guides enter the segmentation network: attention in its deepest features, or concatenation at its input.
+
+Both leave the network exactly as it is where all weight lies on the null guide: no bias, and a null value of zero.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnunetv2_ext.jras.labels import adaptive_pool
+
+TOKENS_PER_AXIS = 4
+INITIAL_GATE = 0.1  # at 0 the retriever and the guide encoder would get exactly no gradient
+_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+_LINEAR = {2: "bilinear", 3: "trilinear"}
+
+
+def safe_log(weights: Tensor) -> Tensor:
+    """log w with log 0 = -inf, and gradient 0 there (the logarithm itself never sees the zero)."""
+    positive = weights > 0
+    logarithm = torch.where(positive, weights, torch.ones_like(weights)).log()
+    return torch.where(positive, logarithm, torch.full_like(weights, -torch.inf))
+
+
+class AttentionFusion(nn.Module):
+    """Lets the two deepest feature maps look at the guides.
+
+        logits[x, (j, t)] = (Wq f_x) . (Wk v_jt) / sqrt(d) + log w_j - log T      null: learned key, value 0, + log
+        w_null
+        f' = f + gate_f Wo(sum softmax Wv v)
+        h' = h + gate_h Po(sum_j w_j act(Pc [h, resize(u_j)]))
+
+    With Wq = 0 the attention on all T tokens of guide j is w_j: without - log T a guide would outweigh the null T
+    times.
+
+    Args:
+        deep_channels: channels of f, the bottleneck.
+        skip_channels: channels of h, the skip above it.
+        fine_channels: channels of u.
+        coarse_channels: channels of v.
+        dim: 2 or 3.
+        width: channels of queries, keys and values over all heads.
+        heads: divides `width`.
+    """
+
+    def __init__(
+        self,
+        deep_channels: int,
+        skip_channels: int,
+        fine_channels: int,
+        coarse_channels: int,
+        dim: int,
+        width: int = 128,
+        heads: int = 4,
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, width // heads
+        self.query = nn.Linear(deep_channels, width, bias=False)
+        self.key = nn.Linear(coarse_channels, width, bias=False)
+        self.value = nn.Linear(coarse_channels, width, bias=False)
+        self.out = nn.Linear(width, deep_channels, bias=False)
+        self.null_key = nn.Parameter(torch.randn(heads, self.head_dim) / self.head_dim**0.5)
+        self.deep_gate = nn.Parameter(torch.tensor(INITIAL_GATE))
+        # Pc in two halves, so that h is read once and not once per guide, and u before it is resized
+        self.skip_from_query = _CONV[dim](skip_channels, skip_channels, 1, bias=False)
+        self.skip_from_guide = _CONV[dim](fine_channels, skip_channels, 1, bias=False)
+        self.skip_out = _CONV[dim](skip_channels, skip_channels, 1, bias=False)
+        self.skip_gate = nn.Parameter(torch.tensor(INITIAL_GATE))
+
+    def forward(self, f: Tensor, h: Tensor, u: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """f' and h'.
+
+        Args:
+            f: `(B, deep_channels, *sb)`.
+            h: `(B, skip_channels, *sh)`.
+            u: `(B, K, fine_channels, *)`.
+            v: `(B, K, coarse_channels, *)`.
+            weights: `(B, K + 1)` fp32, rows sum to 1, the null guide's last.
+        """
+        return f + self.deep_gate * self._from_tokens(f, v, weights), h + self.skip_gate * self._from_maps(
+            h, u, weights[:, :-1]
+        )
+
+    def tokens(self, v: Tensor) -> Tensor:
+        """`(B, K, C, *)` to `(B, K, T, C)`: at most 4 cells per axis."""
+        shape = [min(TOKENS_PER_AXIS, n) for n in v.shape[3:]]
+        return adaptive_pool(v.flatten(0, 1), shape).flatten(2).transpose(1, 2).unflatten(0, v.shape[:2])
+
+    def attention(self, f: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+        """Softmax `(B, heads, positions of f, K T + 1)` in fp32; the null token is the last."""
+        B, K, T, _ = tokens.shape
+        query = self.query(f.flatten(2).transpose(1, 2)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        key = self.key(tokens.flatten(1, 2)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        with torch.autocast(f.device.type, enabled=False):
+            key = torch.cat((key.float(), self.null_key.float()[None, :, None].expand(B, -1, -1, -1)), 2)
+            logits = query.float() @ key.transpose(2, 3) / self.head_dim**0.5
+            log_weights = safe_log(weights.float())
+            share = (log_weights[:, :K] - math.log(T)).repeat_interleave(T, 1)
+            prior = torch.cat((share, log_weights[:, K:]), 1)
+            return (logits + prior[:, None, None]).softmax(-1)
+
+    def _from_tokens(self, f: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+        tokens = self.tokens(v)
+        attention = self.attention(f, tokens, weights)[..., :-1]  # the null token's value is zero
+        value = self.value(tokens.flatten(1, 2)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        seen = (attention.to(value.dtype) @ value).transpose(1, 2).flatten(2)
+        return self.out(seen).transpose(1, 2).unflatten(2, f.shape[2:])
+
+    def _from_maps(self, h: Tensor, u: Tensor, weights: Tensor) -> Tensor:
+        B, K = u.shape[:2]
+        guide = self.skip_from_guide(u.flatten(0, 1))
+        guide = F.interpolate(guide, h.shape[2:], mode=_LINEAR[h.ndim - 2], align_corners=False).unflatten(0, (B, K))
+        mixed = F.leaky_relu(self.skip_from_query(h)[:, None] + guide, 0.01)
+        share = weights.to(mixed.dtype).reshape(B, K, *(1,) * (h.ndim - 1))
+        return self.skip_out((share * mixed).sum(1))
+
+
+def concat_guides(x: Tensor, images: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
+    """The input with the weighted guide below it: `(B, C_in + C + M, *P)`.
+
+    Args:
+        x: `(B, C_in, *P)`.
+        images: `(B, K, C, *L)`.
+        masks: `(B, K, M, *L)`, one-hot, never integer labels: the mean of labels 0 and 2 would look like 1.
+        weights: `(B, K + 1)`, the null guide's last; it adds zero.
+    """
+    guides = torch.cat((images, masks), 2)
+    share = weights[:, :-1].to(guides.dtype).reshape(*guides.shape[:2], *(1,) * (guides.ndim - 2))
+    mean = (share * guides).sum(1)
+    mean = F.interpolate(mean, x.shape[2:], mode=_LINEAR[x.ndim - 2], align_corners=False)
+    return torch.cat((x, mean.to(x.dtype)), 1)
+
+
+def concat_nothing(x: Tensor, channels: int) -> Tensor:
+    """The input of `concat_guides` where all weight is on the null guide: `channels` channels of zeros."""
+    return torch.cat((x, x.new_zeros((x.shape[0], channels, *x.shape[2:]))), 1)

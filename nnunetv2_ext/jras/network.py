@@ -1,0 +1,275 @@
+"""The network: the plan's own architecture, and around it what retrieves guides and uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_ext.jras.bank import STORED_DTYPES, GuideBank, Guides
+from nnunetv2_ext.jras.encoder import GuideEncoder, Retriever
+from nnunetv2_ext.jras.fusion import AttentionFusion, concat_guides, concat_nothing
+from nnunetv2_ext.jras.labels import adaptive_pool, low_res_shape
+from nnunetv2_ext.jras.settings import JRASSettings
+
+INITIAL_NULL_LOGIT = 0.5  # the null guide starts as good as a guide of this cosine
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """What the lookups within `excluding` respect.
+
+    Attributes:
+        groups: `(B,)` int64, subjects of the batch's samples; their own guides are not retrieved.
+        dropout: share of samples that get no guide.
+        generator: for the dropout and for `retriever=random`; None: the global stream.
+    """
+
+    groups: Tensor
+    dropout: float = 0.0
+    generator: torch.Generator | None = None
+
+
+# Not an attribute of the network: copies of it (a moving-average teacher) must respect it as well, whatever they are
+# wrapped in.
+_EXCLUSION: ContextVar[Exclusion | None] = ContextVar("jras_exclusion", default=None)
+
+
+@contextmanager
+def excluding(exclusion: Exclusion) -> Iterator[None]:
+    """Within it, the forward of any `JRASNetwork` looks up guides for these samples. Without it nothing is excluded."""
+    token = _EXCLUSION.set(exclusion)
+    try:
+        yield
+    finally:
+        _EXCLUSION.reset(token)
+
+
+class Retrieval(NamedTuple):
+    """What the last forward retrieved, detached.
+
+    Attributes:
+        ids: `(B, K)` rows of the bank.
+        valid: `(B, K)` bool.
+        weights: `(B, K + 1)` fp32, the null guide's last.
+        similarities: `(B, K)` fp32, cosines; meaningless where not valid.
+        queries: `(B, D)` fp32.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    weights: Tensor
+    similarities: Tensor
+    queries: Tensor
+
+
+class JRASNetwork(nn.Module):
+    """A U-Net that retrieves guides for the patch it sees and uses them.
+
+        q = R(low x);  guides = bank.lookup(q);  w = softmax([q . k / tau, b0 / tau]);  y = decoder(fuse(encoder(x),
+        G(guides), w))
+
+    With an empty bank it is exactly `backbone` (for `concat`: with zeros below the image).
+
+    Args:
+        backbone: nnU-Net's own network with `encoder` (a list of skips) and `decoder`; for `fusion=concat` built with
+            C + M more input channels.
+        settings: those marked structural, and the bank's index.
+        image_channels: C; further input channels (of a cascade) are not retrieved by.
+        heads: M, segmentation heads.
+        patch_size: P.
+
+    Attributes:
+        backbone: as given.
+        retriever: R.
+        null_logit: b0, the cosine a guide must exceed to be preferred to none.
+        guide_encoder: G, for `fusion=attention`.
+        fusion: for `fusion=attention`.
+        bank: the guides.
+        retriever_is_fixed: whether the weights w pass no gradient on (set by the trainer during the warm-up).
+        last: what the last forward retrieved; None after one without guides.
+
+    Raises:
+        ValueError: a backbone without encoder and decoder, or with fewer than two resolutions.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, settings: JRASSettings, image_channels: int, heads: int, patch_size: Sequence[int]
+    ) -> None:
+        super().__init__()
+        if not hasattr(backbone, "encoder") or not hasattr(backbone, "decoder"):
+            raise ValueError(
+                f"J-RAS needs a network with an encoder and a decoder (PlainConvUNet, ResidualEncoderUNet), not "
+                f"{type(backbone).__name__}; use plans of the standard or the residual encoder planner"
+            )
+        channels: Sequence[int] = backbone.encoder.output_channels  # type: ignore[assignment, union-attr]
+        if len(channels) < 2:
+            raise ValueError("J-RAS needs a network of at least two resolutions; use another configuration")
+        self.settings = settings
+        self.image_channels, self.heads = image_channels, heads
+        self.low_shape = low_res_shape(patch_size, settings.store_stride)
+        self.backbone = backbone
+        self.retriever = Retriever(image_channels, self.low_shape, settings.retriever_widths, settings.key_dim)
+        self.null_logit = nn.Parameter(torch.tensor(INITIAL_NULL_LOGIT))
+        if settings.fusion == "attention":
+            self.guide_encoder = GuideEncoder(image_channels + heads, self.low_shape, settings.guide_widths)
+            self.fusion = AttentionFusion(
+                channels[-1],
+                channels[-2],
+                self.guide_encoder.fine_channels,
+                self.guide_encoder.coarse_channels,
+                len(self.low_shape),
+            )
+        self.bank = GuideBank(
+            image_channels,
+            heads,
+            self.low_shape,
+            settings.key_dim,
+            settings.index,
+            settings.nprobe,
+            settings.ef_search,
+            settings.dedup_cosine,
+        )
+        self.bank.shared_by_copies = True  # type: ignore[assignment]  # a moving-average teacher looks into this one
+        self.retriever_is_fixed = False
+        self.last: Retrieval | None = None
+        if not settings.trains_retriever:  # before DDP wraps: it waits for every gradient it was promised
+            self.retriever.requires_grad_(False)
+            self.null_logit.requires_grad_(False)
+        # DDP broadcasts all buffers at every forward; a compiled network's carry a prefix. All ranks have the same
+        # bank.
+        self._ddp_params_and_buffers_to_ignore = [
+            prefix + name for prefix in ("", "_orig_mod.") for name in sorted(self.buffers_of_any_size)
+        ]
+
+    # properties: as attributes their weights would be in the state twice
+    @property
+    def encoder(self) -> nn.Module:
+        """The backbone's."""
+        return self.backbone.encoder  # type: ignore[return-value]
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The backbone's; nnU-Net switches its `deep_supervision`."""
+        return self.backbone.decoder  # type: ignore[return-value]
+
+    @property
+    def buffers_of_any_size(self) -> frozenset[str]:
+        """Names of buffers that take the size of what is loaded into them."""
+        return frozenset(f"bank.{name}" for name in STORED_DTYPES)
+
+    def retrieval_parameters(self) -> list[nn.Parameter]:
+        """What the retriever consists of: R and b0."""
+        return [*self.retriever.parameters(), self.null_logit]
+
+    def low_resolution(self, x: Tensor) -> Tensor:
+        """The image channels of `(B, C_in, *P)` as the retriever sees them, `(B, C, *L)`."""
+        return adaptive_pool(x[:, : self.image_channels], self.low_shape)
+
+    def forward(self, x: Tensor) -> Any:
+        """Logits of `(B, C_in, *P)`: `(B, M, *P)`, or their list over deep-supervision resolutions.
+
+        Raises:
+            ValueError: training with an empty bank.
+        """
+        if self.bank.is_empty:
+            return self._without_guides(x)
+        concat = self.settings.fusion == "concat"
+        queries = self.retriever(self.low_resolution(x))
+        if concat:
+            guides, weights = self._retrieve(queries)
+            return self.backbone(concat_guides(x, guides.images, guides.masks, weights))
+        skips = list(self.encoder(x))
+        guides, weights = self._retrieve(queries)
+        B, K = guides.ids.shape
+        u, v = self.guide_encoder(guides.images.flatten(0, 1), guides.masks.flatten(0, 1))
+        skips[-1], skips[-2] = self.fusion(
+            skips[-1], skips[-2], u.unflatten(0, (B, K)), v.unflatten(0, (B, K)), weights
+        )
+        return self.decoder(skips)
+
+    def _without_guides(self, x: Tensor) -> Any:
+        if self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "a J-RAS network cannot be trained with an empty guide bank: fill it first (the "
+                "trainer does so in on_train_start), or set "
+                "jras.retriever=none"
+            )
+        self.last = None
+        if self.settings.fusion == "concat":
+            return self.backbone(concat_nothing(x, self.image_channels + self.heads))
+        return self.backbone(x)
+
+    def _retrieve(self, queries: Tensor) -> tuple[Guides, Tensor]:
+        guides = self._lookup(queries.detach())
+        # eval: what refresh has stored; training: anew, so that the loss teaches the keys' side as well
+        if (
+            self.training
+            and torch.is_grad_enabled()
+            and not self.settings.detach_keys
+            and self.settings.trains_retriever
+        ):
+            B, K = guides.ids.shape
+            keys = self.retriever(guides.images.flatten(0, 1)).unflatten(0, (B, K))
+        else:
+            keys = guides.keys
+        similarities = (queries[:, None] * keys).sum(2)
+        weights = self.weights(similarities, guides.valid)
+        self.last = Retrieval(guides.ids, guides.valid, weights.detach(), similarities.detach(), queries.detach())
+        return guides, weights
+
+    def weights(self, similarities: Tensor, valid: Tensor) -> Tensor:
+        """w, `(B, K + 1)` fp32, rows sum to 1, the null guide's last; 0 where a guide is not valid.
+
+        Args:
+            similarities: cosines `(B, K)` fp32.
+            valid: `(B, K)` bool.
+        """
+        if self.settings.retriever == "random":
+            number = valid.sum(1, keepdim=True)
+            return torch.cat((valid / number.clamp(min=1), (number == 0).float()), 1).float()
+        with torch.autocast(similarities.device.type, enabled=False):
+            logits = torch.where(valid, similarities, torch.full_like(similarities, -torch.inf))
+            null = self.null_logit.float().expand(len(logits), 1)
+            weights = (torch.cat((logits, null), 1) / self.settings.tau).softmax(1)
+        if self.retriever_is_fixed:
+            # never plain detach: under DDP the gradients would be silently wrong
+            weights = weights.detach() + 0 * weights
+        return weights
+
+    @torch.compiler.disable
+    def _lookup(self, queries: Tensor) -> Guides:
+        exclusion = _EXCLUSION.get()
+        is_random = self.settings.retriever == "random"
+        generator = exclusion.generator if exclusion else None
+        if is_random and generator is None:
+            # a control that predicts the same patch in the same way, whatever was predicted before
+            generator = torch.Generator(queries.device).manual_seed(int(queries.view(torch.int32).sum()) % 2**31)
+        guides = self.bank.lookup(
+            queries, self.settings.num_guides, exclusion.groups if exclusion else None, is_random, generator
+        )
+        if exclusion is None or exclusion.dropout == 0:
+            return guides
+        kept = torch.rand(len(queries), 1, device=queries.device, generator=exclusion.generator) >= exclusion.dropout
+        return guides._replace(valid=guides.valid & kept)
+
+    @torch.no_grad()
+    def embed_bank(self, first: int = 0, last: int | None = None, batch: int = 64) -> Tensor:
+        """Embeddings `(last - first, D)` of the stored guides in eval mode; modes, gradients, random state stay."""
+        last = len(self.bank) if last is None else last
+        was_training = self.retriever.training
+        self.retriever.eval()
+        try:
+            device = self.bank.keys.device
+            parts = [
+                self.retriever(self.bank.stored_images(torch.arange(start, min(last, start + batch), device=device)))
+                for start in range(first, last, batch)
+            ]
+        finally:
+            self.retriever.train(was_training)
+        return torch.cat(parts) if parts else self.bank.keys.new_zeros((0, self.settings.key_dim))

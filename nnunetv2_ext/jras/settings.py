@@ -1,0 +1,179 @@
+"""J-RAS's settings in one readable block: meaning, unit, default and where the default comes from.
+
+Sources: "paper" is the abstract of arXiv 2510.09953; "author code" is the first author's public code from before the
+paper; "ours" is this package's own choice.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from nnunetv2_ext.core.settings import STRUCTURAL
+
+Width = Annotated[int, Field(ge=1)]
+
+
+class JRASSettings(BaseModel):
+    """Settings of `nnUNetTrainerJRAS`, given as `jras.NAME`.
+
+    total = L(decoder(fuse(encoder(x), guides, w))) + `contrastive_weight` L_con, the second on every
+    `contrastive_every`-th step.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # ---- what is part of the network
+    retriever: Literal["joint", "frozen", "random", "none"] = Field(
+        "joint",
+        description="joint: the segmentation loss teaches the retriever; controls: frozen (fixed after the warm-up), "
+        "random (any guides, equal weights), none (no guides: plain nnU-Net). Source: paper (joint), ours (controls).",
+        json_schema_extra=STRUCTURAL,
+    )
+    fusion: Literal["attention", "concat"] = Field(
+        "attention",
+        description="How guides enter: attention at the bottleneck and the skip above it, or concat, the weighted "
+        "guide image and mask as further input channels. Source: ours (attention), author code (concat).",
+        json_schema_extra=STRUCTURAL,
+    )
+    num_guides: int = Field(
+        4, ge=1, description="K, guides per patch. Source: ours (author code: 2).", json_schema_extra=STRUCTURAL
+    )
+    tau: float = Field(
+        0.1,
+        gt=0,
+        description="Temperature of the softmax over the guides' cosines, no unit. Source: author code.",
+        json_schema_extra=STRUCTURAL,
+    )
+    key_dim: int = Field(
+        128,
+        ge=2,
+        description="D, numbers in an embedding. Source: author code.",
+        json_schema_extra=STRUCTURAL,
+    )
+    store_stride: int = Field(
+        4,
+        ge=1,
+        description="Guides are stored at patch size / store_stride, at least 8 cells per axis (patch size, if that is "
+        "smaller). Source: ours, memory: 50 MB for 512 guides of 128 voxels per axis.",
+        json_schema_extra=STRUCTURAL,
+    )
+    retriever_widths: list[Width] = Field(
+        [32, 64, 128, 128],
+        min_length=3,
+        max_length=6,
+        description="Channels of the retrieval encoder's convolutions. Source: ours.",
+        json_schema_extra=STRUCTURAL,
+    )
+    guide_widths: list[Width] = Field(
+        [32, 64, 128, 128],
+        min_length=3,
+        max_length=6,
+        description="Channels of the guide encoder's convolutions; only for fusion=attention. Source: ours.",
+        json_schema_extra=STRUCTURAL,
+    )
+    # ---- the bank
+    bank_size: int = Field(
+        512, ge=1, description="N, guides in the bank over all training cases. Source: ours, see store_stride."
+    )
+    fg_share: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="Share of the guides whose patch is centred on a foreground voxel. Source: ours.",
+    )
+    group_regex: str | None = Field(
+        None,
+        description="Searched in a case id, its first group is the subject: cases of one subject never guide each "
+        "other. None: each case is its own subject. Source: ours.",
+    )
+    index: str = Field(
+        "Flat",
+        description="faiss index_factory string: Flat is exact; IVF256,Flat or HNSW32,Flat for very large banks. "
+        "Source: ours.",
+    )
+    nprobe: int | None = Field(None, ge=1, description="Lists an IVF index looks into. Source: ours.")
+    ef_search: int | None = Field(None, ge=1, description="Candidates an HNSW index keeps. Source: ours.")
+    dedup_cosine: float | None = Field(
+        None,
+        gt=-1,
+        le=1,
+        description="Guides more similar to the patch than this are not used: a partial guard if training cases are "
+        "predicted. Source: ours.",
+    )
+    # ---- the training
+    detach_keys: bool = Field(
+        False,
+        description="Whether the segmentation loss teaches the query side only. Source: ours (author code: yes).",
+    )
+    guide_dropout: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of training patches that get no guide, so that the network keeps working without a bank. "
+        "Source: ours.",
+    )
+    contrastive_weight: float = Field(
+        0.1, ge=0, description="Weight of the contrastive loss; 0 leaves it out. Source: ours."
+    )
+    contrastive_every: int = Field(
+        4,
+        ge=1,
+        description="Contrastive loss on every n-th step after the warm-up. Source: ours, a reading of the paper's "
+        '"alternating contrastive and supervised learning".',
+    )
+    contrastive_candidates: int = Field(
+        32, ge=0, description="Bank entries drawn as candidates of a contrastive step. Source: ours."
+    )
+    warmup_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="First part of the epochs, in which the contrastive loss alone teaches the retriever, on every "
+        "step. Source: ours.",
+    )
+    retriever_lr_scale: float = Field(
+        0.3,
+        gt=0,
+        le=10,
+        description="The retriever's learning rate as a share of initial_lr. Source: ours (0.003 with momentum 0.99).",
+    )
+    init_from: str | None = Field(
+        None,
+        description="Checkpoint of a plain nnU-Net of the same plans whose weights the segmenter "
+        "starts from. Source: ours.",
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads True as 1
+        if isinstance(value, bool) and info.field_name != "detach_keys":
+            raise ValueError("expected a value, not true or false")
+        return value
+
+    @field_validator("retriever", mode="before")
+    @classmethod
+    def _none_is_a_name(cls, value: Any) -> Any:
+        # "none" of a settings text arrives as None, like that of every key that may be unset
+        return "none" if value is None else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> JRASSettings:
+        if self.retriever != "none" and self.num_guides > self.bank_size:
+            raise ValueError(
+                f"num_guides ({self.num_guides}) must not exceed bank_size ({self.bank_size}): lower "
+                "it or enlarge the bank"
+            )
+        return self
+
+    @property
+    def has_retrieval(self) -> bool:
+        """Whether there is a bank at all."""
+        return self.retriever != "none"
+
+    @property
+    def trains_retriever(self) -> bool:
+        """Whether anything ever moves the retriever."""
+        return self.retriever in ("joint", "frozen")

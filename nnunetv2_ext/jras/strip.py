@@ -1,0 +1,93 @@
+"""Weights without patients: plain nnU-Net's out of a J-RAS network, and a J-RAS network with an empty bank.
+
+A guide bank holds image patches of the training cases, and with it every checkpoint and exported zip does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor
+
+from nnunetv2_ext.core.checkpoint import EXTENSION_KEY
+from nnunetv2_ext.jras.bank import PER_GUIDE
+
+_BACKBONE, _BANK = "backbone.", "bank."
+
+
+def stock_shapes(init_args: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Names and shapes of plain nnU-Net's network for a trainer's `init_args`, without allocating it."""
+    plans = PlansManager(init_args["plans"])
+    configuration = plans.get_configuration(init_args["configuration"])
+    dataset_json = init_args["dataset_json"]
+    with torch.device("meta"):
+        network = nnUNetTrainer.build_network_architecture(
+            plans,
+            configuration,
+            determine_num_input_channels(plans, configuration, dataset_json),
+            plans.get_label_manager(dataset_json).num_segmentation_heads,
+            True,
+        )
+    return {name: value.shape for name, value in network.state_dict().items()}
+
+
+def plain_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Weights of plain nnU-Net's network: what the J-RAS network computes with an empty bank.
+
+    Args:
+        weights: of a J-RAS network, or of a plain one (`retriever=none`), which is returned as it is.
+        shapes: `stock_shapes`; where the first convolution has further inputs (`fusion=concat`) they are cut off.
+    """
+    if not any(name.startswith(_BACKBONE) for name in weights):
+        return dict(weights)
+    plain: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        value = weights[_BACKBONE + name]
+        plain[name] = value if value.shape == shape else value[:, : shape[1]].clone()
+    return plain
+
+
+def backbone_weights(plain: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse: a plain network's weights for a backbone; further inputs (`fusion=concat`) start with weight 0."""
+    weights: dict[str, Tensor] = {}
+    for name, value in plain.items():
+        target = wanted.get(name)
+        if target is not None and value.ndim > 1 and value.shape[1] < target.shape[1]:
+            missing = target.new_zeros((len(target), target.shape[1] - value.shape[1], *target.shape[2:]))
+            value = torch.cat((value.to(target), missing), 1)
+        weights[name] = value
+    return weights
+
+
+def without_bank(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint with every guide removed, and with what names the guides' cases; it predicts on the plain path.
+
+    The optimiser's state goes as well: such a model is for predicting.
+    """
+    stripped = {k: v for k, v in checkpoint.items() if k not in (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")}
+    stripped["network_weights"] = empty_bank(checkpoint["network_weights"])
+    return stripped
+
+
+def empty_bank(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the same J-RAS network with a bank of no guides."""
+    return {
+        # clone: a slice would be written with the storage it is a part of
+        name: value[:0].clone() if name.startswith(_BANK) and name.removeprefix(_BANK) in PER_GUIDE else value
+        for name, value in weights.items()
+    }
+
+
+def without_groups(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint with the guides but without the numbers of their subjects, their cases' names and places."""
+    stripped = {k: v for k, v in checkpoint.items() if k not in (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")}
+    stripped["network_weights"] = {
+        name: torch.zeros_like(value) if name == f"{_BANK}groups" else value
+        for name, value in checkpoint["network_weights"].items()
+    }
+    return stripped

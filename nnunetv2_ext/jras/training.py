@@ -1,0 +1,202 @@
+"""J-RAS on nnU-Net: the contrastive and the supervised pass in turns, the warm-up, and what is logged.
+
+After Ahmed, Mohammed, Asilian Bidgoli, "J-RAS", https://arxiv.org/abs/2510.09953: retriever and segmenter are trained
+jointly, on retrieved image-mask guides, by contrastive and supervised learning in turns. What the abstract does not say
+is ours; no reproduction.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunetv2_ext.core.step import Batch, LossPass, Term
+from nnunetv2_ext.jras.banked import BankTraining
+from nnunetv2_ext.jras.contrastive import (
+    Masks,
+    draw_flips,
+    flip,
+    mask_overlap,
+    masks_of_target,
+    nt_xent,
+    overlap_loss,
+    perturb,
+)
+from nnunetv2_ext.jras.figures import RetrievalFigures, guide_masks
+from nnunetv2_ext.jras.network import JRASNetwork
+from nnunetv2_ext.jras.panel import draw_guides, view_of_batch
+from nnunetv2_ext.jras.schedule import ScaledPolyLR
+from nnunetv2_ext.jras.search import EXACT
+
+
+class JRASTraining(BankTraining):
+    """Adds retrieval in every forward and a contrastive pass in front of nnU-Net's supervised pass."""
+
+    _figures: RetrievalFigures
+    _compared: tuple[Masks, Tensor] | None = None  # masks of this step's batch and random guides
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs in which the segmentation loss does not move the retriever."""
+        return math.ceil(self.jras.warmup_fraction * self.num_epochs)
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether this epoch is one of them."""
+        return self.current_epoch < self.warmup_epochs
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        """nnU-Net's optimiser with the retriever in a group of its own."""
+        optimizer, scheduler = super().configure_optimizers()
+        network = self.retrieval_network
+        if network is None:
+            return optimizer, scheduler
+        retrieval = {id(p) for p in network.retrieval_parameters()}
+        group = optimizer.param_groups[0]
+        mine = [p for p in group["params"] if id(p) in retrieval]
+        group["params"] = [p for p in group["params"] if id(p) not in retrieval]
+        group["lr_scale"] = 1.0
+        optimizer.add_param_group({"params": mine, "lr_scale": self.jras.retriever_lr_scale})
+        return optimizer, ScaledPolyLR(optimizer, self.initial_lr, self.num_epochs)
+
+    def initialize(self) -> None:
+        """Figures start empty."""
+        super().initialize()
+        self._figures = RetrievalFigures()
+
+    # ---- steps ---------------------------------------------------------------------------------------------------
+    def on_train_epoch_start(self) -> None:
+        """nnU-Net's; then who teaches the retriever in this epoch."""
+        super().on_train_epoch_start()
+        network = self.retrieval_network
+        if network is None:
+            return
+        network.retriever_is_fixed = self.jras.retriever == "frozen" or self.is_warming_up
+        if self.jras.retriever == "frozen" and not self.is_warming_up:
+            self.optimizer.param_groups[1]["lr"] = 0.0  # no gradient, but momentum and weight decay would still move it
+
+    def loss_passes(self, batch: Batch) -> list[LossPass]:
+        """The contrastive pass first, on its steps; under DDP the last pass must use every parameter."""
+        passes, s = super().loss_passes(batch), self.jras
+        self._compared = None
+        if not s.trains_retriever or s.contrastive_weight == 0:
+            return passes
+        due = self.is_warming_up or (s.retriever == "joint" and self.global_step % s.contrastive_every == 0)
+        return [LossPass("contrastive", lambda: self._contrastive_terms(batch)), *passes] if due else passes
+
+    def _contrastive_terms(self, batch: Batch) -> dict[str, Term]:
+        network, s, labels = self.retrieval_network, self.jras, self.label_manager
+        assert network is not None
+        masks = masks_of_target(
+            batch.top_target, network.low_shape, network.heads, labels.has_regions, labels.ignore_label
+        )
+        ids = torch.randperm(len(network.bank), generator=self.generator, device=self.device)[
+            : s.contrastive_candidates
+        ]
+        self._compared = (masks, ids)
+        # both views mirrored alike: the mask is mirrored with them, and S of the two is 1
+        flips = draw_flips(len(batch.keys), len(network.low_shape), self.generator)
+        patches = flip(network.low_resolution(batch.data), flips)
+        masks = Masks(flip(masks.share, flips), flip(masks.annotated[:, None], flips)[:, 0])
+        views = perturb(patches, self.generator), perturb(patches, self.generator)
+        first, second, stored = network.retriever(torch.cat((*views, network.bank.stored_images(ids)))).split(
+            [len(patches), len(patches), len(ids)]
+        )
+        groups = self.groups_of(batch.keys)
+        others = groups[:, None] != network.bank.groups[ids][None]
+        allowed = torch.cat((torch.ones_like(groups[:, None].expand(-1, len(groups)), dtype=torch.bool), others), 1)
+        overlap = mask_overlap(masks, masks + guide_masks(network.bank, ids, labels.has_regions))
+        with torch.autocast(self.device.type, enabled=False):
+            loss = overlap_loss(first @ torch.cat((second, stored)).T, overlap, allowed, s.tau)
+            loss = loss + nt_xent(first, second, s.tau)
+        return {"contrastive": Term(loss, s.contrastive_weight)}
+
+    def clip_gradients(self) -> Tensor:
+        """Takes the retriever's gradient norm before nnU-Net clips."""
+        network = self.retrieval_network
+        if network is not None:
+            norms = [torch.linalg.vector_norm(p.grad) for p in network.retrieval_parameters() if p.grad is not None]
+            if norms:
+                self._figures.add("retriever_grad_norm", torch.linalg.vector_norm(torch.stack(norms)))
+        return super().clip_gradients()
+
+    def after_step(self) -> None:
+        """Adds what this step retrieved to the epoch's figures."""
+        super().after_step()
+        network = self.retrieval_network
+        if network is None or network.last is None:
+            return
+        self._figures.add_retrieval(network.last, len(network.bank))
+        if self._compared is not None:
+            masks, ids = self._compared
+            self._figures.add_overlap(network.last, masks, network.bank, self.label_manager.has_regions, ids)
+
+    # ---- epochs --------------------------------------------------------------------------------------------------
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """nnU-Net's, then the guides are embedded anew: validation and checkpoint have keys that fit the weights."""
+        super().on_train_epoch_end(train_outputs)
+        network = self.retrieval_network
+        if network is None or not self.jras.trains_retriever:
+            return
+        start = time.perf_counter()
+        self._refresh(network)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.epoch_log is not None:
+            self.epoch_log.add({"jras/refresh_seconds": time.perf_counter() - start}, self.current_epoch)
+
+    def epoch_figures(self) -> dict[str, float]:
+        """What retrieval did (see `RetrievalFigures`), the time of a lookup, and recall if the index is approximate."""
+        figures = super().epoch_figures()
+        network = self.retrieval_network
+        if network is None or network.last is None:
+            return figures
+        figures |= {f"jras/{name}": value for name, value in self._figures.read().items()}
+        figures["jras/lookup_ms"] = 1e3 * self._lookup_seconds(network, network.last.queries)
+        if self.jras.index != EXACT:
+            figures["jras/recall"] = network.bank.recall(network.last.queries, self.jras.num_guides)
+        return figures
+
+    def _lookup_seconds(self, network: JRASNetwork, queries: Tensor) -> float:
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            network.bank.lookup(queries, self.jras.num_guides)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds.append(time.perf_counter() - start)
+        return sorted(seconds)[1]
+
+    def draw_panel(self, path: Path) -> None:
+        """One patch, its guides and their weights, prediction and truth. It shows patients' images."""
+        super().draw_panel(path)
+        if self.retrieval_network is None or self.last_batch is None:
+            return
+        configuration = self.configuration_manager
+        draw_guides(
+            view_of_batch(self, Batch.from_loader(self.last_batch, self.device)),
+            path.with_name(f"{path.stem}_guides{path.suffix}"),  # another method may draw to the path itself
+            f"{type(self).__name__}, epoch {self.current_epoch - 1}",
+            self.dataset_json,
+            self.label_manager,
+            configuration.spacing[-len(configuration.patch_size) :],
+        )
+
+    # ---- checkpoint ----------------------------------------------------------------------------------------------
+    def method_state(self) -> dict[str, Any]:
+        """Adds the figures of an unfinished epoch."""
+        state = super().method_state()
+        if "jras" in state:
+            state["jras"]["figures"] = self._figures.state_dict()
+        return state
+
+    def load_method_state(self, states: dict[str, Any]) -> None:
+        """Counterpart of `method_state`."""
+        super().load_method_state(states)
+        if self._bank_state is not None and "figures" in states["jras"]:
+            self._figures.load_state_dict(states["jras"]["figures"], self.device)

@@ -1,0 +1,126 @@
+"""J-RAS through the real commands: train, continue, predict from elsewhere, look at guides, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunetv2_ext.cli.dispatch import main as ext_main
+from nnunetv2_ext.core.export import export_model
+from nnunetv2_ext.jras.strip import without_bank
+from tests.conftest import TinyDataset, run_command
+
+SHORT = "num_iterations_per_epoch=2 num_val_iterations_per_epoch=1 panel_every=0 seed=1 save_every=1"
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained for two epochs, the second one after ``--c``, and validated, by the stock command from another folder."""
+    from tests.jras.conftest import SMALL_JRAS
+
+    root = tmp_path_factory.mktemp("cli")
+    train = ["nnUNetv2_train", "1", "3d_fullres", "0", "-tr", "nnUNetTrainerJRAS", "-p", "tiny", "-device", "cpu"]
+    environment = tiny.environment(root / "results", f"{SMALL_JRAS} {SHORT} num_epochs=1")
+    run_command(train, environment, root)
+    folder = root / "results" / tiny.name / "nnUNetTrainerJRAS__tiny__3d_fullres"
+    final = folder / "fold_0" / "checkpoint_final.pth"
+    final.rename(final.with_name("checkpoint_latest.pth"))
+    environment["nnUNet_ext_settings"] = f"{SMALL_JRAS} {SHORT} num_epochs=2"
+    done = run_command([*train, "--c"], environment, root)
+    assert "Epoch 1" in done.stdout and "a new one is drawn" not in done.stdout
+    assert (folder / "fold_0" / "validation" / "summary.json").is_file()
+    return folder
+
+
+def image_of(dataset: TinyDataset) -> Path:
+    return sorted(dataset.images_ts.glob("*_0000.nii.gz"))[0]
+
+
+def test_the_stock_command_predicts_unseen_cases(model, tiny, tmp_path):
+    command = [
+        "nnUNetv2_predict",
+        "-d",
+        "1",
+        "-i",
+        str(tiny.images_ts),
+        "-o",
+        str(tmp_path / "out"),
+        "-c",
+        "3d_fullres",
+    ]
+    command += [
+        "-f",
+        "0",
+        "-tr",
+        "nnUNetTrainerJRAS",
+        "-p",
+        "tiny",
+        "-device",
+        "cpu",
+        "--disable_tta",
+        "-npp",
+        "0",
+        "-nps",
+        "0",
+    ]
+    run_command(command, tiny.environment(model.parent.parent), tmp_path)
+    found = sorted((tmp_path / "out").glob("*.nii.gz"))
+    assert len(found) == 2
+    assert sitk.ReadImage(str(found[0])).GetSize() == sitk.ReadImage(str(image_of(tiny))).GetSize()
+
+
+def test_guides_draws_a_picture_and_prints_the_weights(model, tiny, tmp_path, capsys):
+    label = tiny.raw / tiny.name / "labelsTs" / image_of(tiny).name.replace("_0000", "")
+    assert ext_main(["guides", str(model), str(image_of(tiny)), "-o", str(tmp_path / "p.png"), "-l", str(label)]) == 0
+    assert (tmp_path / "p.png").stat().st_size > 5000
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    table = [line for line in lines if len(line) == 3 and (line[0].isdigit() or line[0] == "none")]
+    assert len(table) == 5 and sum(float(line[1]) for line in table) == pytest.approx(1, abs=0.01)
+
+
+def test_guides_refuses_what_it_cannot_show(model, tiny, tmp_path, capsys):
+    image, output = str(image_of(tiny)), str(tmp_path / "p.png")
+
+    def refused(*arguments: str) -> str:
+        assert ext_main(["guides", *arguments, "-o", output]) == 2
+        return capsys.readouterr().err
+
+    assert "checkpoint_final.pth does not exist" in refused(str(model), image, "-f", "3")
+    assert "plans.json does not exist" in refused(str(tmp_path), image)
+    assert "takes 1 channel" in refused(str(model), image, image)
+    assert "nowhere.nii.gz does not exist" in refused(str(model), "nowhere.nii.gz")
+    stripped = tmp_path / "stripped" / "fold_0" / "checkpoint_final.pth"
+    stripped.parent.mkdir(parents=True)
+    checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    torch.save(without_bank(checkpoint), stripped)
+    for name in ("plans.json", "dataset.json"):
+        (tmp_path / "stripped" / name).write_text((model / name).read_text())
+    assert "is empty: it was stripped" in refused(str(tmp_path / "stripped"), image)
+    checkpoint["network_weights"] = {"a": torch.zeros(1)}
+    torch.save(checkpoint, stripped)
+    assert "not trained with J-RAS" in refused(str(tmp_path / "stripped"), image)
+
+
+def logits(folder: Path, data: torch.Tensor) -> np.ndarray:
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folder), (0,))
+    return predictor.predict_sliding_window_return_logits(data).float().numpy()
+
+
+def test_the_exported_model_is_plain_and_predicts_like_the_stripped_one(model, tmp_path):
+    export_model(model, tmp_path / "plain")
+    assert "nnunetv2_ext" not in json.loads((tmp_path / "plain" / "plans.json").read_text())
+    data = torch.randn(1, 20, 28, 20, generator=torch.Generator().manual_seed(0))
+    assert ext_main(["export", str(model), str(tmp_path / "stripped"), "--strip-bank"]) == 0
+    checkpoint = torch.load(tmp_path / "stripped" / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["trainer_name"] == "nnUNetTrainerJRAS" and "nnunetv2_ext" not in checkpoint
+    assert len(checkpoint["network_weights"]["bank.images"]) == 0
+    plain = logits(tmp_path / "plain", data)
+    assert np.array_equal(plain, logits(tmp_path / "stripped", data))
+    assert not np.array_equal(plain, logits(model, data))  # the guides do something

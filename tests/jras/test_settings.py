@@ -1,0 +1,57 @@
+"""Settings: what is written is what is meant, and what makes no sense is refused in one sentence."""
+
+from __future__ import annotations
+
+import pytest
+
+from nnunetv2_ext.core.settings import fields_by_key, is_marked, resolve
+from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
+from nnunetv2_ext.trainers.nnUNetTrainerMedContextJRAS import nnUNetTrainerMedContextJRAS
+
+
+def jras(text: str):
+    return resolve(nnUNetTrainerJRAS.settings_model(), environment=text).settings.jras
+
+
+def test_every_setting_says_what_it_is_and_where_it_comes_from():
+    for key, field in fields_by_key(nnUNetTrainerJRAS.settings_model()).items():
+        if key.startswith("jras."):
+            assert field.description and "Source:" in field.description, key
+
+
+def test_what_shapes_the_network_must_agree_in_all_folds():
+    fields = fields_by_key(nnUNetTrainerJRAS.settings_model())
+    structural = {key.removeprefix("jras.") for key, field in fields.items() if is_marked(field, "structural")}
+    assert structural == {
+        *("retriever", "fusion", "num_guides", "tau", "key_dim", "store_stride", "retriever_widths", "guide_widths")
+    }
+
+
+def test_both_methods_blocks_are_there_together():
+    blocks = {
+        key.partition(".")[0] for key in fields_by_key(nnUNetTrainerMedContextJRAS.settings_model()) if "." in key
+    }
+    assert blocks == {"jras", "medcontext"}
+
+
+def test_none_is_a_retriever():
+    assert jras("jras.retriever=none").retriever == "none" and not jras("jras.retriever=none").has_retrieval
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("jras.num_guides=0", "greater than or equal to 1"),
+        ("jras.num_guides=600", r"num_guides \(600\) must not exceed bank_size \(512\)"),
+        ("jras.num_guides=true", "not true or false"),
+        ("jras.tau=0", "greater than 0"),
+        ("jras.tau=.nan", "finite"),
+        ("jras.fusion=add", "attention"),
+        ("jras.guide_dropout=1.5", "less than or equal to 1"),
+        ("jras.retriever_widths=[4]", "at least 3"),
+        ("jras.num_guide=3", "did you mean jras.num_guides"),
+    ],
+)
+def test_mistakes_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        jras(text)

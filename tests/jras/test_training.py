@@ -1,0 +1,450 @@
+"""The trainer: plain where it must be, nobody guides himself, and a continued training is the uninterrupted one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_ext.core import randomness
+from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
+from nnunetv2_ext.jras import banked
+from nnunetv2_ext.jras.build import read_patch
+from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
+from nnunetv2_ext.trainers.nnUNetTrainerMedContextJRAS import nnUNetTrainerMedContextJRAS
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+@pytest.fixture
+def make_jras(make_trainer, small_jras) -> Callable[..., Any]:
+    """``make_jras("key=value ...", cls=, **make_trainer's options)``: a trainer with small encoders, seed 3."""
+
+    def make(settings: str = "", cls: type = nnUNetTrainerJRAS, **options: Any) -> Any:
+        keys = {pair.split("=")[0] for pair in settings.split()}
+        base = " ".join(pair for pair in f"{small_jras} seed=3".split() if pair.split("=")[0] not in keys)
+        return make_trainer(cls, f"{base} {settings}", **{"configuration": "2d", **options})
+
+    return make
+
+
+def own_batches(trainer: Any, batches: list[dict]) -> list[dict]:
+    """The batches under case ids of the training set."""
+    cases = trainer._datasets[0].identifiers
+    return [batch | {"keys": np.array(cases[: len(batch["data"])])} for batch in batches]
+
+
+def log(trainer: Any) -> str:
+    return Path(trainer.log_file).read_text()
+
+
+# ---- controls
+
+
+def test_without_a_retriever_the_weights_are_plain_nnunets_bit_for_bit(make_trainer, make_jras, fixed_batches):
+    states = []
+    for trainer in (make_trainer(nnUNetTrainer, configuration="2d"), make_jras("jras.retriever=none")):
+        randomness.seed_everything(3)
+        trainer.initialize()
+        for batch in fixed_batches(trainer, 4):
+            trainer.train_step(batch)
+        states.append(trainer.network.state_dict())
+    plain, ours = states
+    assert plain.keys() == ours.keys() and all(torch.equal(plain[key], ours[key]) for key in plain)
+
+
+def test_a_frozen_retriever_moves_in_the_warm_up_only(make_jras):
+    trainer = make_jras("jras.retriever=frozen num_epochs=3 num_iterations_per_epoch=2")
+    trainer.on_train_start()
+    states = []
+    for _ in range(3):
+        states.append([p.detach().clone() for p in trainer.network.retrieval_parameters()])
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+        outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
+        assert ("contrastive" in outputs[0]) == (trainer.current_epoch == 0)
+        trainer.on_train_epoch_end(outputs)
+        trainer.current_epoch += 1
+    states.append(list(trainer.network.retrieval_parameters()))
+    moved = [any(not torch.equal(a, b) for a, b in zip(x, y)) for x, y in pairwise(states)]
+    assert moved == [True, False, False]
+
+
+def test_the_segmentation_loss_leaves_the_retriever_alone_in_the_warm_up_only(make_jras, fixed_batches):
+    trainer = make_jras("jras.contrastive_weight=0 num_epochs=2 jras.guide_dropout=0")
+    trainer.on_train_start()
+    norms = []
+    for epoch in (0, 1):
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        trainer.train_step(own_batches(trainer, fixed_batches(trainer, 1))[0])
+        norms.append(float(sum(p.grad.norm() for p in trainer.network.retriever.parameters())))
+    assert norms[0] == 0 and norms[1] > 1e-8
+
+
+def test_a_random_retriever_never_moves_and_weighs_alike(make_jras):
+    trainer = make_jras("jras.retriever=random num_epochs=1 jras.guide_dropout=0")
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    before = [p.clone() for p in trainer.network.retriever.parameters()]
+    output = trainer.train_step(next(trainer.dataloader_train))
+    assert "contrastive" not in output
+    assert torch.allclose(trainer.network.last.weights[:, :-1], torch.tensor(0.25))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.network.retriever.parameters()))
+
+
+def test_the_contrastive_pass_comes_every_fourth_step_after_the_warm_up(make_jras):
+    trainer = make_jras("num_epochs=2 num_iterations_per_epoch=6 jras.contrastive_every=4 jras.warmup_fraction=0")
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    has_it = ["contrastive" in trainer.train_step(next(trainer.dataloader_train)) for _ in range(6)]
+    assert has_it == [True, False, False, False, True, False]
+
+
+# ---- the optimiser
+
+
+def test_the_retrievers_rate_is_a_third_at_every_epoch_and_after_continuing(make_jras):
+    trainer = make_jras("num_epochs=5 save_every=1")
+    trainer.on_train_start()
+    group = trainer.optimizer.param_groups[1]
+    assert {id(p) for p in group["params"]} == {id(p) for p in trainer.network.retrieval_parameters()}
+    assert sum(len(g["params"]) for g in trainer.optimizer.param_groups) == len(list(trainer.network.parameters()))
+
+    def ratios(trainer: Any, epochs: range) -> list[float]:
+        found = []
+        for trainer.current_epoch in epochs:
+            trainer.on_train_epoch_start()
+            segmenter, retriever = (g["lr"] for g in trainer.optimizer.param_groups)
+            assert segmenter == pytest.approx(0.01 * (1 - trainer.current_epoch / 5) ** 0.9)
+            found.append(retriever / segmenter)
+        return found
+
+    assert ratios(trainer, range(2)) == pytest.approx([0.3] * 2)
+    path = str(Path(trainer.output_folder) / "checkpoint_latest.pth")
+    trainer.save_checkpoint(path)
+    again = make_jras("num_epochs=5 save_every=1", continued=True)
+    again.load_checkpoint(path)
+    assert ratios(again, range(2, 5)) == pytest.approx([0.3] * 3)
+
+
+# ---- continuing
+
+
+@pytest.mark.parametrize("cls", [nnUNetTrainerJRAS, nnUNetTrainerMedContextJRAS])
+def test_continuing_from_the_middle_equals_not_stopping(make_jras, fixed_batches, cls):
+    def steps(trainer: Any, batches: list[dict]) -> None:
+        trainer.on_train_epoch_start()
+        outputs = [trainer.train_step(batch) for batch in own_batches(trainer, batches)]
+        trainer.on_train_epoch_end(outputs)
+        trainer.current_epoch += 1
+
+    settings = "num_epochs=2 num_iterations_per_epoch=3 jras.contrastive_every=2"
+    trainer = make_jras(settings, cls)
+    trainer.on_train_start()
+    batches = fixed_batches(trainer, 6)
+    steps(trainer, batches[:3])
+    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    trainer._save_latest(completed_epochs=1)
+    steps(trainer, batches[3:])
+
+    randomness.seed_everything(777)
+    again = make_jras(settings, cls, continued=True)
+    again.load_checkpoint(str(path))
+    again.on_train_start()
+    randomness.set_random_state(again._random_states[0], again.generator)
+    assert "a new one is drawn" not in log(again)
+    steps(again, batches[3:])
+    one, other = trainer.network.state_dict(), again.network.state_dict()
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+    assert [g["lr"] for g in trainer.optimizer.param_groups] == [g["lr"] for g in again.optimizer.param_groups]
+    assert trainer._bank_state["cases"] == again._bank_state["cases"]
+    assert trainer._bank_state["group_key"] == again._bank_state["group_key"]
+
+
+def test_another_patch_size_on_continuing_is_refused(make_jras, tiny):
+    trainer = make_jras("save_every=1")
+    trainer.on_train_start()
+    path = str(Path(trainer.output_folder) / "checkpoint_latest.pth")
+    trainer.save_checkpoint(path)
+    plans = tiny.plans()
+    plans["configurations"]["2d"]["patch_size"] = [48, 48]
+    again = make_jras("save_every=1", continued=True, plans=plans)
+    with pytest.raises(ValueError, match="patch size"):
+        again.load_checkpoint(path)
+
+
+def test_a_split_that_moved_a_bank_case_to_validation_is_refused(make_jras):
+    trainer = make_jras()
+    trainer.on_train_start()
+    path = str(Path(trainer.output_folder) / "checkpoint_latest.pth")
+    trainer.save_checkpoint(path)
+    other = make_jras(continued=True, fold=1)
+    other.load_checkpoint(path)
+    with pytest.raises(ValueError, match="no training cases of this fold any more: phantom_004, phantom_005"):
+        other.on_train_start()
+
+
+def test_a_checkpoint_without_the_key_draws_a_new_bank_and_says_so(make_jras):
+    trainer = make_jras()
+    trainer.on_train_start()
+    trainer.current_epoch = 1
+    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    checkpoint = torch.load(path, weights_only=False)
+    del checkpoint[EXTENSION_KEY]["methods"]["jras"]
+    torch.save(checkpoint, path)
+    again = make_jras(continued=True)
+    again.load_checkpoint(str(path))
+    again.on_train_start()
+    assert "a new one is drawn" in log(again)
+    again.on_train_epoch_start()
+    again.train_step(next(again.dataloader_train))
+
+
+def test_the_segmenter_starts_from_a_plain_model(make_trainer, make_jras, fixed_batches, tmp_path):
+    plain = make_trainer(nnUNetTrainer, configuration="2d", results=tmp_path / "plain")
+    plain.initialize()
+    path = tmp_path / "plain.pth"
+    plain.save_checkpoint(str(path))
+    for fusion in ("attention", "concat"):
+        ours = make_jras(f"jras.fusion={fusion} jras.init_from={path}")
+        ours.initialize()
+        ours.network.eval(), plain.network.eval()
+        x = torch.randn(1, 1, 24, 24)
+        assert torch.allclose(ours.network(x)[0], plain.network(x)[0], atol=1e-5)
+    with pytest.raises(ValueError, match="does not exist"):
+        make_jras("jras.init_from=nowhere.pth").initialize()
+
+
+# ---- nobody guides himself
+
+
+class LeakyJRAS(nnUNetTrainerJRAS):
+    """The defect this method is prone to: nothing is excluded."""
+
+    def _excluding(self, cases, dropout=0.0):
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+
+def batch_of_guides(trainer: Any, rows: list[int]) -> dict:
+    """The very patches the bank holds, at full resolution, under their case ids."""
+    state, patch = trainer._bank_state, trainer.configuration_manager.patch_size
+    cases = [state["cases"][row] for row in rows]
+    read_ = [read_patch(trainer._datasets[0], case, state["coordinates"][row], patch) for case, row in zip(cases, rows)]
+    data = torch.stack([image for image, _, _ in read_])
+    label = torch.stack([label.clamp(min=0) for _, label, _ in read_])[:, None]
+    scales = trainer._get_deep_supervision_scales()
+    shapes = [[round(p * s) for p, s in zip(patch, scale)] for scale in scales]
+    target = [torch.nn.functional.interpolate(label.float(), shape).to(torch.int16) for shape in shapes]
+    return {"data": data, "target": target, "keys": np.array(cases)}
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_a_patch_finds_itself_only_where_exclusion_is_switched_off(make_jras, configuration):
+    rows = [0, 7, 13, 23]
+    for cls, leaks in ((LeakyJRAS, True), (nnUNetTrainerJRAS, False)):
+        trainer = make_jras("jras.warmup_fraction=0", cls, configuration=configuration)
+        trainer.on_train_start()
+        trainer.on_train_epoch_start()
+        batch = batch_of_guides(trainer, rows)
+        trainer.train_step(batch)
+        last = trainer.network.last
+        assert (last.ids[:, 0].tolist() == rows) == leaks
+        own = trainer.network.bank.groups[last.ids] == trainer.groups_of(batch["keys"])[:, None]
+        assert bool((own & last.valid).any()) == leaks
+        trainer.network.eval()
+        with torch.no_grad():
+            trainer.validation_step(batch_of_guides(trainer, rows))
+        assert (trainer.network.last.ids[:, 0].tolist() == rows) == leaks
+
+
+@pytest.mark.parametrize("cls", [nnUNetTrainerJRAS, nnUNetTrainerMedContextJRAS])
+def test_in_a_whole_epoch_no_forward_ever_gets_a_guide_of_its_own_subject(make_jras, cls):
+    trainer = make_jras(
+        "num_epochs=1 num_iterations_per_epoch=6 num_val_iterations_per_epoch=2 jras.num_guides=24", cls
+    )
+    seen: list[tuple[Any, Any]] = []
+    lookup = banked.JRASNetwork._lookup
+
+    def watched(network: Any, queries: torch.Tensor) -> Any:
+        from nnunetv2_ext.jras.network import _EXCLUSION
+
+        guides = lookup(network, queries)
+        seen.append((_EXCLUSION.get(), network.bank.groups[guides.ids].masked_fill(~guides.valid, 0)))
+        return guides
+
+    trainer.on_train_start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(banked.JRASNetwork, "_lookup", watched)
+        trainer.on_train_epoch_start()
+        outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(6)]
+        trainer.on_train_epoch_end(outputs)
+        trainer.on_validation_epoch_start()
+        with torch.no_grad():
+            for _ in range(2):
+                trainer.validation_step(next(trainer.dataloader_val))
+    assert len(seen) >= 8
+    for exclusion, groups in seen:
+        assert exclusion is not None
+        assert not (groups == exclusion.groups[:, None]).any()
+    from nnunetv2_ext.jras.network import _EXCLUSION
+
+    assert _EXCLUSION.get() is None
+
+
+def test_cases_of_one_subject_do_not_guide_each_other(make_jras):
+    # of the training cases phantom_002 .. 005, 002 and 003 are one subject; 004 and 005 are another
+    trainer = make_jras(
+        r"jras.group_regex='phantom_00(?=[23])|phantom_0(?=0[45])|phantom_' jras.num_guides=24 jras.warmup_fraction=0"
+    )
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    groups = trainer.groups_of([f"phantom_00{n}" for n in (2, 3, 4, 5)])
+    assert groups[0] == groups[1] != groups[2] == groups[3]
+    trainer.train_step(batch_of_guides(trainer, [0, 23]))
+    cases = np.array(trainer._bank_state["cases"])
+    for row, other in ((0, {"phantom_004", "phantom_005"}), (1, {"phantom_002", "phantom_003"})):
+        last = trainer.network.last
+        assert set(cases[last.ids[row][last.valid[row]]]) in (other, set())  # no guide where the dropout took them
+
+
+def test_a_group_regex_that_does_not_match_is_refused(make_jras):
+    with pytest.raises(ValueError, match=r"jras\.group_regex='patient'.*phantom_00"):
+        make_jras("jras.group_regex=patient").on_train_start()
+
+
+def test_validation_cases_of_a_training_subject_void_the_validation(make_jras, tmp_path):
+    trainer = make_jras("jras.group_regex='phantom_00(?=[05])|phantom_0(?=0[1-4])'")
+    trainer.on_train_start()
+    assert "validation cases phantom_000, phantom_001 share a subject with training cases" in log(trainer)
+    assert "VOID" in log(trainer)
+    trainer = make_jras(results=tmp_path / "other")  # two trainers of one second share a log file
+    trainer.on_train_start()
+    assert "VOID" not in log(trainer)
+
+
+def test_fold_all_warns_loudly(make_jras):
+    trainer = make_jras(fold="all")
+    trainer.on_train_start()
+    assert "fold all validates on training cases" in log(trainer) and "VOID" in log(trainer)
+
+
+def test_one_training_case_is_nothing_to_retrieve_from(make_jras):
+    with pytest.raises(ValueError, match=r"nothing to retrieve.*jras\.retriever=none"):
+        make_jras("train_cases=1").on_train_start()
+    make_jras("train_cases=1 jras.retriever=none").on_train_start()
+
+
+# ---- the bank's life
+
+
+def test_the_bank_holds_training_cases_only_and_its_growth_is_logged(make_jras):
+    trainer = make_jras()
+    trainer.on_train_start()
+    training, validation = trainer.do_split()
+    assert set(trainer._bank_state["cases"]) == set(training) and not set(training) & set(validation)
+    megabytes = float(re.search(r"these image patches of training cases, ([0-9.]+) MB", log(trainer))[1])
+    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    full = path.stat().st_size
+    trainer.network.bank.clear()
+    trainer.save_checkpoint(str(path))
+    assert (full - path.stat().st_size) / 1e6 == pytest.approx(megabytes, abs=0.06)
+
+
+def test_the_refresh_fits_the_keys_to_the_weights(make_jras):
+    trainer = make_jras("num_epochs=1")
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
+    stale = trainer.network.bank.keys.clone()
+    state = torch.get_rng_state()
+    trainer.on_train_epoch_end(outputs)
+    assert torch.equal(torch.get_rng_state(), state) and trainer.network.training
+    assert not torch.allclose(stale, trainer.network.bank.keys, atol=1e-5)
+    assert torch.allclose(trainer.network.embed_bank(), trainer.network.bank.keys, atol=1e-5)
+
+
+def test_a_broken_retriever_is_named_at_the_refresh(make_jras):
+    trainer = make_jras()
+    trainer.on_train_start()
+    trainer.network.retriever.project.bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        trainer._refresh(trainer.network)
+
+
+def test_a_bank_of_background_is_reported(make_jras, monkeypatch):
+    import dataclasses
+
+    original = banked.draw_bank
+
+    def background(*args: Any, **kwargs: Any) -> Any:
+        content = original(*args, **kwargs)
+        return dataclasses.replace(content, labels=torch.zeros_like(content.labels), all_background=True)
+
+    monkeypatch.setattr(banked, "draw_bank", background)
+    trainer = make_jras()
+    trainer.on_train_start()
+    assert "no guide contains any foreground" in log(trainer)
+    trainer.on_train_epoch_start()
+    assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
+
+
+def test_an_unknown_index_is_refused_before_anything_is_built(make_jras):
+    trainer = make_jras("jras.index=Flatt")
+    with pytest.raises(ValueError, match=r"jras\.index='Flatt'"):
+        trainer.initialize()
+    assert trainer.network is None
+
+
+def test_a_fold_with_other_structure_stops(make_jras):
+    first = make_jras()
+    first.on_train_start()
+    first.save_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
+    with pytest.raises(ValueError, match=r"jras\.num_guides=4, this fold has jras\.num_guides=2"):
+        make_jras("jras.num_guides=2", fold=1).on_train_start()
+
+
+# ---- figures
+
+
+def test_the_epochs_figures_are_logged(make_jras):
+    trainer = make_jras("num_epochs=1 num_iterations_per_epoch=4 jras.index=IVF2,Flat jras.guide_dropout=0")
+    trainer.run_training()
+    header, row = (Path(trainer.output_folder) / "epochs.csv").read_text().splitlines()[:2]
+    figures = dict(zip(header.split(","), map(float, row.split(","))))
+    assert 0 <= figures["jras/weight_entropy"] <= np.log(5)
+    assert 0 < figures["jras/null_weight"] < 1 and 0 < figures["jras/bank_share_used"] <= 1
+    assert 0 <= figures["jras/guide_overlap"] <= 1 and 0 <= figures["jras/random_overlap"] <= 1
+    assert figures["jras/retriever_grad_norm"] > 0 and figures["jras/lookup_ms"] > 0
+    assert 0 <= figures["jras/recall"] <= 1 and figures["jras/refresh_seconds"] > 0
+
+
+# ---- together with MedContext
+
+
+def test_the_teacher_looks_into_the_students_bank_and_stores_it_once(make_jras):
+    trainer = make_jras("num_epochs=1", nnUNetTrainerMedContextJRAS)
+    trainer.on_train_start()
+    assert trainer.teacher.module.bank is trainer.network.bank
+    assert trainer.teacher.module.retriever is not trainer.network.retriever
+    trainer.on_train_epoch_start()
+    output = trainer.train_step(next(trainer.dataloader_train))
+    assert {"contrastive", "masked_supervised", "consistency", "supervised"} <= output.keys()
+    assert trainer.teacher.module.last is not None
+    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    saved = read(path)
+    teacher, student = saved[EXTENSION_KEY]["methods"]["medcontext"]["teacher"], saved["network_weights"]
+    assert teacher["bank.images"].data_ptr() == student["bank.images"].data_ptr()
