@@ -163,7 +163,7 @@ def test_training_leaves_everything_a_user_looks_for(commands, trained):
     plans = json.loads((trained / "plans.json").read_text())
     assert plans["nnunetv2_ext"]["num_iterations_per_epoch"] == 3
     log = (commands.results / "log.txt").read_text()
-    assert "medcontext.beta = 0.5" in log and "num_epochs = 1    (nnUNet_ext_settings)" in log
+    assert "medcontext.beta = 2.0" in log and "num_epochs = 1    (nnUNet_ext_settings)" in log
     assert "Traceback" not in log and "WARNING" not in log
 
 

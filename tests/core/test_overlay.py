@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import matplotlib.style
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,8 +14,10 @@ CLASSES = {0: "background", 1: "liver", 2: "spleen", 3: "ignore"}
 
 @pytest.fixture
 def axes():
-    figure = Figure(figsize=(2, 2), dpi=50)
-    return figure.add_axes((0, 0, 1, 1))
+    # nnU-Net's progress plot, drawn by other tests, changes matplotlib's defaults for the whole process
+    with matplotlib.style.context("default"):
+        figure = Figure(figsize=(2, 2), dpi=50)
+        yield figure.add_axes((0, 0, 1, 1))
 
 
 def _pixels(axes):
