@@ -19,7 +19,7 @@ from nnunetv2_ext.bench.parts import measure_parts
 from nnunetv2_ext.bench.plan import Target, check
 from nnunetv2_ext.bench.result import Report, Result, Rounds
 from nnunetv2_ext.bench.subject import Subject, dry_environment
-from nnunetv2_ext.core.logs import progress_bar
+from nnunetv2_ext.core.progress import progress_bar
 
 
 @dataclass(frozen=True)

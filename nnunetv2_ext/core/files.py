@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 _STALE_AFTER_SECONDS = 3600.0
 
 
-def atomic_write(path: str | os.PathLike[str], writer: Callable[[BinaryIO], None]) -> None:
+def atomic_write(path: str | os.PathLike[str], writer: Callable[[BinaryIO], object]) -> None:
     """Replace `path` by what `writer` writes, in one step that survives a crash or a power cut.
 
     The content goes to a temporary file in the same folder, is flushed to the disk and then renamed over `path`.
@@ -54,11 +54,7 @@ def atomic_write(path: str | os.PathLike[str], writer: Callable[[BinaryIO], None
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replace `path` by `text` in UTF-8, line ends as given; see `atomic_write` for the guarantees and errors."""
     content = text.encode("utf-8")
-
-    def write(file: BinaryIO) -> None:
-        file.write(content)
-
-    atomic_write(path, write)
+    atomic_write(path, lambda file: file.write(content))
 
 
 def atomic_torch_save(obj: Any, path: str | os.PathLike[str]) -> None:

@@ -21,7 +21,8 @@ from nnunetv2_ext.core import settings as ext_settings
 from nnunetv2_ext.core.configured import ConfiguredTrainer
 from nnunetv2_ext.core.files import atomic_torch_save
 from nnunetv2_ext.core.interruption import StopRequest
-from nnunetv2_ext.core.logs import EpochLog, progress_bar
+from nnunetv2_ext.core.logs import EpochLog
+from nnunetv2_ext.core.progress import progress_bar
 
 
 class ResumableTrainer(ConfiguredTrainer):

@@ -16,7 +16,8 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from nnunetv2_ext.core import logs
 from nnunetv2_ext.core.files import atomic_torch_save
-from nnunetv2_ext.core.logs import EpochLog, progress_bar
+from nnunetv2_ext.core.logs import EpochLog
+from nnunetv2_ext.core.progress import progress_bar
 
 
 def nnunet_epoch(logger, epoch, start=None):
@@ -318,7 +319,7 @@ def test_failed_drawing_and_failed_writing_are_told_and_the_old_plot_stays(tmp_p
     def fail(*args):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(logs, "_draw", fail)
+    monkeypatch.setattr(logs, "draw_curves", fail)
     log.plot()
     assert len(told) == 2
     assert "FileNotFoundError" in told[0]
