@@ -104,7 +104,8 @@ setup(
         "PyYAML",
         "pydantic>=2",
         "psutil",
-        "open_clip_torch",
+        "open_clip_torch>=3",  # first with require_pretrained and local-dir: models
+        "safetensors",
         f"faiss-gpu>=1.14.3; {LINUX_X86_64}",  # earlier ones are for Python <= 3.10
         f"faiss-cpu; {ELSEWHERE}",
     ],
@@ -115,6 +116,7 @@ setup(
             "pytest-timeout>=2.2",
             "hypothesis>=6.90",
             "packaging>=22",
+            "monai>=1.4",  # an oracle for surface distances
             "tensorboard",
             "setuptools>=70.1",  # the packaging tests build without isolation
             "wheel",

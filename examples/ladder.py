@@ -6,8 +6,9 @@
 
 Each run is an ordinary training of one fold in a results folder of its own (OUTPUT/RUN/nN_seedS), so it can be looked
 at, resumed and predicted with. A finished run is kept: calling the same command again continues where the last call
-ended. Simplified: final checkpoint only, one fold, Dice only (mean over the foreground classes and cases of the fold's
-validation part).
+ended. Before the first run a few steps of each are timed, for an estimate of the whole and for --equal-time. At the end
+`nnUNetv2_ext compare` writes OUTPUT/comparison_nN: paired differences with intervals, Dice, HD95, NSD, pictures.
+Simplified: final checkpoint only, one fold.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ladder_steps
 import yaml
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 DEFAULT_TRAINER = "nnUNetTrainerMedContext"
+# torch 2.15's bfloat16 convolution gives NaN gradients now and then on their maps of a few voxels
+IN_FP32 = ("retriever", "guide_encoder")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,7 +38,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-d", dest="dataset", required=True, help="dataset id or name, planned and preprocessed")
     parser.add_argument("-c", dest="configuration", default="3d_fullres")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans")
-    parser.add_argument("-f", dest="fold", type=int, default=0)
+    parser.add_argument("-f", dest="fold", type=lambda text: text if text == "all" else int(text), default=0)
+    parser.add_argument(
+        "--test-set",
+        type=Path,
+        metavar="RAW_DATASET",
+        help="score on imagesTs and labelsTs of this raw dataset folder instead of the fold's validation cases",
+    )
     parser.add_argument("--runs", nargs="*", help="only these runs of the file")
     parser.add_argument(
         "--train-cases", nargs="*", type=int, help="few-shot sizes (default: those of the file; 0 = all)"
@@ -56,6 +66,11 @@ def parse_arguments() -> argparse.Namespace:
         "--fast-cpu", action="store_true", help="bfloat16 networks on the CPU; say so beside the results"
     )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings common to all runs")
+    parser.add_argument(
+        "--equal-time",
+        metavar="RUN",
+        help="give every run the time that RUN needs for --steps, instead of equal steps; steps_factor is ignored",
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--table-only", action="store_true", help="run nothing, print the table of what is there")
     return parser.parse_args()
@@ -84,16 +99,59 @@ def train(task: dict[str, Any]) -> None:
     if task["fast_cpu"]:
         if not trainer.was_initialized:
             trainer.initialize()
-        for network in (trainer.network, getattr(getattr(trainer, "teacher", None), "module", None)):
-            speed_up_on_cpu(network)
+        speed_up_trainer(trainer)
     trainer.run_training()
     if task["no_mirroring"]:
         trainer.inference_allowed_mirroring_axes = None
-    trainer.perform_actual_validation()
+    if task["test_set"]:
+        predict_test_set(trainer, Path(task["test_set"]), Path(task["output"]) / "test")
+    else:
+        trainer.perform_actual_validation()
+
+
+def predict_test_set(trainer: Any, dataset: Path, output: Path) -> None:
+    """Predictions of the dataset's imagesTs in ``output``, and their summary.json against labelsTs."""
+    from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    trainer.set_deep_supervision_enabled(False)
+    mirroring = trainer.inference_allowed_mirroring_axes
+    predictor = nnUNetPredictor(device=trainer.device, use_mirroring=mirroring is not None, allow_tqdm=False)
+    predictor.manual_initialization(
+        trainer.network.eval(),
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        [trainer.network.state_dict()],
+        trainer.dataset_json,
+        type(trainer).__name__,
+        mirroring,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    predictor.predict_from_files_sequential(str(dataset / "imagesTs"), str(output), save_probabilities=False)
+    example = next((dataset / "imagesTs").iterdir())
+    compute_metrics_on_folder(
+        str(dataset / "labelsTs"),
+        str(output),
+        str(output / "summary.json"),
+        determine_reader_writer_from_dataset_json(trainer.dataset_json, str(example), verbose=False)(),
+        trainer.dataset_json["file_ending"],
+        trainer.label_manager.foreground_regions
+        if trainer.label_manager.has_regions
+        else trainer.label_manager.foreground_labels,
+        None,
+        num_processes=1,
+    )
+
+
+def speed_up_trainer(trainer: Any) -> None:
+    """Its network and, if it has one, its teacher."""
+    for network in (trainer.network, getattr(getattr(trainer, "teacher", None), "module", None)):
+        speed_up_on_cpu(network)
 
 
 def speed_up_on_cpu(network: Any) -> None:
-    """bfloat16 convolutions in channels-last layout, logits back in fp32.
+    """bfloat16 convolutions in channels-last layout, outputs back in fp32.
 
     2.2 times faster on a CPU that has AVX-512 BF16.
     """
@@ -102,15 +160,34 @@ def speed_up_on_cpu(network: Any) -> None:
     if network is None:
         return
     layout = torch.channels_last_3d if any(p.ndim == 5 for p in network.parameters()) else torch.channels_last
-    network.to(memory_format=layout)
-    stock_forward = network.forward
+    small = [getattr(network, name, None) for name in IN_FP32]
+    kept = {id(p) for module in small if module is not None for p in module.parameters()}
+    for parameter in network.parameters():
+        if parameter.ndim == (5 if layout == torch.channels_last_3d else 4) and id(parameter) not in kept:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+    for module in small:
+        if module is not None:
+            module.forward = torch.autocast("cpu", enabled=False)(module.forward)
+    for part in getattr(network, "members", [network]):  # several networks in one: each is called by itself
+        part.forward = in_bfloat16(part.forward, layout)
 
-    def forward(x: torch.Tensor) -> Any:
+
+def in_bfloat16(stock_forward: Callable[..., Any], layout: Any) -> Callable[..., Any]:
+    """``stock_forward`` under autocast, its data in ``layout``, every tensor it returns in fp32."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    def forward(x: torch.Tensor, *further: Any, **named: Any) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = stock_forward(x.contiguous(memory_format=layout))
-        return [level.float() for level in output] if isinstance(output, (list, tuple)) else output.float()
+            output = stock_forward(x.contiguous(memory_format=layout), *further, **named)
+        return tree_map_only(torch.Tensor, torch.Tensor.float, output)
 
-    network.forward = forward
+    return forward
+
+
+def sparsify_labelled(dataset: Path) -> list[str]:
+    """The cases that `nnUNetv2_ext sparsify` left labelled in this raw dataset."""
+    return sorted(json.loads((dataset / "dataset.json").read_text())["nnunetv2_ext"]["sparsify"]["labelled"])
 
 
 def case_dice(summary_file: Path) -> list[float]:
@@ -138,85 +215,124 @@ def print_table(results: dict[tuple[int, str], dict[int, float]]) -> None:
         )
 
 
+def settings_of(args: argparse.Namespace, ladder: dict[str, Any], size: int, seed: int, name: str) -> dict[str, Any]:
+    """Trainer, steps_factor and all settings of one run, before its length is known."""
+    settings = {
+        "trainer": ladder.get("trainer", DEFAULT_TRAINER),
+        "steps_factor": 1,
+        "num_val_iterations_per_epoch": 2,
+        "panel_every": 0,
+        **ladder.get("settings", {}),
+        **{key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.set)},
+        **ladder["runs"][name],
+        "seed": seed,
+        "train_cases_seed": seed,
+        "num_iterations_per_epoch": args.epoch_steps,
+    }
+    if size:
+        settings["train_cases"] = size
+    elif settings.get("train_cases") == "labelled":
+        settings["train_cases"] = sparsify_labelled(args.test_set)
+    return settings
+
+
+def start(args: argparse.Namespace, folder: Path, settings: dict[str, Any], target: Callable, **further: Any) -> bool:
+    """``train`` or ``ladder_steps.measure`` with these settings, in a process of its own; False if it failed."""
+    settings = dict(settings)
+    trainer = settings.pop("trainer")
+    settings.pop("steps_factor")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    names = ("dataset", "configuration", "fold", "plans", "device", "threads", "no_mirroring", "fast_cpu")
+    task = {
+        "environment": {"nnUNet_results": str(folder), "nnUNet_ext_settings": str(folder / "settings.yaml")},
+        "log": str(folder / "log.txt"),
+        "continue": any(folder.glob(f"*/*/fold_{args.fold}/checkpoint_*.pth")),
+        "trainer": trainer,
+        "output": str(folder),
+        "test_set": args.test_set and str(args.test_set.resolve()),
+        **{name: getattr(args, name) for name in names},
+        **further,
+    }
+    arguments = (task, speed_up_trainer if args.fast_cpu else None) if target is ladder_steps.measure else (task,)
+    # spawn: neither CUDA nor FAISS survives a fork
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        print(f"error: {folder.name} ended with code {process.exitcode}; see {task['log']}", file=sys.stderr)
+    return not process.exitcode
+
+
+def time_steps(args: argparse.Namespace, ladder: dict[str, Any], names: list[str], size: int) -> ladder_steps.Timing:
+    """Seconds per step of each run, measured once per output folder."""
+    timing = ladder_steps.Timing(args.output / "seconds_per_step.json")
+    for name in names:
+        if name not in timing.seconds:
+            print(f"timing a step of {name}", flush=True)
+            folder = args.output / "timing" / name
+            settings = settings_of(args, ladder, size, args.first_seed, name) | {"num_epochs": 2}
+            if not start(args, folder, settings, ladder_steps.measure, seconds=str(folder / "seconds.txt")):
+                raise SystemExit(1)
+            timing.add(name, float((folder / "seconds.txt").read_text()))
+    return timing
+
+
 def main() -> int:
     args = parse_arguments()
+    args.output = args.output.resolve()
     ladder = yaml.safe_load(args.ladder.read_text())
-    runs: dict[str, dict[str, Any]] = ladder["runs"]
-    unknown = set(args.runs or ()) - set(runs)
+    unknown = {*(args.runs or ()), *filter(None, [args.equal_time])} - set(ladder["runs"])
     if unknown:
-        print(
-            f"error: {args.ladder} has no run {', '.join(sorted(unknown))}; it has {', '.join(runs)}", file=sys.stderr
-        )
+        has = ", ".join(ladder["runs"])
+        print(f"error: {args.ladder} has no run {', '.join(sorted(unknown))}; it has {has}", file=sys.stderr)
         return 2
     sizes = args.train_cases if args.train_cases is not None else ladder.get("train_cases", [0])
-    names = [name for name in runs if not args.runs or name in args.runs]
-    common = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.set)}
-    plan = [
-        (size, seed, name)
-        for seed in range(args.first_seed, args.first_seed + args.seeds)
+    names = [name for name in ladder["runs"] if not args.runs or name in args.runs]
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    folders = {
+        (size, seed, name): args.output / name / f"n{size or 'all'}_seed{seed}"
+        for seed in seeds
         for size in sizes
         for name in names
-    ]
-    results: dict[tuple[int, str], dict[int, float]] = {(size, name): {} for size in sizes for name in names}
-    spent, done = 0.0, 0
-    # importing all of nnU-Net's trainers takes 10 s: once here, and the runs inherit it (CUDA allows no fork)
-    context: Any = multiprocessing.get_context("fork" if args.device == "cpu" and hasattr(os, "fork") else "spawn")
-    if context.get_start_method() == "fork":
-        recursive_find_trainer_class_by_name(ladder.get("trainer", DEFAULT_TRAINER))
-    for number, (size, seed, name) in enumerate(plan, 1):
-        folder = args.output.resolve() / name / f"n{size or 'all'}_seed{seed}"
-        summaries = list(folder.glob(f"*/*/fold_{args.fold}/validation/summary.json"))
-        if not summaries and not args.table_only:
-            # a run of its own length (equal wall time instead of equal steps): a factor on the number of epochs
-            settings = {
-                "num_val_iterations_per_epoch": 2,
-                "panel_every": 0,
-                **ladder.get("settings", {}),
-                **common,
-                **runs[name],
-            }
-            factor = settings.pop("steps_factor", 1)
-            settings |= {
-                "num_epochs": max(1, round(factor * args.steps / args.epoch_steps)),
-                "num_iterations_per_epoch": args.epoch_steps,
-            }
-            settings |= {"seed": seed, "train_cases_seed": seed, "train_cases": size or None}
-            folder.mkdir(parents=True, exist_ok=True)
-            settings_file = folder / "settings.yaml"
-            settings_file.write_text(yaml.safe_dump(settings))
-            estimate = f", about {spent / done * (len(plan) - number + 1) / 60:.0f} min left" if done else ""
-            print(f"[{number}/{len(plan)}] {name}, {size or 'all'} cases, seed {seed}{estimate}", flush=True)
-            task = {
-                "environment": {"nnUNet_results": str(folder), "nnUNet_ext_settings": str(settings_file)},
-                "log": str(folder / "log.txt"),
-                "continue": bool(list(folder.glob(f"*/*/fold_{args.fold}/checkpoint_*.pth"))),
-                "trainer": ladder.get("trainer", DEFAULT_TRAINER),
-            } | {
-                key: getattr(args, key)
-                for key in (
-                    "dataset",
-                    "configuration",
-                    "fold",
-                    "plans",
-                    "device",
-                    "threads",
-                    "no_mirroring",
-                    "fast_cpu",
-                )
-            }
-            start = time.time()
-            process = context.Process(target=train, args=(task,))
-            process.start()
-            process.join()
-            if process.exitcode:
-                print(f"error: this run ended with code {process.exitcode}; see {task['log']}", file=sys.stderr)
+    }
+    summary = "test/summary.json" if args.test_set else f"*/*/fold_{args.fold}/validation/summary.json"
+    waiting = [key for key, folder in folders.items() if not any(folder.glob(summary))]
+    if waiting and not args.table_only:
+        timed = list(dict.fromkeys([*names, *filter(None, [args.equal_time])]))
+        timing = time_steps(args, ladder, timed, sizes[0])
+        factors = {name: settings_of(args, ladder, 0, 0, name)["steps_factor"] for name in names}
+        if args.equal_time:
+            factors = timing.equal_time_factors(args.equal_time)
+        epochs = {name: max(1, round(factors[name] * args.steps / args.epoch_steps)) for name in names}
+        hours = timing.hours({n: epochs[n] * args.epoch_steps for n in names}, [name for _, _, name in waiting])
+        needed = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+        print(f"{len(waiting)} runs, about {needed} of training steps (validation comes on top)", flush=True)
+        began = time.time()
+        for number, (size, seed, name) in enumerate(waiting):
+            left = (
+                f", about {(time.time() - began) / number * (len(waiting) - number) / 60:.0f} min left"
+                if number
+                else ""
+            )
+            print(f"[{number + 1}/{len(waiting)}] {name}, {size or 'all'} cases, seed {seed}{left}", flush=True)
+            settings = settings_of(args, ladder, size, seed, name) | {"num_epochs": epochs[name]}
+            if not start(args, folders[size, seed, name], settings, train):
                 return 1
-            spent, done = spent + time.time() - start, done + 1
-            summaries = list(folder.glob(f"*/*/fold_{args.fold}/validation/summary.json"))
-        if summaries:
-            results[size, name][seed] = statistics.fmean(case_dice(summaries[0]))
+    results: dict[tuple[int, str], dict[int, float]] = {(size, name): {} for size in sizes for name in names}
+    for (size, seed, name), folder in folders.items():
+        for file in folder.glob(summary):
+            results[size, name][seed] = statistics.fmean(case_dice(file))
     print_table({key: by_seed for key, by_seed in results.items() if by_seed})
-    return 0
+    status = 0
+    first = ladder.get("reference")
+    for size in sizes:
+        finished = {n: [folders[size, seed, n] for seed in results[size, n]] for n in names if results[size, n]}
+        if len(finished) > 1:  # the control that matters comes first, the others are compared with it
+            status |= ladder_steps.compare(
+                args, size, dict(sorted(finished.items(), key=lambda item: item[0] != first))
+            )
+    return status
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 from nnunetv2_ext.bench.parts import OTHER
 from nnunetv2_ext.bench.result import Report, Result, Spread, spread
-from nnunetv2_ext.bench.targets import promised_step_ratio
+from nnunetv2_ext.bench.targets import promised_ratio, promised_step_ratio
 
 MIB = 2**20
 MEMORY_NAMES = {
@@ -96,18 +96,20 @@ def _step_table(report: Report, kind: str) -> str:
 
 
 def _predict_table(report: Report) -> str:
-    rows = [["trainer", "patch", "", "x plain", "", "x plain, CPU", ""]]
+    rows = [["trainer", "patch", "", "x plain", "", "x plain, CPU", "", "promised"]]
     for r in _measured(report):
         if r.predict.wall:
             median, low, high = _milliseconds(r.predict.wall)
             ratios = (*_ratio(report.predict_ratio(r)), *_ratio(report.predict_ratio(r, "cpu")))
-            rows.append([r.label, f"{median:.1f} ms", f"({low:.1f} .. {high:.1f})", *ratios])
+            promise = promised_ratio(r.label, "predict")
+            shown = "" if promise is None else f"<= {promise:g}"
+            rows.append([r.label, f"{median:.1f} ms", f"({low:.1f} .. {high:.1f})", *ratios, shown])
     return f"Prediction, network on one patch\n{table(rows)}" if len(rows) > 1 else ""
 
 
 def _memory_table(report: Report) -> str:
     measures = [m for m in MEMORY_NAMES if any(m in r.memory for r in _measured(report))]
-    rows = [["trainer", *(text for m in measures for text in (MEMORY_NAMES[m], "x plain"))]]
+    rows = [["trainer", *(text for m in measures for text in (MEMORY_NAMES[m], "x plain")), "promised"]]
     for r in _measured(report):
         cells = [r.label]
         for measure in measures:
@@ -116,7 +118,8 @@ def _memory_table(report: Report) -> str:
                 f"{r.memory[measure] / MIB:.1f} MiB" if measure in r.memory else "",
                 "" if ratio is None else f"{ratio:.2f}",
             ]
-        rows.append(cells)
+        promise = promised_ratio(r.label, "memory")
+        rows.append([*cells, "" if promise is None else f"<= {promise:g}"])
     return f"Memory of a training step\n{table(rows)}" if measures and len(rows) > 1 else ""
 
 

@@ -80,6 +80,7 @@ class Subject:
                 torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
             self.trainer.on_train_start()
         self._cudnn = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
+        self.trainer.current_epoch = self.trainer.num_epochs // 2  # an ordinary step: warm-ups and ramps are over
         self.trainer.on_epoch_start()
         self.trainer.on_train_epoch_start()
         real = batches.real_batch(self.trainer)
@@ -113,7 +114,10 @@ class Subject:
     @contextlib.contextmanager
     def predicting(self) -> Iterator[None]:
         """The network as it is for prediction: eval mode, one output resolution."""
-        network, deep_supervision = self.trainer.network, self.trainer.enable_deep_supervision
+        network = self.trainer.network
+        # as it is, not as the trainer's attribute says: RADA makes its own targets and switches the loader's off
+        decoder = getattr(unwrap(network), "decoder", None)
+        deep_supervision = bool(getattr(decoder, "deep_supervision", self.trainer.enable_deep_supervision))
         network.eval()
         self.trainer.set_deep_supervision_enabled(False)
         try:

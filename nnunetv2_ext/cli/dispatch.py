@@ -18,9 +18,23 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "settings": ("nnunetv2_ext.cli.settings", "list every setting of a trainer: type, default, meaning"),
     "export": ("nnunetv2_ext.cli.export", "write a model folder that plain nnU-Net can predict with"),
     "guides": ("nnunetv2_ext.cli.guides", "show what a J-RAS model retrieves for an image, and with which weights"),
+    "sparsify": (
+        "nnunetv2_ext.cli.sparsify",
+        "make a dense dataset sparse for nnUNetTrainerRADA, or thicken own planes",
+    ),
+    "fix-fingerprint": (
+        "nnunetv2_ext.cli.fix_fingerprint",
+        "take CT intensities from annotated voxels only, in a dataset with an ignore label",
+    ),
+    "check": ("nnunetv2_ext.cli.check", "show which annotated planes a preprocessed sparse dataset has"),
     "bench": (
         "nnunetv2_ext.cli.bench",
         "measure what trainers cost against plain nnUNetTrainer: step, prediction, memory",
+    ),
+    "evaluate": ("nnunetv2_ext.cli.evaluate", "score predictions: Dice, HD95 and NSD in mm, per structure and case"),
+    "compare": (
+        "nnunetv2_ext.cli.compare",
+        "compare finished trainings: paired differences with intervals, plots, worst cases",
     ),
 }
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
@@ -18,17 +19,31 @@ from nnunetv2_ext.core.files import atomic_torch_save, atomic_write_text, requir
 from nnunetv2_ext.core.settings import PLANS_KEY
 from nnunetv2_ext.core.trainer import ExtTrainer
 
-# What nnU-Net's own zip export takes along besides checkpoints, plans.json and dataset.json
+# What nnU-Net's own zip export takes along besides checkpoints, plans.json and dataset.json; without its debug.json,
+# which holds the training machine's paths and the cases' names
 _COMPANIONS = ("dataset_fingerprint.json",)
-_FOLD_COMPANIONS = ("debug.json", "progress.png", "validation/summary.json")
+_PROGRESS, _VALIDATION = "progress.png", "validation/summary.json"
+_FILE_LISTS = ("dataset", "training", "validation", "test")  # of dataset.json: files of the training machine
+_PREFERRED = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 STOCK_TRAINER = nnUNetTrainer.__name__
 
 
-def export_model(model_folder: Path, output: Path, weights: str = "student", strip_bank: bool = False) -> list[Path]:
+def export_model(
+    model_folder: Path,
+    output: Path,
+    weights: str = "student",
+    strip_bank: bool = False,
+    drop_semantics: bool = False,
+    blank_groups: bool = False,
+    best: bool = False,
+    tell: Callable[[str], None] = print,
+) -> list[Path]:
     """Write ``model_folder`` (TRAINER__PLANS__CONFIGURATION) to ``output`` as a model of the stock nnUNetTrainer.
 
-    Every checkpoint of every fold gets the chosen weights under ``network_weights`` and the stock trainer's name, and
-    loses this package's key and the optimiser's state. The source is only read.
+    Of every fold the final checkpoint (the latest of a fold that is not finished) gets the chosen weights under
+    ``network_weights`` and the stock trainer's name, and loses this package's key and the optimiser's state. The
+    fold's progress picture and validation result go along if they belong to these weights. No file holds a path of the
+    training machine; cases are named in the validation result only. The source is only read.
 
     Args:
         model_folder: holds plans.json, dataset.json and the fold folders.
@@ -36,15 +51,20 @@ def export_model(model_folder: Path, output: Path, weights: str = "student", str
         weights: which network, see the trainer's ``export_weights``.
         strip_bank: instead of a stock model write one of the same trainer that holds no patients' patches
             (``without_patient_data``); it needs this package to predict.
+        drop_semantics: leave out what plain nnU-Net cannot compute (``without_semantics``); predictions change.
+        blank_groups: instead of a stock model write one of the same trainer that keeps its guides, but not the numbers
+            of their subjects (``without_subjects``).
+        best: take every fold's checkpoint_best.pth along; it was chosen by the trained network's pseudo Dice.
+        tell: gets one line if the validation result was left out.
 
     Returns:
         The checkpoints written.
 
     Raises:
-        ValueError: no model folder, output exists, not one of our trainers, or no such weights.
+        ValueError: no model folder, output exists, not one of our trainers, no such weights, or no best checkpoint.
     """
     missing = [name for name in ("plans.json", "dataset.json") if not (model_folder / name).is_file()]
-    files = sorted(model_folder.glob("fold_*/checkpoint_*.pth"))
+    files = _checkpoints(model_folder, best)
     if missing or not files:
         raise ValueError(
             f"{model_folder} is no trained model folder ({', '.join(missing) or 'fold_*/checkpoint_*.pth'} missing); "
@@ -52,47 +72,109 @@ def export_model(model_folder: Path, output: Path, weights: str = "student", str
         )
     if output.exists():
         raise ValueError(f"{output} exists; name a folder that does not, or remove it")
+    if best and not any(file.name == "checkpoint_best.pth" for file in files):
+        raise ValueError(f"no fold of {model_folder} has a checkpoint_best.pth; export without --best")
     # beside the output, so that the rename stays on one disk; a name of our own, so that nobody's folder is touched
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=require_writable(output.parent)))
     try:
-        written = [
-            _export_checkpoint(file, partial / file.relative_to(model_folder), weights, strip_bank) for file in files
-        ]
-        plans = json.loads((model_folder / "plans.json").read_text())
-        if not strip_bank:
-            plans.pop(PLANS_KEY, None)
+        validated = []
+        for file in files:
+            checkpoint = read(file)
+            exported = _exported(checkpoint, file, weights, strip_bank, drop_semantics, blank_groups)
+            target = partial / file.relative_to(model_folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            atomic_torch_save(exported, target)
+            # without the numbers of the subjects it predicts as before
+            validated.append(blank_groups or _same_weights(checkpoint, exported))
+        plans = _shareable_plans(json.loads((model_folder / "plans.json").read_text()), strip_bank or blank_groups)
         atomic_write_text(partial / "plans.json", json.dumps(plans, indent=2))
-        folds = sorted({file.parent.relative_to(model_folder) for file in files})
-        _copy(
-            model_folder,
-            partial,
-            ["dataset.json", *_COMPANIONS, *(str(fold / name) for fold in folds for name in _FOLD_COMPANIONS)],
-        )
+        dataset_json = _without_file_lists(json.loads((model_folder / "dataset.json").read_text()))
+        atomic_write_text(partial / "dataset.json", json.dumps(dataset_json, indent=2))
+        _copy(model_folder, partial, _COMPANIONS)
+        if all(validated):
+            for file in files:
+                _copy_results(file, partial / file.parent.relative_to(model_folder))
+        else:
+            tell(
+                f"left out {_PROGRESS} and validation/: they belong to the network that was trained and validated, "
+                "not to the exported one; evaluate it before you use it"
+            )
         partial.chmod(model_folder.stat().st_mode & 0o777)  # mkdtemp lets nobody else in
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return [output / path.relative_to(partial) for path in written]
+    return [output / file.relative_to(model_folder) for file in files]
 
 
-def _export_checkpoint(source: Path, target: Path, weights: str, strip_bank: bool) -> Path:
-    checkpoint = read(source)
+def _checkpoints(model_folder: Path, best: bool) -> list[Path]:
+    """Of each fold the final checkpoint, else the latest, else another; with ``best`` also checkpoint_best.pth."""
+    chosen: set[Path] = set()
+    for fold in sorted({file.parent for file in model_folder.glob("fold_*/checkpoint_*.pth")}):
+        names = sorted(file.name for file in fold.glob("checkpoint_*.pth"))
+        chosen.add(fold / next((name for name in _PREFERRED if name in names), names[0]))
+        if best and "checkpoint_best.pth" in names:
+            chosen.add(fold / "checkpoint_best.pth")
+    return sorted(chosen)
+
+
+def _exported(
+    checkpoint: dict[str, Any], source: Path, weights: str, strip_bank: bool, drop_semantics: bool, blank_groups: bool
+) -> dict[str, Any]:
     trainer = _trainer_of(checkpoint, source)
     if strip_bank:
         checkpoint = trainer.without_patient_data(checkpoint)
+    if blank_groups:
+        checkpoint = trainer.without_subjects(checkpoint)
+    if drop_semantics:
+        checkpoint = trainer.without_semantics(checkpoint)
     exported: dict[str, Any] = {
         key: value
         for key, value in checkpoint.items()
         if key not in (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")
     }
-    if not strip_bank:
+    ours = strip_bank or blank_groups
+    if not ours:
         exported["network_weights"] = trainer.export_weights(checkpoint, weights)
         exported["trainer_name"] = STOCK_TRAINER
-        exported["init_args"] = copy.deepcopy(checkpoint["init_args"])
-        exported["init_args"]["plans"].pop(PLANS_KEY, None)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    atomic_torch_save(exported, target)
-    return target
+    exported["init_args"] = {
+        **checkpoint["init_args"],
+        "plans": _shareable_plans(checkpoint["init_args"]["plans"], ours),
+        "dataset_json": _without_file_lists(checkpoint["init_args"]["dataset_json"]),
+    }
+    return exported
+
+
+def _same_weights(source: dict[str, Any], exported: dict[str, Any]) -> bool:
+    before, after = source["network_weights"], exported["network_weights"]
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def _shareable_plans(plans: dict[str, Any], ours: bool) -> dict[str, Any]:
+    """Without our block, which one of our trainers needs (``ours``); its list of training cases stays behind."""
+    block = {key: value for key, value in plans.get(PLANS_KEY, {}).items() if key != "train_cases"}
+    shared = {key: value for key, value in plans.items() if key != PLANS_KEY}
+    return {**shared, PLANS_KEY: block} if ours and PLANS_KEY in plans else shared
+
+
+def _without_file_lists(dataset_json: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in dataset_json.items() if key not in _FILE_LISTS}
+
+
+def _copy_results(checkpoint: Path, target: Path) -> None:
+    """The fold's progress picture, and the validation's summary.json with file names instead of whole paths."""
+    _copy(checkpoint.parent, target, [_PROGRESS])
+    source = checkpoint.parent / _VALIDATION
+    if (
+        not source.is_file() or checkpoint.name != "checkpoint_final.pth"
+    ):  # an unfinished fold's is of an older training
+        return
+    summary = json.loads(source.read_text())
+    for case in summary["metric_per_case"]:
+        for key in ("prediction_file", "reference_file"):
+            if key in case:
+                case[key] = re.split(r"[\\/]", case[key])[-1]
+    (target / _VALIDATION).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(target / _VALIDATION, json.dumps(summary, indent=2, sort_keys=True))
 
 
 def _trainer_of(checkpoint: dict[str, Any], source: Path) -> type[ExtTrainer]:

@@ -21,6 +21,7 @@ from nnunetv2_ext.core import settings as ext_settings
 from nnunetv2_ext.core.configured import ConfiguredTrainer
 from nnunetv2_ext.core.files import atomic_torch_save
 from nnunetv2_ext.core.interruption import StopRequest
+from nnunetv2_ext.core.labelmaps import foreground_names
 from nnunetv2_ext.core.logs import EpochLog
 from nnunetv2_ext.core.progress import progress_bar
 
@@ -54,6 +55,7 @@ class ResumableTrainer(ConfiguredTrainer):
             enabled=self.local_rank == 0,
             tensorboard=self.settings.tensorboard,
             warn=self.print_to_log_file,
+            class_names=foreground_names(self.dataset_json, self.label_manager),
         )
         if self._log_state is not None:
             # stopped during validation: the training part's figures are in the row of the epoch that is continued
@@ -250,6 +252,24 @@ class ResumableTrainer(ConfiguredTrainer):
             ValueError: there is nothing to strip.
         """
         raise ValueError(f"models of {cls.__name__} keep no guide bank; export without --strip-bank")
+
+    @classmethod
+    def without_semantics(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """*Method hook.* The checkpoint with its semantic heads closed, so that its networks are plain nnU-Net's.
+
+        Raises:
+            ValueError: there are none.
+        """
+        raise ValueError(f"models of {cls.__name__} have no semantic heads; export without --drop-semantics")
+
+    @classmethod
+    def without_subjects(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """*Method hook.* The checkpoint without what tells whether a given case was trained with, otherwise the same.
+
+        Raises:
+            ValueError: there is nothing to blank.
+        """
+        raise ValueError(f"models of {cls.__name__} keep no guide bank; export without --blank-groups")
 
     def save_checkpoint(self, filename: str) -> None:
         """Replaces nnUNetTrainer.save_checkpoint: its keys and ours, written atomically (temporary, fsync, rename)."""

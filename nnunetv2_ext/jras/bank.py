@@ -202,7 +202,7 @@ class GuideBank(nn.Module):
             generator: of the random draw.
 
         Raises:
-            ValueError: K < 1, shapes that do not fit, or a process forked from the one that imported FAISS.
+            ValueError: K < 1, shapes that do not fit, or a process forked from the one that filled the bank.
         """
         if num_guides < 1:
             raise ValueError(
@@ -271,6 +271,8 @@ class GuideBank(nn.Module):
     def _changed(self) -> None:
         self.version += 1
         self.is_empty = len(self) == 0
+        if not self.is_empty:
+            require_main_process()  # from now on forked children are refused, whether this bank is searched or not
         self._searcher = self._indexed = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -295,9 +297,10 @@ class GuideBank(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GuideBank:
         """Moves to a device, but keeps the stored types: ``network.float()`` must not double the images."""
-        super()._apply(fn, recurse)
         for name, dtype in STORED_DTYPES.items():
-            setattr(self, name, getattr(self, name).to(dtype))
+            buffer = getattr(self, name)
+            # flat: ``network.to(memory_format=...)`` means feature maps, and fails on the labels' number of axes
+            setattr(self, name, fn(buffer.flatten()).view(buffer.shape).to(dtype))
         self._searcher = self._indexed = None
         return self
 

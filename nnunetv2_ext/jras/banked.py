@@ -15,13 +15,13 @@ from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.settings import PLANS_KEY
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.core.trainer import ExtTrainer
-from nnunetv2_ext.jras.build import draw_bank
+from nnunetv2_ext.jras.build import draw_bank, read_patch
 from nnunetv2_ext.jras.groups import group_ids, new_group_key, subject_of
 from nnunetv2_ext.jras.network import Exclusion, JRASNetwork, excluding
 from nnunetv2_ext.jras.search import check_index
 from nnunetv2_ext.jras.settings import JRASSettings
 from nnunetv2_ext.jras.start import load_backbone
-from nnunetv2_ext.jras.strip import plain_weights, stock_shapes, without_bank
+from nnunetv2_ext.jras.strip import plain_weights, stock_shapes, without_bank, without_groups
 
 
 class BankTraining(ExtTrainer):
@@ -80,6 +80,11 @@ class BankTraining(ExtTrainer):
         )
         if not settings.has_retrieval:
             return backbone
+        if settings.reads_bottleneck and num_input_channels != channels:
+            raise ValueError(
+                "jras.retriever_encoder=bottleneck cannot be used in a cascade: guides have no result of the previous "
+                "stage for the encoder to read; use jras.retriever_encoder=conv"
+            )
         return JRASNetwork(backbone, settings, channels, num_output_channels, configuration_manager.patch_size)
 
     def initialize(self) -> None:
@@ -121,9 +126,10 @@ class BankTraining(ExtTrainer):
             )
         total, plain = (sum(p.numel() for p in module.parameters()) for module in (network, network.backbone))
         self.print_to_log_file(
-            f"J-RAS: {len(network.bank)} guides of {len(cases)} cases, index {self.jras.index}, {total - plain:,} "
-            "further parameters. PRIVACY: every checkpoint and exported zip holds these image patches of training "
-            f"cases, {network.bank.num_bytes / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model without them."
+            f"J-RAS: {len(network.bank)} guides of {len(cases)} cases, index {self.jras.index} "
+            f"({network.bank.backend}), {total - plain:,} further parameters. PRIVACY: every "
+            "checkpoint and exported zip holds these image patches of training cases, "
+            f"{network.bank.num_bytes / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model without them."
         )
 
     def _warn_of_shared_subjects(self, cases: Sequence[str], validation: Sequence[str]) -> None:
@@ -138,6 +144,12 @@ class BankTraining(ExtTrainer):
                 f"WARNING: {which}. The predictor knows no case ids, so the final validation retrieves guides of the "
                 "very subjects it is scored on: THOSE SCORES ARE VOID. Scores during training exclude them."
             )
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's; `--val` alone must warn of void scores as well."""
+        if self.retrieval_network is not None:
+            self._warn_of_shared_subjects(*self.do_split())
+        super().perform_actual_validation(save_probabilities)
 
     def _draw_bank(self, network: JRASNetwork, cases: Sequence[str]) -> None:
         s = self.jras
@@ -177,7 +189,11 @@ class BankTraining(ExtTrainer):
         share = -(-N // ranks)
         first = min(N, self.local_rank * share)
         with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
-            keys = network.embed_bank(first, min(N, first + share))
+            if self.jras.reads_bottleneck:
+                batch = self.configuration_manager.batch_size
+                keys = network.embed_bank(first, min(N, first + share), batch, self._read_guides)
+            else:
+                keys = network.embed_bank(first, min(N, first + share))
         if self.is_ddp:
             padded = keys.new_zeros((share, keys.shape[1]))
             padded[: len(keys)] = keys
@@ -185,6 +201,14 @@ class BankTraining(ExtTrainer):
             distributed.all_gather(parts, padded)
             keys = torch.cat(parts)[:N]
         network.bank.set_keys(keys, self._bank_state["cases"] if self._bank_state else None)
+
+    def _read_guides(self, rows: range) -> Tensor:
+        """The guides' patches at full resolution, `(n, C, *P)` on the device."""
+        assert self._bank_state is not None and self._datasets is not None
+        cases, corners = self._bank_state["cases"], self._bank_state["coordinates"]
+        patch = self.configuration_manager.patch_size
+        images = [read_patch(self._datasets[0], cases[row], corners[row], patch)[0] for row in rows]
+        return torch.stack(images).to(self.device, non_blocking=True)
 
     # ---- who must not see whom -----------------------------------------------------------------------------------
     def groups_of(self, cases: Sequence[str]) -> Tensor:
@@ -229,6 +253,17 @@ class BankTraining(ExtTrainer):
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
         """Plain nnU-Net's weights: the bank and what belongs to it are left behind."""
         return plain_weights(super().export_weights(checkpoint, weights), stock_shapes(checkpoint["init_args"]))
+
+    @classmethod
+    def without_subjects(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """The same network and guides, without the numbers of their subjects, for `nnUNetv2_ext export --blank-groups`.
+
+        Raises:
+            ValueError: trained without a bank (`retriever=none`).
+        """
+        if "bank.groups" not in checkpoint["network_weights"]:
+            raise ValueError("this model has no guide bank (jras.retriever=none); export it without --blank-groups")
+        return without_groups(checkpoint)
 
     @classmethod
     def without_patient_data(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The two small encoders of J-RAS: the retriever's, which embeds a patch, and the guides', for image and mask."""
+"""The small encoders of J-RAS: the retriever's, which embeds a patch, and the guides', for image and mask."""
 
 from __future__ import annotations
 
@@ -79,6 +79,26 @@ class Retriever(nn.Module):
         features = self.blocks(patches).float().flatten(2).mean(2)
         with torch.autocast(patches.device.type, enabled=False):
             return F.normalize(self.project(features), dim=1)
+
+
+class BottleneckRetriever(nn.Module):
+    """R for `retriever_encoder=bottleneck`: embeds patches by the segmentation network's deepest features.
+
+    Args:
+        channels: of the bottleneck.
+        key_dim: D.
+    """
+
+    def __init__(self, channels: int, key_dim: int = 128) -> None:
+        super().__init__()
+        # behind nnU-Net's instance norm the mean alone is nearly the same for all patches
+        self.project = nn.Linear(2 * channels, key_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(n, channels, *)` to `(n, D)`, L2-normalised, fp32 under autocast too."""
+        flat = features.float().flatten(2)
+        with torch.autocast(features.device.type, enabled=False):
+            return F.normalize(self.project(torch.cat((flat.mean(2), flat.amax(2)), 1)), dim=1)
 
 
 class GuideEncoder(nn.Module):

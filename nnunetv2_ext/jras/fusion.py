@@ -114,9 +114,10 @@ class AttentionFusion(nn.Module):
         B, K = u.shape[:2]
         guide = self.skip_from_guide(u.flatten(0, 1))
         guide = F.interpolate(guide, h.shape[2:], mode=_LINEAR[h.ndim - 2], align_corners=False).unflatten(0, (B, K))
-        mixed = F.leaky_relu(self.skip_from_query(h)[:, None] + guide, 0.01)
-        share = weights.to(mixed.dtype).reshape(B, K, *(1,) * (h.ndim - 1))
-        return self.skip_out((share * mixed).sum(1))
+        # in place and as a matrix product: these maps are K times a skip's, and every copy of them costs
+        mixed = F.leaky_relu(self.skip_from_query(h)[:, None] + guide, 0.01, inplace=True)
+        mean = weights[:, None].to(mixed.dtype) @ mixed.flatten(2)
+        return self.skip_out(mean.reshape(h.shape))
 
 
 def concat_guides(x: Tensor, images: Tensor, masks: Tensor, weights: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_ext.jras.bank import STORED_DTYPES, GuideBank, Guides
-from nnunetv2_ext.jras.encoder import GuideEncoder, Retriever
+from nnunetv2_ext.jras.encoder import BottleneckRetriever, GuideEncoder, Retriever
 from nnunetv2_ext.jras.fusion import AttentionFusion, concat_guides, concat_nothing
 from nnunetv2_ext.jras.labels import adaptive_pool, low_res_shape
 from nnunetv2_ext.jras.settings import JRASSettings
@@ -74,7 +74,8 @@ class JRASNetwork(nn.Module):
         q = R(low x);  guides = bank.lookup(q);  w = softmax([q . k / tau, b0 / tau]);  y = decoder(fuse(encoder(x),
         G(guides), w))
 
-    With an empty bank it is exactly `backbone` (for `concat`: with zeros below the image).
+    With an empty bank it is exactly `backbone` (for `concat`: with zeros below the image). With
+    `retriever_encoder=bottleneck`, q = R(deepest features of encoder(x)).
 
     Args:
         backbone: nnU-Net's own network with `encoder` (a list of skips) and `decoder`; for `fusion=concat` built with
@@ -114,7 +115,11 @@ class JRASNetwork(nn.Module):
         self.image_channels, self.heads = image_channels, heads
         self.low_shape = low_res_shape(patch_size, settings.store_stride)
         self.backbone = backbone
-        self.retriever = Retriever(image_channels, self.low_shape, settings.retriever_widths, settings.key_dim)
+        self.retriever: Retriever | BottleneckRetriever
+        if settings.reads_bottleneck:
+            self.retriever = BottleneckRetriever(channels[-1], settings.key_dim)
+        else:
+            self.retriever = Retriever(image_channels, self.low_shape, settings.retriever_widths, settings.key_dim)
         self.null_logit = nn.Parameter(torch.tensor(INITIAL_NULL_LOGIT))
         if settings.fusion == "attention":
             self.guide_encoder = GuideEncoder(image_channels + heads, self.low_shape, settings.guide_widths)
@@ -179,13 +184,12 @@ class JRASNetwork(nn.Module):
         """
         if self.bank.is_empty:
             return self._without_guides(x)
-        concat = self.settings.fusion == "concat"
-        queries = self.retriever(self.low_resolution(x))
-        if concat:
-            guides, weights = self._retrieve(queries)
+        if self.settings.fusion == "concat":
+            guides, weights = self._retrieve(self.retriever(self.low_resolution(x)))
             return self.backbone(concat_guides(x, guides.images, guides.masks, weights))
         skips = list(self.encoder(x))
-        guides, weights = self._retrieve(queries)
+        seen = skips[-1] if self.settings.reads_bottleneck else self.low_resolution(x)
+        guides, weights = self._retrieve(self.retriever(seen))
         B, K = guides.ids.shape
         u, v = self.guide_encoder(guides.images.flatten(0, 1), guides.masks.flatten(0, 1))
         skips[-1], skips[-2] = self.fusion(
@@ -208,12 +212,7 @@ class JRASNetwork(nn.Module):
     def _retrieve(self, queries: Tensor) -> tuple[Guides, Tensor]:
         guides = self._lookup(queries.detach())
         # eval: what refresh has stored; training: anew, so that the loss teaches the keys' side as well
-        if (
-            self.training
-            and torch.is_grad_enabled()
-            and not self.settings.detach_keys
-            and self.settings.trains_retriever
-        ):
+        if self.training and torch.is_grad_enabled() and self.settings.trains_keys:
             B, K = guides.ids.shape
             keys = self.retriever(guides.images.flatten(0, 1)).unflatten(0, (B, K))
         else:
@@ -258,18 +257,45 @@ class JRASNetwork(nn.Module):
         kept = torch.rand(len(queries), 1, device=queries.device, generator=exclusion.generator) >= exclusion.dropout
         return guides._replace(valid=guides.valid & kept)
 
+    def embed(self, patches: Tensor) -> Tensor:
+        """Embeddings `(n, D)` of patches: low-resolution ones `(n, C, *L)`, for `bottleneck` `(n, C, *P)`."""
+        return self.retriever(self.encoder(patches)[-1] if self.settings.reads_bottleneck else patches)
+
     @torch.no_grad()
-    def embed_bank(self, first: int = 0, last: int | None = None, batch: int = 64) -> Tensor:
-        """Embeddings `(last - first, D)` of the stored guides in eval mode; modes, gradients, random state stay."""
+    def embed_bank(
+        self,
+        first: int = 0,
+        last: int | None = None,
+        batch: int = 64,
+        read: Callable[[range], Tensor] | None = None,
+    ) -> Tensor:
+        """Embeddings `(last - first, D)` of the guides in eval mode; modes, gradients, random state stay.
+
+        Args:
+            first: row of the bank.
+            last: row after the last one; None: all.
+            batch: guides embedded at a time.
+            read: the patches `embed` takes, for rows of the bank; None: the stored ones.
+
+        Raises:
+            ValueError: `retriever_encoder=bottleneck` without `read`.
+        """
+        if read is None:
+            if self.settings.reads_bottleneck:
+                raise ValueError(
+                    "jras.retriever_encoder=bottleneck embeds patches of full resolution, which the bank does not hold"
+                )
+
+            def read(rows: range) -> Tensor:
+                return self.bank.stored_images(torch.tensor(rows, device=self.bank.keys.device))
+
         last = len(self.bank) if last is None else last
-        was_training = self.retriever.training
-        self.retriever.eval()
+        modes = [(module, module.training) for module in (self.retriever, self.encoder)]
         try:
-            device = self.bank.keys.device
-            parts = [
-                self.retriever(self.bank.stored_images(torch.arange(start, min(last, start + batch), device=device)))
-                for start in range(first, last, batch)
-            ]
+            for module, _ in modes:
+                module.eval()
+            parts = [self.embed(read(range(start, min(last, start + batch)))) for start in range(first, last, batch)]
         finally:
-            self.retriever.train(was_training)
+            for module, mode in modes:
+                module.train(mode)
         return torch.cat(parts) if parts else self.bank.keys.new_zeros((0, self.settings.key_dim))

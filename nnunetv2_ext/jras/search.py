@@ -13,8 +13,8 @@ from torch import Tensor
 EXACT = "Flat"
 GPU_SCRATCH_BYTES = 64 * 2**20  # FAISS takes 1.5 GB of a GPU if it is not told
 GPU_MAX_K = 2048  # of a FAISS GPU search
-# a forked child inherits this number, a spawned one imports the module anew
-_PROCESS = os.getpid()
+# The process that first had guides. A forked child inherits the number, a spawned one imports the module anew
+_owner: int | None = None
 
 
 class Guides(NamedTuple):
@@ -36,14 +36,19 @@ class Guides(NamedTuple):
 
 
 def require_main_process() -> None:
-    """Refuse to search in a forked child: FAISS can hang there once the parent used it (facebookresearch/faiss#5206).
+    """Refuse guides in a child forked from the process that has some: FAISS can hang there once the parent used it.
+
+    See facebookresearch/faiss#5206. A child of a process that never had guides may have its own.
 
     Raises:
-        ValueError: this process was forked from the one that imported this module.
+        ValueError: this process was forked from one that had guides.
     """
-    if os.getpid() != _PROCESS:
+    global _owner
+    if _owner is None:
+        _owner = os.getpid()
+    elif os.getpid() != _owner:
         raise ValueError(
-            f"guides were looked up in process {os.getpid()}, forked from {_PROCESS}: FAISS can hang in a forked "
+            f"guides were looked up in process {os.getpid()}, forked from {_owner}: FAISS can hang in a forked "
             "child. Run the network in the main process, or start workers with the spawn method"
         )
 

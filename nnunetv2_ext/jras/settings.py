@@ -31,6 +31,13 @@ class JRASSettings(BaseModel):
         "random (any guides, equal weights), none (no guides: plain nnU-Net). Source: paper (joint), ours (controls).",
         json_schema_extra=STRUCTURAL,
     )
+    retriever_encoder: Literal["conv", "bottleneck"] = Field(
+        "conv",
+        description="What embeds a patch: conv, a small network on the low-resolution patch; bottleneck, the "
+        "segmentation network's deepest features (reads all guides' patches again at every refresh; teaches the query "
+        "side only; not with concat, frozen or a cascade). Source: ours.",
+        json_schema_extra=STRUCTURAL,
+    )
     fusion: Literal["attention", "concat"] = Field(
         "attention",
         description="How guides enter: attention at the bottleneck and the skip above it, or concat, the weighted "
@@ -103,6 +110,12 @@ class JRASSettings(BaseModel):
         "predicted. Source: ours.",
     )
     # ---- the training
+    refresh_every: int | None = Field(
+        None,
+        ge=1,
+        description="Epochs between two embeddings of the whole bank; the last epoch always has one. Unset: 1, with "
+        "retriever_encoder=bottleneck 5. Source: ours (author code: 1).",
+    )
     detach_keys: bool = Field(
         False,
         description="Whether the segmentation loss teaches the query side only. Source: ours (author code: yes).",
@@ -166,12 +179,38 @@ class JRASSettings(BaseModel):
                 f"num_guides ({self.num_guides}) must not exceed bank_size ({self.bank_size}): lower "
                 "it or enlarge the bank"
             )
+        if self.has_retrieval and self.reads_bottleneck:
+            if self.fusion == "concat":
+                raise ValueError(
+                    "retriever_encoder=bottleneck cannot be combined with fusion=concat, which needs the guides before "
+                    "the encoder has run: use fusion=attention or retriever_encoder=conv"
+                )
+            if self.retriever == "frozen":
+                raise ValueError(
+                    "retriever_encoder=bottleneck cannot be combined with retriever=frozen: the segmentation network's "
+                    "encoder goes on learning, and the embeddings with it; use retriever_encoder=conv"
+                )
         return self
 
     @property
     def has_retrieval(self) -> bool:
         """Whether there is a bank at all."""
         return self.retriever != "none"
+
+    @property
+    def reads_bottleneck(self) -> bool:
+        """Whether the segmentation network's own encoder embeds the patches."""
+        return self.retriever_encoder == "bottleneck"
+
+    @property
+    def refresh_interval(self) -> int:
+        """Epochs between two embeddings of the bank."""
+        return self.refresh_every or (5 if self.reads_bottleneck else 1)
+
+    @property
+    def trains_keys(self) -> bool:
+        """Whether the segmentation loss teaches the guides' side as well."""
+        return self.trains_retriever and not self.detach_keys and not self.reads_bottleneck
 
     @property
     def trains_retriever(self) -> bool:

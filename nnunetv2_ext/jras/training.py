@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from nnunetv2_ext.jras.search import EXACT
 
 class JRASTraining(BankTraining):
     """Adds retrieval in every forward and a contrastive pass in front of nnU-Net's supervised pass."""
+
+    bench_parts: ClassVar[dict[str, tuple[str, ...]]] = {"contrastive": ("_contrastive_terms",)}
 
     _figures: RetrievalFigures
     _compared: tuple[Masks, Tensor] | None = None  # masks of this step's batch and random guides
@@ -83,34 +85,45 @@ class JRASTraining(BankTraining):
     def loss_passes(self, batch: Batch) -> list[LossPass]:
         """The contrastive pass first, on its steps; under DDP the last pass must use every parameter."""
         passes, s = super().loss_passes(batch), self.jras
+        warming_up = s.trains_retriever and self.is_warming_up
         self._compared = None
-        if not s.trains_retriever or s.contrastive_weight == 0:
+        if self.retrieval_network is None or not (warming_up or self.global_step % s.contrastive_every == 0):
             return passes
-        due = self.is_warming_up or (s.retriever == "joint" and self.global_step % s.contrastive_every == 0)
-        return [LossPass("contrastive", lambda: self._contrastive_terms(batch)), *passes] if due else passes
+        self._compared = self._draw_compared(batch)  # a figure of the controls as well
+        if s.contrastive_weight == 0 or not (warming_up or s.retriever == "joint"):
+            return passes
+        return [LossPass("contrastive", lambda: self._contrastive_terms(batch)), *passes]
 
-    def _contrastive_terms(self, batch: Batch) -> dict[str, Term]:
-        network, s, labels = self.retrieval_network, self.jras, self.label_manager
+    def _draw_compared(self, batch: Batch) -> tuple[Masks, Tensor]:
+        """Masks of the batch, and random rows of the bank to compare them with."""
+        network, labels = self.retrieval_network, self.label_manager
         assert network is not None
         masks = masks_of_target(
             batch.top_target, network.low_shape, network.heads, labels.has_regions, labels.ignore_label
         )
-        ids = torch.randperm(len(network.bank), generator=self.generator, device=self.device)[
-            : s.contrastive_candidates
-        ]
-        self._compared = (masks, ids)
+        ids = torch.randperm(len(network.bank), generator=self.generator, device=self.device)
+        return masks, ids[: self.jras.contrastive_candidates]
+
+    def _contrastive_terms(self, batch: Batch) -> dict[str, Term]:
+        network, s, has_regions = self.retrieval_network, self.jras, self.label_manager.has_regions
+        assert network is not None and self._compared is not None
+        masks, ids = self._compared
         # both views mirrored alike: the mask is mirrored with them, and S of the two is 1
         flips = draw_flips(len(batch.keys), len(network.low_shape), self.generator)
-        patches = flip(network.low_resolution(batch.data), flips)
+        patches = flip(batch.data if s.reads_bottleneck else network.low_resolution(batch.data), flips)
         masks = Masks(flip(masks.share, flips), flip(masks.annotated[:, None], flips)[:, 0])
         views = perturb(patches, self.generator), perturb(patches, self.generator)
-        first, second, stored = network.retriever(torch.cat((*views, network.bank.stored_images(ids)))).split(
-            [len(patches), len(patches), len(ids)]
-        )
+        n = len(patches)
+        if s.reads_bottleneck:  # the candidates' whole patches would have to be read from disk
+            first, second = network.embed(torch.cat(views)).split(n)
+            stored = network.bank.keys[ids]
+        else:
+            candidates = network.bank.stored_images(ids)
+            first, second, stored = network.embed(torch.cat((*views, candidates))).split([n, n, len(ids)])
         groups = self.groups_of(batch.keys)
         others = groups[:, None] != network.bank.groups[ids][None]
         allowed = torch.cat((torch.ones_like(groups[:, None].expand(-1, len(groups)), dtype=torch.bool), others), 1)
-        overlap = mask_overlap(masks, masks + guide_masks(network.bank, ids, labels.has_regions))
+        overlap = mask_overlap(masks, masks + guide_masks(network.bank, ids, has_regions))
         with torch.autocast(self.device.type, enabled=False):
             loss = overlap_loss(first @ torch.cat((second, stored)).T, overlap, allowed, s.tau)
             loss = loss + nt_xent(first, second, s.tau)
@@ -138,10 +151,15 @@ class JRASTraining(BankTraining):
 
     # ---- epochs --------------------------------------------------------------------------------------------------
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """nnU-Net's, then the guides are embedded anew: validation and checkpoint have keys that fit the weights."""
+        """nnU-Net's, then the guides are embedded anew: validation and checkpoint have keys that fit the weights.
+
+        Every `refresh_every` epochs and after the last, and not where nothing has moved the retriever.
+        """
         super().on_train_epoch_end(train_outputs)
-        network = self.retrieval_network
-        if network is None or not self.jras.trains_retriever:
+        network, s = self.retrieval_network, self.jras
+        done = self.current_epoch + 1
+        moved = s.retriever == "joint" or (s.retriever == "frozen" and self.is_warming_up)
+        if network is None or not moved or (done % s.refresh_interval and done != self.num_epochs):
             return
         start = time.perf_counter()
         self._refresh(network)

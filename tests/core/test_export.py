@@ -38,8 +38,13 @@ def save_model(trainer: nnUNetTrainer, fold: int = 0, checkpoint: str = "checkpo
     save_json(trainer.plans_manager.plans, folder / "plans.json", sort_keys=False)
     save_json(trainer.dataset_json, folder / "dataset.json", sort_keys=False)
     (folder / "dataset_fingerprint.json").write_text("{}")
-    (Path(trainer.output_folder) / "progress.png").write_bytes(b"picture")
-    (Path(trainer.output_folder) / "panel_epoch_0000.png").write_bytes(b"ours")
+    results = Path(trainer.output_folder)
+    (results / "progress.png").write_bytes(b"picture")
+    (results / "panel_epoch_0000.png").write_bytes(b"ours")
+    (results / "debug.json").write_text(json.dumps({"dataset_folder": str(folder)}))
+    (results / "validation").mkdir(exist_ok=True)
+    case = {name: str(results / "validation" / "a.nii.gz") for name in ("prediction_file", "reference_file")}
+    save_json({"foreground_mean": {"Dice": 0.5}, "metric_per_case": [case]}, results / "validation" / "summary.json")
     return folder
 
 
@@ -107,25 +112,73 @@ def test_nnunet_without_this_package_gives_the_same_logits(model, tmp_path, monk
     assert torch.equal(teacher, logits(model))
 
 
-def test_every_fold_and_checkpoint_is_exported_with_what_nnunet_shares(model, make_trainer, tmp_path, monkeypatch):
+def test_every_fold_is_exported_with_what_nnunet_shares(model, make_trainer, tmp_path, monkeypatch):
     save_model(make_trainer(nnUNetTrainerMedContext, fold=1), fold=1)
     shutil.copy(model / FINAL, model / "fold_0" / "checkpoint_best.pth")
     written = export_model(model, tmp_path / "deep" / "er" / "out")
-    assert sorted(fingerprint(tmp_path / "deep" / "er" / "out")) == [
+    expected = [
         "dataset.json",
         "dataset_fingerprint.json",
-        "fold_0/checkpoint_best.pth",
         "fold_0/checkpoint_final.pth",
         "fold_0/progress.png",
+        "fold_0/validation/summary.json",
         "fold_1/checkpoint_final.pth",
         "fold_1/progress.png",
+        "fold_1/validation/summary.json",
         "plans.json",
     ]
-    assert len(written) == 3 and all(path.is_file() for path in written)
+    assert sorted(fingerprint(tmp_path / "deep" / "er" / "out")) == expected
+    assert len(written) == 2 and all(path.is_file() for path in written)
+    export_model(model, tmp_path / "with_best", best=True)
+    assert sorted(fingerprint(tmp_path / "with_best")) == sorted([*expected, "fold_0/checkpoint_best.pth"])
     ours = logits(model, (0, 1))
     monkeypatch.delenv("nnUNet_extTrainer")
     assert torch.equal(logits(tmp_path / "deep" / "er" / "out", (0, 1)), ours)
     assert not torch.equal(logits(tmp_path / "deep" / "er" / "out", (0,)), ours)
+
+
+def test_results_of_the_trained_network_do_not_go_with_other_weights(model, tmp_path):
+    told: list[str] = []
+    export_model(model, tmp_path / "student", tell=told.append)
+    assert told == []
+    export_model(model, tmp_path / "teacher", "teacher", tell=told.append)
+    (line,) = told
+    assert "left out progress.png and validation/" in line and "evaluate it" in line
+    assert sorted(fingerprint(tmp_path / "teacher")) == [
+        "dataset.json",
+        "dataset_fingerprint.json",
+        FINAL,
+        "plans.json",
+    ]
+
+
+def test_no_path_of_the_training_machine_is_in_the_export(model, tmp_path):
+    description = json.loads((model / "dataset.json").read_text())
+    files = {"dataset": {"a": {"label": str(tmp_path / "a.nii.gz")}}, "training": [str(tmp_path / "a.nii.gz")]}
+    (model / "dataset.json").write_text(json.dumps(description | files))
+    checkpoint = read(model / FINAL)
+    checkpoint["init_args"]["dataset_json"].update(files)
+    torch.save(checkpoint, model / FINAL)
+    export_model(model, tmp_path / "out")
+    for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text()) == description
+    (case,) = json.loads((tmp_path / "out" / "fold_0" / "validation" / "summary.json").read_text())["metric_per_case"]
+    assert case == {"prediction_file": "a.nii.gz", "reference_file": "a.nii.gz"}
+
+
+def test_an_unfinished_fold_is_exported_from_its_latest_checkpoint_without_an_older_validation(model, tmp_path):
+    (model / FINAL).rename(model / "fold_0" / "checkpoint_latest.pth")
+    shutil.copy(model / "fold_0" / "checkpoint_latest.pth", model / "fold_0" / "checkpoint_before_nan.pth")
+    (written,) = export_model(model, tmp_path / "out")
+    assert written.name == "checkpoint_latest.pth"
+    assert sorted(p.name for p in (tmp_path / "out" / "fold_0").iterdir()) == ["checkpoint_latest.pth", "progress.png"]
+
+
+def test_best_is_refused_where_there_is_none(model, tmp_path):
+    with pytest.raises(ValueError, match=r"no fold of .* has a checkpoint_best\.pth; export without --best"):
+        export_model(model, tmp_path / "out", best=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_export_can_start_a_stock_training(model, make_trainer, tmp_path):

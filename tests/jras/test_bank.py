@@ -242,6 +242,14 @@ def test_the_index_follows_writing_into_the_buffers():
     assert not bank.lookup(q, 1, torch.full((3,), 5)).valid.any()
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.channels_last_3d])
+def test_another_memory_layout_of_the_network_leaves_the_bank_alone(layout):
+    bank = filled()
+    before = copy.deepcopy(bank.state_dict())
+    assert bank.to(memory_format=layout).state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in bank.state_dict().items())
+
+
 def test_types_survive_casting_the_network():
     bank, q = filled(), queries(2)
     before = bank.lookup(q, 2)

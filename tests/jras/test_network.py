@@ -296,3 +296,61 @@ def test_the_number_of_graphs_does_not_grow_with_groups_or_bank(make_network):
         compiled(x)
     assert 2 <= first <= 4
     assert len(graphs) == first
+
+
+# ---- the segmentation network's own encoder as retriever
+
+
+def bottleneck_network(make_network, dim: int = 3, guides: int = 12) -> tuple:
+    """The network and the guides' patches at full resolution."""
+    network = make_network(dim, guides=0, retriever_encoder="bottleneck", guide_dropout=0.0)
+    patches = torch.randn(guides, 1, *[16] * dim, generator=torch.Generator().manual_seed(5))
+    lut = torch.zeros(256, 3, dtype=torch.uint8)
+    lut[[0, 1, 2], [0, 1, 2]] = 1
+    labels = torch.randint(0, 3, (guides, *network.low_shape), dtype=torch.uint8)
+    network.bank.fill(network.low_resolution(patches), labels, torch.arange(guides), lut)
+    network.bank.set_keys(network.embed_bank(batch=5, read=lambda rows: patches[list(rows)]))
+    return network, patches
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_by_its_bottleneck_a_stored_patch_finds_itself(make_network, dim):
+    network, patches = bottleneck_network(make_network, dim)
+    with torch.no_grad():
+        network.eval()(patches)
+    assert network.last.ids[:, 0].tolist() == list(range(12))
+    assert torch.allclose(network.last.similarities[:, 0], torch.ones(12), atol=1e-5)
+    assert torch.allclose(network.bank.keys, network.embed(patches), atol=1e-6)
+
+
+def test_the_loss_reaches_projection_and_encoder_through_the_bottlenecks_query(make_network):
+    network, patches = bottleneck_network(make_network)
+    network.train()
+    x = patches[:2] + 0.1
+    for fixed in (False, True):
+        network.zero_grad()
+        network.retriever_is_fixed = fixed
+        network(x)
+        q = network.last
+        assert q is not None and q.weights.shape == (2, 5)
+        # only what depends on w: the skips as they come are cut off
+        skips = [skip.detach() for skip in network.encoder(x)]
+        deep = network.encoder(x)[-1]
+        _, weights = network._retrieve(network.retriever(deep))
+        (weights[:, 0].sum() + 0 * sum(skip.sum() for skip in skips)).backward()
+        moved = float(network.retriever.project.weight.grad.abs().max())
+        encoder = max(float(p.grad.abs().max()) for p in network.encoder.parameters() if p.grad is not None)
+        assert (moved == 0) == (encoder == 0) == fixed
+
+
+def test_the_bank_does_not_hold_what_the_bottleneck_reads(make_network):
+    network, _ = bottleneck_network(make_network)
+    with pytest.raises(ValueError, match="full resolution"):
+        network.embed_bank()
+
+
+def test_with_an_empty_bank_the_bottlenecks_output_is_the_backbones(make_network):
+    network, patches = bottleneck_network(make_network)
+    network.bank.clear()
+    network.eval()
+    assert all(torch.equal(a, b) for a, b in zip(network(patches[:2]), network.backbone(patches[:2])))

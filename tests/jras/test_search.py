@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
 import sys
 import warnings
 from unittest import mock
@@ -223,3 +224,29 @@ def test_a_forked_child_is_refused_at_once():
     finally:
         child.kill()
         child.join()
+
+
+_OWN_GUIDES = """
+import multiprocessing
+import subprocess
+import nnunetv2_ext.jras.search as search
+
+def child(queue):
+    import torch
+    queue.put(search.Searcher(torch.eye(4)).search(torch.eye(4), 1).flatten().tolist())
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(queue,))
+    process.start()
+    print(queue.get(timeout=30))
+    process.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
+def test_a_child_of_a_process_without_guides_may_have_its_own():
+    """As a program that starts a training per process, after importing what all of them need."""
+    done = subprocess.run([sys.executable, "-c", _OWN_GUIDES], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[0, 1, 2, 3]", done.stderr

@@ -23,7 +23,17 @@ def test_what_shapes_the_network_must_agree_in_all_folds():
     fields = fields_by_key(nnUNetTrainerJRAS.settings_model())
     structural = {key.removeprefix("jras.") for key, field in fields.items() if is_marked(field, "structural")}
     assert structural == {
-        *("retriever", "fusion", "num_guides", "tau", "key_dim", "store_stride", "retriever_widths", "guide_widths")
+        *(
+            "retriever",
+            "retriever_encoder",
+            "fusion",
+            "num_guides",
+            "tau",
+            "key_dim",
+            "store_stride",
+            "retriever_widths",
+            "guide_widths",
+        )
     }
 
 
@@ -49,9 +59,21 @@ def test_none_is_a_retriever():
         ("jras.fusion=add", "attention"),
         ("jras.guide_dropout=1.5", "less than or equal to 1"),
         ("jras.retriever_widths=[4]", "at least 3"),
+        ("jras.retriever_encoder=bottleneck jras.fusion=concat", "cannot be combined with fusion=concat"),
+        ("jras.retriever_encoder=bottleneck jras.retriever=frozen", "cannot be combined with retriever=frozen"),
+        ("jras.refresh_every=0", "greater than or equal to 1"),
         ("jras.num_guide=3", "did you mean jras.num_guides"),
     ],
 )
 def test_mistakes_are_named(text, message):
     with pytest.raises(ValueError, match=message):
         jras(text)
+
+
+def test_the_bottleneck_is_embedded_rarely_and_teaches_the_query_side_only():
+    conv, bottleneck = jras(""), jras("jras.retriever_encoder=bottleneck")
+    assert (conv.refresh_interval, bottleneck.refresh_interval) == (1, 5)
+    assert conv.trains_keys and not bottleneck.trains_keys
+    assert jras("jras.retriever_encoder=bottleneck jras.refresh_every=2").refresh_interval == 2
+    # without retrieval nothing is contradictory
+    assert not jras("jras.retriever=none jras.retriever_encoder=bottleneck jras.fusion=concat").has_retrieval

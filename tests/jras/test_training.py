@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,8 +16,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
+from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.jras import banked
 from nnunetv2_ext.jras.build import read_patch
+from nnunetv2_ext.jras.search import load_faiss
 from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
 from nnunetv2_ext.trainers.nnUNetTrainerMedContextJRAS import nnUNetTrainerMedContextJRAS
 
@@ -138,15 +141,25 @@ def test_the_retrievers_rate_is_a_third_at_every_epoch_and_after_continuing(make
 # ---- continuing
 
 
-@pytest.mark.parametrize("cls", [nnUNetTrainerJRAS, nnUNetTrainerMedContextJRAS])
-def test_continuing_from_the_middle_equals_not_stopping(make_jras, fixed_batches, cls):
+@pytest.mark.parametrize(
+    ("cls", "chosen"),
+    [
+        (nnUNetTrainerJRAS, ""),
+        (nnUNetTrainerMedContextJRAS, ""),
+        (nnUNetTrainerJRAS, "jras.fusion=concat jras.num_guides=2 jras.detach_keys=true"),
+        (nnUNetTrainerJRAS, "jras.retriever_encoder=bottleneck jras.refresh_every=1"),
+        (nnUNetTrainerJRAS, "jras.retriever=frozen"),
+        (nnUNetTrainerJRAS, "jras.retriever=random"),
+    ],
+)
+def test_continuing_from_the_middle_equals_not_stopping(make_jras, fixed_batches, cls, chosen):
     def steps(trainer: Any, batches: list[dict]) -> None:
         trainer.on_train_epoch_start()
         outputs = [trainer.train_step(batch) for batch in own_batches(trainer, batches)]
         trainer.on_train_epoch_end(outputs)
         trainer.current_epoch += 1
 
-    settings = "num_epochs=2 num_iterations_per_epoch=3 jras.contrastive_every=2"
+    settings = f"num_epochs=2 num_iterations_per_epoch=3 jras.contrastive_every=2 {chosen}"
     trainer = make_jras(settings, cls)
     trainer.on_train_start()
     batches = fixed_batches(trainer, 6)
@@ -385,8 +398,6 @@ def test_a_broken_retriever_is_named_at_the_refresh(make_jras):
 
 
 def test_a_bank_of_background_is_reported(make_jras, monkeypatch):
-    import dataclasses
-
     original = banked.draw_bank
 
     def background(*args: Any, **kwargs: Any) -> Any:
@@ -429,6 +440,189 @@ def test_the_epochs_figures_are_logged(make_jras):
     assert 0 <= figures["jras/guide_overlap"] <= 1 and 0 <= figures["jras/random_overlap"] <= 1
     assert figures["jras/retriever_grad_norm"] > 0 and figures["jras/lookup_ms"] > 0
     assert 0 <= figures["jras/recall"] <= 1 and figures["jras/refresh_seconds"] > 0
+
+
+def test_the_controls_log_what_their_guides_share_with_the_patches(make_jras):
+    """In the same steps as the method itself, or `random` and `joint` could not be compared."""
+    for retriever in ("random", "frozen"):
+        trainer = make_jras(f"jras.retriever={retriever} jras.warmup_fraction=0 jras.guide_dropout=0")
+        trainer.on_train_start()
+        trainer.on_train_epoch_start()
+        outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
+        assert not any("contrastive" in output for output in outputs)
+        assert {"guide_overlap", "random_overlap"} <= trainer._figures.read().keys()
+
+
+# ---- the bottleneck as retriever
+
+
+def test_the_bottlenecks_keys_are_of_the_patches_on_disk_and_renewed_every_fifth_epoch(make_jras):
+    trainer = make_jras("num_epochs=12 jras.retriever_encoder=bottleneck")
+    trainer.on_train_start()
+    network, state, patch = trainer.network, trainer._bank_state, trainer.configuration_manager.patch_size
+    row = 7
+    image = read_patch(trainer._datasets[0], state["cases"][row], state["coordinates"][row], patch)[0]
+    expected = network.embed(image[None])[0]
+    assert torch.allclose(network.bank.keys[row], expected, atol=1e-5)
+    trainer.on_train_epoch_start()
+    outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
+    renewed = []
+    for trainer.current_epoch in range(12):
+        before = network.bank.keys
+        trainer.on_train_epoch_end(outputs)
+        renewed.append(network.bank.keys is not before)
+    assert [epoch for epoch, new in enumerate(renewed) if new] == [4, 9, 11]
+
+
+def test_the_bottlenecks_contrastive_pass_teaches_projection_and_encoder(make_jras):
+    trainer = make_jras("jras.retriever_encoder=bottleneck")
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    batch = next(trainer.dataloader_train)
+    passes = {p.name: p for p in trainer.loss_passes(Batch.from_loader(batch, trainer.device))}
+    passes["contrastive"].compute()["contrastive"].value.backward()
+    for module in (trainer.network.retriever, trainer.network.encoder):
+        assert max(float(p.grad.abs().max()) for p in module.parameters()) > 0
+    assert all(p.grad is None for p in trainer.network.decoder.seg_layers.parameters())
+
+
+def test_keys_are_not_renewed_once_the_retriever_is_frozen(make_jras):
+    trainer = make_jras("jras.retriever=frozen num_epochs=3")
+    trainer.on_train_start()
+    renewed = []
+    for trainer.current_epoch in range(3):
+        before = trainer.network.bank.keys
+        trainer.on_train_epoch_start()
+        trainer.on_train_epoch_end([trainer.train_step(next(trainer.dataloader_train))])
+        renewed.append(trainer.network.bank.keys is not before)
+        assert torch.allclose(trainer.network.embed_bank(), trainer.network.bank.keys, atol=1e-6)
+    assert renewed == [True, False, False]
+
+
+# ---- architectures and data that spoil everything
+
+
+def residual(plans: dict[str, Any]) -> dict[str, Any]:
+    """The plans with nnU-Net's residual encoder, as its ResEnc planners write them."""
+    for configuration in plans["configurations"].values():
+        if "architecture" in configuration:
+            kwargs = configuration["architecture"]["arch_kwargs"]
+            kwargs["n_blocks_per_stage"] = kwargs.pop("n_conv_per_stage")
+            name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+            configuration["architecture"]["network_class_name"] = name
+    return plans
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_residual_encoder_plans_train_save_and_load(make_jras, tiny, configuration):
+    plans = residual(tiny.plans())
+    trainer = make_jras("save_every=1", configuration=configuration, plans=plans)
+    trainer.on_train_start()
+    assert type(trainer.network.backbone).__name__ == "ResidualEncoderUNet"
+    trainer.on_train_epoch_start()
+    trainer.on_train_epoch_end([trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)])
+    path = str(Path(trainer.output_folder) / "checkpoint_latest.pth")
+    trainer.save_checkpoint(path)
+    again = make_jras("save_every=1", configuration=configuration, plans=plans, continued=True)
+    again.load_checkpoint(path)
+    x = torch.randn(1, 1, *trainer.configuration_manager.patch_size)
+    outputs = [t.network.eval()(x) for t in (trainer, again)]
+    assert all(torch.equal(a, b) for a, b in zip(*outputs)) and again.network.last is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Relabelled:
+    """The tiny dataset under another label table; its preprocessed data do not change."""
+
+    original: Any
+    changes: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
+
+    def dataset_json(self) -> dict[str, Any]:
+        return self.original.dataset_json() | self.changes
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+@pytest.mark.parametrize("ignore", [False, True])
+@pytest.mark.parametrize("regions", [False, True])
+def test_every_kind_of_label_trains_and_fills_the_masks(make_jras, tiny, monkeypatch, configuration, ignore, regions):
+    labels = {"background": 0, "organ_1": 1, "organ_2": 2}
+    if regions:
+        labels = {"background": 0, "whole": [1, 2], "organ_2": 2}
+    if ignore:  # every voxel counts as annotated; the loss and the bank see an ignore label that nobody wrote
+        labels["ignore"] = 3
+    order = {"regions_class_order": [1, 2]} if regions else {}
+    trainer = make_jras(
+        "num_epochs=1 jras.guide_dropout=0",
+        configuration=configuration,
+        dataset=Relabelled(tiny, {"labels": labels} | order),
+    )
+    if ignore:
+        add_annotated_voxels(trainer, monkeypatch)
+    trainer.on_train_start()
+    bank = trainer.network.bank
+    masks = bank.masks(torch.arange(len(bank)))
+    organs = [(bank.labels == value) for value in (1, 2)]
+    expected = [organs[0] | organs[1], organs[1]] if regions else [bank.labels == 0, *organs]
+    assert all(torch.equal(masks[:, m].bool(), mask) for m, mask in enumerate(expected)) and organs[1].any()
+    trainer.on_train_epoch_start()
+    outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
+    assert all(np.isfinite(value) for output in outputs for value in output.values())
+    assert float(outputs[0]["contrastive"]) > 0
+    trainer.on_train_epoch_end(outputs)
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        assert np.isfinite(trainer.validation_step(next(trainer.dataloader_val))["loss"])
+
+
+def add_annotated_voxels(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nnU-Net's preprocessing writes for a dataset with an ignore label: the places of all annotated voxels."""
+    original = type(trainer).get_tr_and_val_datasets
+    key = (-1, *trainer.label_manager.all_labels)
+
+    def datasets(self: Any) -> Any:
+        found = original(self)
+        for dataset in found:
+
+            def load_case(name: str, load: Any = dataset.load_case) -> Any:
+                data, seg, previous, properties = load(name)
+                places = {k: v for k, v in properties["class_locations"].items() if len(v)}
+                everything = {key: np.concatenate(list(places.values()))}
+                return data, seg, previous, properties | {"class_locations": places | everything}
+
+            dataset.load_case = load_case
+        return found
+
+    monkeypatch.setattr(type(trainer), "get_tr_and_val_datasets", datasets)
+
+
+def test_a_case_with_nan_is_named_before_training(make_jras, monkeypatch):
+    trainer = make_jras()
+    original = type(trainer).get_tr_and_val_datasets
+
+    def spoilt(self: Any) -> Any:
+        train, validation = original(self)
+        load = train.load_case
+
+        def load_case(name: str) -> Any:
+            data, *rest = load(name)
+            return (np.full(data.shape, np.nan, np.float32) if name == "phantom_003" else data), *rest
+
+        train.load_case = load_case
+        return train, validation
+
+    monkeypatch.setattr(type(trainer), "get_tr_and_val_datasets", spoilt)
+    with pytest.raises(ValueError, match=r"case phantom_003 holds values that are not finite"):
+        trainer.on_train_start()
+
+
+def test_an_index_with_more_lists_than_guides_is_refused(make_jras):
+    if load_faiss() is None:
+        pytest.skip("FAISS is not installed")
+    with pytest.raises(ValueError, match=r"jras\.index='IVF64,Flat' cannot be built from 24 guides"):
+        make_jras("jras.index=IVF64,Flat").on_train_start()
 
 
 # ---- together with MedContext

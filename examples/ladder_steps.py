@@ -1,0 +1,91 @@
+"""What examples/ladder.py does before and after its runs: time a step of each, and compare what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TIMED_STEPS = 6
+WARM_UP = 3
+
+
+def measure(task: dict[str, Any], prepare_network: Callable[[Any], None] | None = None) -> None:
+    """Write the seconds of a training step, loading included, to ``task["seconds"]``; in a process of its own.
+
+    The trainer is built as the training will build it, but nothing is kept: its results go to a temporary folder.
+    """
+    os.environ.update(task["environment"])
+    sys.stdout = sys.stderr = open(task["log"], "a", buffering=1)  # noqa: SIM115  # for the rest of this process
+    import torch
+
+    from nnunetv2_ext.bench.candidates import Candidate
+    from nnunetv2_ext.bench.plan import Target, find_dataset
+    from nnunetv2_ext.bench.subject import Subject, dry_environment
+
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    places = (find_dataset(task["dataset"]), task["configuration"], task["plans"], task["fold"], task["device"])
+    with dry_environment():
+        subject = Subject(
+            Candidate(task["trainer"], task["environment"]["nnUNet_ext_settings"]), Target(*places), ("real",)
+        )
+        if prepare_network is not None:
+            prepare_network(subject.trainer)
+        for number in range(WARM_UP + TIMED_STEPS):
+            if number == WARM_UP:
+                start = time.perf_counter()
+            subject.trainer.train_step(next(subject.trainer.dataloader_train))  # waits for a GPU: it returns the loss
+        seconds = (time.perf_counter() - start) / TIMED_STEPS
+    Path(task["seconds"]).write_text(repr(seconds))
+
+
+class Timing:
+    """Seconds per step of each run, kept in a file so that a continued ladder plans with the same numbers."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def add(self, name: str, seconds: float) -> None:
+        """Keep a measurement."""
+        self.seconds[name] = seconds
+        self.file.write_text(json.dumps(self.seconds, indent=1) + "\n")
+
+    def equal_time_factors(self, reference: str) -> dict[str, float]:
+        """How many times as many steps each run makes in the time of ``reference``."""
+        return {name: self.seconds[reference] / seconds for name, seconds in self.seconds.items()}
+
+    def hours(self, steps: Mapping[str, int], plan: Sequence[str]) -> float:
+        """Hours of all runs of a plan (names, once per run)."""
+        return sum(self.seconds[name] * steps[name] for name in plan) / 3600
+
+
+def compare(args: Any, size: int, folders: Mapping[str, Sequence[Path]]) -> int:
+    """``nnUNetv2_ext compare`` of the finished runs of one size; returns its exit status.
+
+    Args:
+        args: of ladder.py.
+        size: training cases, 0 for all.
+        folders: run to the results folder of each finished seed; the first run is the reference.
+    """
+    from nnunetv2_ext.cli import main as ext_main
+
+    command = ["compare", "-d", str(args.dataset), "-c", args.configuration, "-p", args.plans]
+    for name, seeds in folders.items():
+        if args.test_set:
+            command += ["--predictions", name, *(str(folder / "test") for folder in seeds)]
+        else:
+            command += ["--run", name, *(str(folder) for folder in seeds)]
+    if args.test_set:
+        command += ["--truth", str(args.test_set / "labelsTs"), "--images", str(args.test_set / "imagesTs")]
+    else:
+        command += ["-f", str(args.fold)]
+    command += ["-o", str(args.output / f"comparison_n{size or 'all'}")]
+    print(f"\nnnUNetv2_ext {shlex.join(command)}\n", flush=True)
+    return ext_main(command)

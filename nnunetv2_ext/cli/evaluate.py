@@ -1,0 +1,132 @@
+"""``nnUNetv2_ext evaluate``: Dice, HD95 and NSD of a folder of predictions, per structure and case."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+EPILOG = """\
+Examples:
+  nnUNetv2_ext evaluate PREDICTIONS TRUTH -d 4
+  nnUNetv2_ext evaluate PREDICTIONS TRUTH -djfile dataset.json --tolerance 1 tumour=2 -o scores
+
+PREDICTIONS and TRUTH hold files of the same names, as for nnUNetv2_evaluate_folder (which takes them the other way
+round). Without -d, -djfile or --labels the dataset.json in PREDICTIONS (nnUNetv2_predict puts it there) or beside
+TRUTH is used.
+Writes evaluation.json (laid out like nnU-Net's summary.json), .csv, .md and .png. The definitions of the metrics and
+what happens to empty structures are in the output.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("predictions", metavar="PRED", type=Path, help="folder of predicted segmentations")
+    parser.add_argument("truth", metavar="TRUTH", type=Path, help="folder of the true segmentations")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("-djfile", type=Path, metavar="FILE", help="dataset.json, which names the labels")
+    which.add_argument("-d", metavar="DATASET", help="id or name of a dataset in nnUNet_preprocessed or nnUNet_raw")
+    which.add_argument("--labels", nargs="+", type=int, metavar="VALUE", help="these label values only")
+    parser.add_argument("--ignore", type=int, metavar="VALUE", help="with --labels: the truth's ignore label")
+    add_metric_arguments(parser)
+    parser.add_argument("--chill", action="store_true", help="not every case of TRUTH must have been predicted")
+    parser.add_argument("-o", type=Path, metavar="DIR", help="output folder (default: PRED/evaluation)")
+
+
+def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that ``evaluate`` and ``compare`` share."""
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=["dice", "hd95", "nsd"],
+        choices=["dice", "hd95", "nsd"],
+        help="(default: all three)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        nargs="+",
+        default=["1"],
+        metavar="MM",
+        help="NSD: surfaces this close agree; mm for all structures, or NAME=mm for some. Take what two experts "
+        "differ by (default: 1)",
+    )
+    parser.add_argument(
+        "--empty",
+        choices=["worst", "leave-out"],
+        default="worst",
+        help="HD95 of a structure that only truth or prediction has: the image's diagonal, or none (default: worst)",
+    )
+    parser.add_argument(
+        "--ignore-origin", action="store_true", help="do not compare origin and direction of prediction and truth"
+    )
+    parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score, print, write."""
+    if args.np < 1:
+        raise ValueError(f"-np must be 1 or more, but it is {args.np}")
+    if args.ignore is not None and args.labels is None:
+        raise ValueError("--ignore goes with --labels; otherwise dataset.json says which label is ignored")
+    from nnunetv2_ext.core.files import atomic_write_text, require_writable
+    from nnunetv2_ext.evaluate.folder import evaluate_folder
+    from nnunetv2_ext.evaluate.plot import draw
+    from nnunetv2_ext.evaluate.table import as_csv, as_dict, as_markdown
+
+    for what, folder in (("predictions", args.predictions), ("the truth", args.truth)):
+        if not folder.is_dir():
+            raise ValueError(f"the folder of {what}, {folder}, does not exist")
+    source = source_of(args)
+    output = require_writable(args.o or args.predictions / "evaluation")
+    evaluation = evaluate_folder(args.predictions, args.truth, source, chill=args.chill, processes=args.np)
+    title = f"{args.predictions} against {args.truth}"
+    text = as_markdown(evaluation, title)
+    content = as_dict(evaluation, str(args.predictions), str(args.truth))
+    atomic_write_text(output / "evaluation.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    atomic_write_text(output / "evaluation.csv", as_csv(evaluation))
+    atomic_write_text(output / "evaluation.md", text)
+    draw(evaluation, output / "evaluation.png", title)
+    print(f"{text}\nwrote evaluation.json, .csv, .md and .png to {output}")
+    return 0
+
+
+def source_of(args: argparse.Namespace) -> Any:
+    """The ``Source`` that the arguments describe."""
+    from nnunetv2_ext.evaluate import structures
+    from nnunetv2_ext.evaluate.datasets import file_ending, read_json
+    from nnunetv2_ext.evaluate.folder import Source
+    from nnunetv2_ext.evaluate.metrics import Rules
+
+    if args.labels is not None:
+        labels, ending, reader = structures.from_values(args.labels, args.ignore), file_ending(args.truth), None
+    else:
+        file = dataset_json_file(args)
+        dataset_json = read_json(file)
+        labels = structures.from_dataset_json(dataset_json, str(file))
+        ending = dataset_json.get("file_ending") or file_ending(args.truth)
+        reader = dataset_json.get("overwrite_image_reader_writer")
+    tolerance = structures.tolerances(args.tolerance, labels.structures)
+    rules = Rules(tuple(dict.fromkeys(args.metrics)), tolerance, args.empty)
+    return Source(labels, rules, ending, reader, not args.ignore_origin)
+
+
+def dataset_json_file(args: argparse.Namespace) -> Path:
+    """The dataset.json that the arguments name, or the one beside the files."""
+    if args.djfile is not None:
+        if not args.djfile.is_file():
+            raise ValueError(f"-djfile {args.djfile} does not exist")
+        return args.djfile
+    if args.d is not None:
+        from nnunetv2_ext.evaluate.datasets import find_dataset_json
+
+        return find_dataset_json(args.d)
+    for folder in (args.predictions, args.truth, args.truth.absolute().parent):
+        if (folder / "dataset.json").is_file():
+            return folder / "dataset.json"
+    raise ValueError(
+        f"there is no dataset.json in {args.predictions} or beside {args.truth}: give -d DATASET, -djfile FILE, or "
+        "--labels 1 2 ..."
+    )

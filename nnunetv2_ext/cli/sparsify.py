@@ -1,0 +1,84 @@
+"""``nnUNetv2_ext sparsify``: a dense dataset with an ignore label on all but a few planes, for nnUNetTrainerRADA."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EPILOG = """\
+Examples:
+  nnUNetv2_ext sparsify -d 4 -o 104 --labelled 10                   three planes in ten cases, all others unlabelled
+  nnUNetv2_ext sparsify -d 4 -o 104 --labelled 0.1 --test-share 0.2 --group-regex '^(sub-[0-9]+)'
+  nnUNetv2_ext sparsify -d 104 -o 114 --thicken-only                own planes that resampling would erase
+
+The source is not changed. Images are linked, labelsTr_dense keeps the dense truth for nnUNetv2_ext evaluate only.
+Thickness follows the spacing nnU-Net will choose for 3d_fullres; with -p the plans of the source dataset decide.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of the source dataset")
+    parser.add_argument("-o", required=True, type=int, metavar="ID", help="id of the new dataset; must be free")
+    parser.add_argument("--labelled", metavar="N", help="labelled training cases: a number, or a share such as 0.1")
+    parser.add_argument(
+        "--rule",
+        choices=("largest", "middle"),
+        default="largest",
+        help="slice with most classes, then most foreground; or the middle of the foreground (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws of cases (default: %(default)s)")
+    parser.add_argument(
+        "--test-share", type=float, default=0.0, help="share of the cases set aside as imagesTs/labelsTs, dense"
+    )
+    parser.add_argument(
+        "--planes",
+        default="0,1,2",
+        help="array axis of each plane of a labelled case, 0 = z, 1 = y, 2 = x of a NIfTI file; repeat an axis for "
+        "several planes on it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--group-regex", metavar="REGEX", help="finds the subject in a case's name; subjects stay whole"
+    )
+    parser.add_argument("--groups", type=Path, metavar="JSON", help='the same from a file {"case": "subject", ...}')
+    parser.add_argument("--thicken-only", action="store_true", help="copy a sparse dataset and thicken its planes")
+    parser.add_argument("-p", metavar="PLANS", help="plans of the source dataset that tell the target spacing")
+    parser.add_argument(
+        "-c", default="3d_fullres", metavar="CONFIGURATION", help="of those plans (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the dataset and say what to type next."""
+    if args.thicken_only == (args.labelled is not None):
+        raise ValueError("give either --labelled N (dense dataset) or --thicken-only (sparse dataset)")
+    from nnunetv2_ext.rada.choose import subjects_of
+    from nnunetv2_ext.rada.raw import open_raw
+    from nnunetv2_ext.rada.sparsify import SparsifyOptions, sparsify
+    from nnunetv2_ext.rada.thickened import thicken_dataset
+
+    if args.thicken_only:
+        thicken_dataset(args.d, args.o, args.p or "nnUNetPlans", args.c)
+    else:
+        labelled, axes = _number(args.labelled), _axes(args.planes)
+        subjects = subjects_of(open_raw(args.d).cases, args.group_regex, args.groups)
+        options = SparsifyOptions(labelled, axes, args.rule, args.seed, args.test_share, subjects, args.p, args.c)
+        sparsify(args.d, args.o, options)
+    print(f"next: nnUNetv2_plan_and_preprocess -d {args.o} -c 3d_fullres; nnUNetv2_ext check -d {args.o} -c 3d_fullres")
+    return 0
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ValueError(f"--labelled is a number of cases or a share such as 0.1, got {text!r}") from None
+
+
+def _axes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--planes is a list of array axes such as 0,1,2, got {text!r}") from None

@@ -1,0 +1,1 @@
+"""Comparison of finished trainings: scores, paired differences, learning curves, the cases that differ most."""

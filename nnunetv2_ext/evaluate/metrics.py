@@ -1,0 +1,211 @@
+"""The metrics and their definitions, and what they are worth when a structure is empty.
+
+Choices follow Metrics Reloaded (Maier-Hein et al., Nature Methods 2024, doi:10.1038/s41592-023-02151-z) and its
+companion on pitfalls (Reinke et al. 2024, doi:10.1038/s41592-023-02150-0). Public implementations of HD95 differ
+(Podobnik and Vrtovec, arXiv:2410.02630), so the definition is written into every output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nnunetv2_ext.evaluate.structures import Structure
+from nnunetv2_ext.evaluate.surfaces import Distances, Mask, drop_thin_axes, surface_distances
+
+_SLACK = 1e-6  # mm; 3 x 0.3 mm must count as within 0.9 mm
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: the name in tables, its unit, which direction is better, and its definition in one sentence."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    definition: str
+
+    @property
+    def title(self) -> str:
+        """Name with the unit."""
+        return f"{self.name} [{self.unit}]" if self.unit else self.name
+
+
+METRICS: dict[str, Metric] = {
+    "dice": Metric("Dice", "", True, "2 |P and T| / (|P| + |T|), in voxels"),
+    "hd95": Metric(
+        "HD95",
+        "mm",
+        False,
+        "the larger of the two directed 95th percentiles of surface distances (not the percentile of both pooled), "
+        "numpy's linear interpolation",
+    ),
+    "nsd": Metric(
+        "NSD",
+        "",
+        True,
+        "normalised surface distance (surface Dice): share of the surface voxels of both that lie within the tolerance "
+        "of the other surface",
+    ),
+}
+SURFACE_DEFINITION = (
+    "surface voxels are those of the structure that touch a voxel outside it by a face (beyond the image is outside); "
+    "distances run between voxel centres, Euclidean, in mm"
+)
+
+# What a structure is in one case; the names used in every output.
+FOUND, ABSENT, MISSED, INVENTED = "found", "absent", "missed", "invented"
+WORST, LEAVE_OUT = "worst", "leave-out"
+EMPTY_POLICIES: dict[str, str] = {
+    WORST: "A structure empty in truth and prediction has no value and is left out of all means (as in nnU-Net); one "
+    "that only one of them has counts as the worst there is: Dice 0, NSD 0, HD95 = the image's diagonal.",
+    LEAVE_OUT: "A structure empty in truth and prediction has no value and is left out of all means (as in nnU-Net); "
+    "one that only one of them has counts as Dice 0 and NSD 0, but has no HD95, which flatters a method that misses "
+    "structures.",
+}
+IGNORE_DEFINITION = (
+    "voxels under the truth's ignore label are left out of both; a border to them is no surface. Distances near them "
+    "are upper bounds, as the nearest surface may lie under the ignore label"
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How cases are scored.
+
+    Attributes:
+        metrics: keys of ``METRICS``.
+        tolerance: of NSD in mm, by structure name.
+        empty: a key of ``EMPTY_POLICIES``.
+    """
+
+    metrics: tuple[str, ...]
+    tolerance: Mapping[str, float]
+    empty: str = WORST
+
+    def __post_init__(self) -> None:
+        unknown = [m for m in self.metrics if m not in METRICS]
+        if unknown or not self.metrics:
+            raise ValueError(f"unknown metric {', '.join(unknown) or '(none given)'}; there are {', '.join(METRICS)}")
+        if self.empty not in EMPTY_POLICIES:
+            raise ValueError(f"unknown policy {self.empty!r} for empty structures; it is {' or '.join(EMPTY_POLICIES)}")
+        for name, value in self.tolerance.items():
+            if not (np.isfinite(value) and value >= 0):
+                raise ValueError(f"the tolerance of {name} must be 0 mm or more, but it is {value}")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One structure of one case.
+
+    Attributes:
+        state: found, absent (empty in both), missed (empty in the prediction) or invented (empty in the truth).
+        values: by key of ``METRICS``; NaN where there is none.
+        truth_ml, prediction_ml: volumes in millilitres (square centimetres in 2-D), without ignored voxels.
+    """
+
+    state: str
+    values: dict[str, float]
+    truth_ml: float
+    prediction_ml: float
+
+
+def dice(prediction: Mask, truth: Mask) -> float:
+    """2 |P and T| / (|P| + |T|); NaN if both are empty."""
+    total = int(np.count_nonzero(prediction)) + int(np.count_nonzero(truth))
+    return 2 * int(np.count_nonzero(prediction & truth)) / total if total else float("nan")
+
+
+def hd95(to_truth: Distances, to_prediction: Distances) -> float:
+    """The larger of the two directed 95th percentiles, in mm; NaN without distances."""
+    if not len(to_truth) or not len(to_prediction):
+        return float("nan")
+    return float(max(np.percentile(to_truth, 95), np.percentile(to_prediction, 95)))
+
+
+def nsd(to_truth: Distances, to_prediction: Distances, tolerance: float) -> float:
+    """Share of the surface voxels of both within ``tolerance`` mm of the other surface; NaN without distances."""
+    total = len(to_truth) + len(to_prediction)
+    within = np.count_nonzero(to_truth <= tolerance + _SLACK) + np.count_nonzero(to_prediction <= tolerance + _SLACK)
+    return float(within / total) if total else float("nan")
+
+
+def score(
+    prediction: Mask, truth: Mask, spacing: Sequence[float], rules: Rules, tolerance: float, unknown: Mask | None = None
+) -> Score:
+    """One structure of one case.
+
+    Args:
+        prediction: (X, Y, ...), empty where ``unknown`` is True.
+        truth: same.
+        spacing: voxel size in mm along each axis.
+        rules: metrics and empty policy.
+        tolerance: of NSD, mm.
+        unknown: voxels under the ignore label.
+    """
+    has = bool(truth.any()), bool(prediction.any())
+    state = {(True, True): FOUND, (True, False): MISSED, (False, True): INVENTED, (False, False): ABSENT}[has]
+    values: dict[str, float] = {}
+    if state == FOUND:
+        needed = any(m != "dice" for m in rules.metrics)
+        ours, theirs = surface_distances(prediction, truth, spacing, unknown) if needed else (np.empty(0), np.empty(0))
+        available = {
+            "dice": lambda: dice(prediction, truth),
+            "hd95": lambda: hd95(ours, theirs),
+            "nsd": lambda: nsd(ours, theirs, tolerance),
+        }
+        values = {m: available[m]() for m in rules.metrics}
+    else:
+        values = {m: empty_value(m, state, truth.shape, spacing, rules.empty) for m in rules.metrics}
+    voxel_ml = float(np.prod(spacing)) / (1000 if len(spacing) > 2 else 100)
+    volumes = (int(np.count_nonzero(m)) * voxel_ml for m in (truth, prediction))
+    return Score(state, values, *volumes)
+
+
+def empty_value(metric: str, state: str, shape: Sequence[int], spacing: Sequence[float], policy: str) -> float:
+    """The value of a structure that is empty in the truth, the prediction or both; see ``EMPTY_POLICIES``."""
+    if state == ABSENT:
+        return float("nan")
+    if METRICS[metric].higher_is_better:
+        return 0.0
+    return diagonal(shape, spacing) if policy == WORST else float("nan")
+
+
+def diagonal(shape: Sequence[int], spacing: Sequence[float]) -> float:
+    """The largest distance between two voxels' centres of an image, in mm."""
+    return float(np.linalg.norm([(n - 1) * s for n, s in zip(shape, spacing)]))
+
+
+def score_case(
+    prediction: npt.NDArray[Any],
+    truth: npt.NDArray[Any],
+    spacing: Sequence[float],
+    structures: Sequence[Structure],
+    rules: Rules,
+    ignore_label: int | None = None,
+) -> list[Score]:
+    """All structures of one case.
+
+    Args:
+        prediction: (X, Y, Z) label map.
+        truth: same shape; may hold ``ignore_label``.
+        spacing: voxel size in mm along each axis.
+        structures: what to score, in this order.
+        rules: how.
+        ignore_label: voxels with this value in the truth are left out.
+    """
+    (prediction, truth), spacing = drop_thin_axes(spacing, prediction, truth)
+    unknown = None if ignore_label is None else truth == ignore_label
+    if unknown is not None and not unknown.any():
+        unknown = None
+    scores = []
+    for structure in structures:
+        ours, theirs = structure.mask(prediction), structure.mask(truth)
+        if unknown is not None:
+            ours, theirs = ours & ~unknown, theirs & ~unknown
+        scores.append(score(ours, theirs, spacing, rules, rules.tolerance.get(structure.name, 0.0), unknown))
+    return scores

@@ -1,0 +1,131 @@
+"""What is scored: the classes or regions of a dataset.json, or label values given by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A class (one label value) or a region (several).
+
+    Attributes:
+        name: as in dataset.json.
+        values: label values that belong to it.
+        region: whether dataset.json gives a list, which may have a single value.
+    """
+
+    name: str
+    values: tuple[int, ...]
+    region: bool = False
+
+    @property
+    def key(self) -> str:
+        """nnU-Net's key in summary.json: ``1`` for a class, ``(1, 2)`` or ``(2,)`` for a region."""
+        return str(self.values) if self.region or len(self.values) > 1 else str(self.values[0])
+
+    def mask(self, labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Where a label map shows this structure."""
+        return labels == self.values[0] if len(self.values) == 1 else np.isin(labels, self.values)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The structures of a dataset and what its files may hold.
+
+    Attributes:
+        structures: what is scored.
+        ignore: the ignore label's value, None if there is none.
+        allowed: every value a prediction may hold; None allows any.
+    """
+
+    structures: tuple[Structure, ...]
+    ignore: int | None = None
+    allowed: frozenset[int] | None = None
+
+    def check(self, what: str, values: Sequence[int], may_ignore: bool) -> None:
+        """Raise ValueError if a file, described by ``what``, holds values that the dataset does not have."""
+        if self.allowed is None:
+            return
+        allowed = self.allowed | ({self.ignore} if may_ignore and self.ignore is not None else set())
+        strange = sorted(set(values) - allowed)
+        if strange:
+            remark = " (the ignore label belongs into the truth only)" if self.ignore in strange else ""
+            raise ValueError(
+                f"{what} holds the label {', '.join(map(str, strange))}, which dataset.json does not have{remark}: it "
+                f"has {', '.join(map(str, sorted(allowed)))}; is this the right folder and the right dataset.json?"
+            )
+
+
+def from_dataset_json(dataset_json: Mapping[str, Any], source: str = "dataset.json") -> Labels:
+    """Structures, ignore label and allowed values of a dataset.json.
+
+    Raises:
+        ValueError: it has no usable ``labels``.
+    """
+    try:
+        values = {str(name): _as_values(value) for name, value in dataset_json["labels"].items()}
+    except (KeyError, AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f'{source} has no labels of the form "labels": {{"background": 0, "name": 1, ...}}; give nnU-Net\'s file'
+        ) from None
+    ignore = values.pop("ignore", None)
+    # as nnU-Net's LabelManager: the background is recognised by its value
+    lists = {str(name) for name, value in dataset_json["labels"].items() if isinstance(value, (list, tuple))}
+    structures = tuple(Structure(name, v, name in lists) for name, v in values.items() if any(v))
+    if not structures:
+        raise ValueError(f"{source} has no label beside the background, so there is nothing to evaluate")
+    allowed = frozenset({0, *(v for s in structures for v in s.values)})
+    return Labels(structures, None if ignore is None else ignore[0], allowed)
+
+
+def from_values(values: Sequence[int], ignore: int | None = None) -> Labels:
+    """Label values given by hand; files may hold other labels, which are not looked at.
+
+    Raises:
+        ValueError: a value below 1, one given twice, or the ignore label among them.
+    """
+    if not values or any(v < 1 for v in values) or len(set(values)) < len(values):
+        raise ValueError(f"--labels needs different values of 1 or more, but got {' '.join(map(str, values))}")
+    if ignore in values:
+        raise ValueError(f"the label {ignore} cannot be evaluated and ignored at once")
+    return Labels(tuple(Structure(f"label {v}", (v,)) for v in values), ignore)
+
+
+def _as_values(value: Any) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not values or any(int(v) != v for v in values):
+        raise ValueError(value)
+    return tuple(int(v) for v in values)
+
+
+def tolerances(texts: Sequence[str], structures: Sequence[Structure]) -> dict[str, float]:
+    """``["1"]`` (mm, for all) or ``["1", "liver=2"]`` (others 1 mm) to mm by structure name.
+
+    Raises:
+        ValueError: not a number, an unknown structure, or a structure left without a tolerance.
+    """
+    common: float | None = None
+    own: dict[str, float] = {}
+    names = [s.name for s in structures]
+    for text in texts:
+        name, separator, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            raise ValueError(f"--tolerance {text!r} is neither a number of mm nor NAME=mm") from None
+        if separator and name not in names:
+            raise ValueError(f"--tolerance {text!r}: there is no structure {name!r}; there are {', '.join(names)}")
+        if separator:
+            own[name] = value
+        else:
+            common = value
+    without = [name for name in names if name not in own]
+    if common is None and without:
+        raise ValueError(f"--tolerance says nothing of {', '.join(without)}; add NAME=mm or one number for all others")
+    return {name: own[name] if name in own else float(common or 0.0) for name in names}

@@ -1,0 +1,283 @@
+"""Three networks, each taught by two plane axes and by the other two networks (after SGTC, arXiv 2412.15526)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from torch import Tensor, nn
+
+from nnunetv2_ext.core.settings import PLANS_KEY
+from nnunetv2_ext.core.step import Batch, LossPass, Term
+from nnunetv2_ext.rada.cotraining import (
+    Lesson,
+    agreement,
+    entropy_ceiling,
+    foreground_agreement,
+    kept_share,
+    lesson_loss,
+    teach,
+    teacher_weight,
+)
+from nnunetv2_ext.rada.export import export_network, without_semantics
+from nnunetv2_ext.rada.figures import EpochMeans
+from nnunetv2_ext.rada.network import MemberOutput, RADANet, build_rada_network
+from nnunetv2_ext.rada.settings import RADASettings
+from nnunetv2_ext.rada.sparse import SparseTraining
+from nnunetv2_ext.rada.targets import (
+    pooled_targets,
+    resolution_weights,
+    supervised_strides,
+    supervised_target,
+    unannotated,
+)
+
+
+class CoTraining(SparseTraining):
+    """Adds the networks and the passes of a step: one without gradient, then one per network."""
+
+    strides: list[list[int]]  # of the resolutions that have a loss, highest first
+    pooled_loss: DeepSupervisionWrapper  # over these
+    _figures: EpochMeans
+
+    @property
+    def rada_network(self) -> RADANet:
+        """The network, which nothing wraps."""
+        assert isinstance(self.network, RADANet)
+        return self.network
+
+    @property
+    def training_share(self) -> float:
+        """T, the finished share of all optimiser steps, 0 to 1."""
+        return min(1.0, self.global_step / (self.num_epochs * self.num_iterations_per_epoch))
+
+    @property
+    def entropy_ceiling(self) -> float:
+        """Theta, in nats."""
+        base = 2 if self.rada.gate_base == "2" else self.label_manager.num_segmentation_heads
+        return entropy_ceiling(self.training_share, base)
+
+    # ---- building ----------------------------------------------------------------------------------------------------
+    @classmethod
+    def build_network_architecture(  # type: ignore[override]  # a class method; it is called the same way
+        cls,
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The networks of these plans. The predictor calls it with nothing but the plans.
+
+        Raises:
+            ValueError: plans without this package's block, or an architecture that cannot be used.
+        """
+        block = plans_manager.plans.get(PLANS_KEY)
+        if block is None or "rada" not in block:
+            raise ValueError(
+                f"the plans have no block {PLANS_KEY!r} with RADA's settings; every training writes it into "
+                "the plans.json of its model folder: use that file"
+            )
+        return build_rada_network(
+            plans_manager,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+            RADASettings.model_validate(block["rada"]),
+        )
+
+    def initialize(self) -> None:
+        """nnU-Net's; each network is compiled in place, which leaves the names of its weights as they are."""
+        super().initialize()
+        self.rada_network.freeze_unused_segmentation_layers(self.rada.deep_supervision)
+        self._figures = EpochMeans()
+        if self._may_compile():
+            self.print_to_log_file("Using torch.compile on each network...")
+            for member in self.rada_network.members:
+                # training and teaching have other batch sizes; a size of its own each is faster than any size
+                member.compile(dynamic=False)
+
+    def _may_compile(self) -> bool:
+        return super()._do_i_compile()
+
+    def _do_i_compile(self) -> bool:
+        """False: nnU-Net would compile all networks as one; see `initialize`."""
+        return False
+
+    def _build_loss(self) -> nn.Module:
+        """nnU-Net's Dice and cross-entropy, with batch Dice: a patch holds few annotated voxels."""
+        loss = super()._build_loss()
+        loss.dc.batch_dice = True
+        if self._may_compile():
+            loss.dc = torch.compile(loss.dc)
+        self.strides = supervised_strides(self.configuration_manager.pool_op_kernel_sizes)
+        self.pooled_loss = DeepSupervisionWrapper(loss, resolution_weights(len(self.strides)))
+        return loss
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Of all networks, if the setting says so."""
+        self.rada_network.set_deep_supervision(enabled and self.rada.deep_supervision == "pool")
+
+    def on_train_start(self) -> None:
+        """nnU-Net's, then what the networks need to know of the data."""
+        super().on_train_start()
+        self.set_deep_supervision_enabled(True)
+        network = self.rada_network
+        network.bank.set_views([[axis for axis in range(3) if mask >> axis & 1] for mask in self.masks])
+        if len(network.members) > 1 and self.rada.lambda_max == 0:
+            self.print_to_log_file(
+                "rada.lambda_max=0: the networks do not teach each other, and unlabelled patches teach nothing; "
+                "rada.labelled_share=1 leaves them out"
+            )
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+    def loss_passes(self, batch: Batch) -> list[LossPass]:
+        """One pass without gradient in which every network labels the batch, then one per network.
+
+        It replaces the supervised pass, nnU-Net's last one.
+        """
+        passes, count = super().loss_passes(batch)[:-1], len(self.rada_network.members)
+        weight = teacher_weight(self.training_share, self.rada.lambda_max) if count > 1 else 0.0
+        rows = self._co_training_rows(batch)
+        lessons: list[Lesson] = []
+        if weight > 0:
+            # a pass of its own: under autocast a pass without gradient must not share the block of one with it
+            passes.append(LossPass("teachers", partial(self._teach, batch, rows, lessons)))
+        for k in range(count):
+            compute = partial(self._network_terms, k, batch, rows, lessons, weight)
+            passes.append(LossPass(f"network {k + 1}", compute))
+        return passes
+
+    def _co_training_rows(self, batch: Batch) -> list[int]:
+        """The unlabelled samples; where there are none all, of which the voxels nobody annotated count."""
+        unlabelled = [i for i, key in enumerate(batch.keys) if key not in self.labelled_cases]
+        return unlabelled or list(range(len(batch.keys)))
+
+    def _teach(self, batch: Batch, rows: list[int], lessons: list[Lesson]) -> dict[str, Term]:
+        part = batch if len(rows) == len(batch.keys) else batch.select(rows)
+        allowed = unannotated(part.top_target, self.ignore_label)
+        lessons.extend(self.lessons(part, allowed))
+        self._figures.add("kept_share", kept_share(lessons, allowed))
+        self._figures.add("agreement", agreement(lessons, allowed))
+        self._figures.add("agreement_foreground", foreground_agreement(lessons, allowed))
+        return {}
+
+    def lessons(self, batch: Batch, allowed: Tensor) -> list[Lesson]:
+        """What every network says about the batch, without gradient and in eval mode.
+
+        Args:
+            batch: of which the data are used.
+            allowed: (B, X, Y, Z) bool, the voxels of interest.
+        """
+        settings, network = self.rada, self.rada_network
+        was_training = network.training
+        network.eval()  # plans may ask for dropout or batch statistics
+        try:
+            return [
+                teach(
+                    lambda data, k=k: network.forward_member(k, data).full_resolution,  # type: ignore[misc]
+                    batch.data,
+                    allowed,
+                    self.entropy_ceiling,
+                    passes=settings.passes,
+                    noise_std=settings.noise_std,
+                    noise_clip=settings.noise_clip,
+                    generator=self.generator,
+                )
+                for k in range(len(network.members))
+            ]
+        finally:
+            network.train(was_training)
+
+    def _network_terms(
+        self, k: int, batch: Batch, rows: list[int], lessons: list[Lesson], weight: float
+    ) -> dict[str, Term]:
+        """Supervised, co-training and alignment terms of network k, one forward for all."""
+        target = batch.top_target
+        output = self.forward_member(k, batch)
+        others = [lesson for j, lesson in enumerate(lessons) if j != k]
+        own_share = 1 - len(others) * weight
+        terms = {self._named("supervised", k): Term(self._supervised_loss(k, output, target), own_share)}
+        if others:
+            logits = output.full_resolution
+            allowed = unannotated(target, self.ignore_label)
+            if len(rows) < len(logits):
+                logits, allowed = logits[rows], allowed[rows]
+            log_probabilities = logits.float().log_softmax(1)
+            co_training = torch.stack([lesson_loss(log_probabilities, lesson, allowed) for lesson in others]).sum()
+            terms[self._named("co_training", k)] = Term(co_training, weight)
+        further = self.further_terms(k, batch, output, own_share)
+        return terms | {self._named(name, k): term for name, term in further.items()}
+
+    def forward_member(self, k: int, batch: Batch) -> MemberOutput:
+        """Network k on the whole batch, with gradient."""
+        return self.rada_network.forward_member(k, batch.data)
+
+    def further_terms(self, k: int, batch: Batch, output: MemberOutput, own_share: float) -> dict[str, Term]:
+        """Terms of network k besides supervision and co-training, by name without its number.
+
+        Args:
+            k: from 0.
+            batch: of the step.
+            output: network k's on it.
+            own_share: weight of the network's own supervision against its teachers'.
+        """
+        return {}
+
+    def _supervised_loss(self, k: int, output: MemberOutput, target: Tensor) -> Tensor:
+        label = supervised_target(target, self.masks[k], self.ignore_label)
+        if self.rada.deep_supervision == "off":
+            return self.loss(output.full_resolution, label)
+        classes = self.label_manager.num_segmentation_heads
+        return self.pooled_loss(output.logits, pooled_targets(label, self.strides, classes, self.ignore_label))
+
+    def _named(self, term: str, k: int) -> str:
+        return term if len(self.rada_network.members) == 1 else f"{term}_{k + 1}"
+
+    def clip_gradients(self) -> Tensor:
+        """Each network with its head on its own: one norm over all would let one network's gradient slow the others.
+
+        Returns:
+            The norm over all networks before clipping, 0-dim.
+        """
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), self.rada.clip_norm) for m in self.rada_network.members]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+    def train_step(self, batch: dict) -> dict:
+        """Reports as ``loss`` the mean of the networks' supervised terms."""
+        figures = super().train_step(batch)
+        supervised = [value for name, value in figures.items() if name.startswith("supervised")]
+        return figures | {"loss": sum(supervised) / len(supervised)}
+
+    # ---- epochs ------------------------------------------------------------------------------------------------------
+    def epoch_figures(self) -> dict[str, float]:
+        """Weights and ceiling of the epoch's end, and what the networks agreed on."""
+        figures = super().epoch_figures() | {f"rada/{name}": value for name, value in self._figures.read().items()}
+        if len(self.rada_network.members) > 1:
+            figures["rada/lambda"] = teacher_weight(self.training_share, self.rada.lambda_max)
+            figures["rada/theta"] = self.entropy_ceiling
+        return figures
+
+    # ---- checkpoint --------------------------------------------------------------------------------------------------
+    def method_state(self) -> dict[str, Any]:
+        """Adds the figures of an unfinished epoch."""
+        return super().method_state() | {"rada": {"figures": self._figures.state_dict()}}
+
+    def load_method_state(self, states: dict[str, Any]) -> None:
+        """Counterpart of `method_state`."""
+        super().load_method_state(states)
+        if "rada" in states:
+            self._figures.load_state_dict(states["rada"]["figures"], self.device)
+
+    @classmethod
+    def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
+        """One network's, ``net1`` to ``net3``; ValueError if its semantic head is active."""
+        return export_network(checkpoint["network_weights"], weights)
+
+    @classmethod
+    def without_semantics(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """The checkpoint with every gate closed; ValueError if it has no semantic heads."""
+        return checkpoint | {"network_weights": without_semantics(checkpoint["network_weights"])}

@@ -1,0 +1,152 @@
+"""The picture of RADA at work: annotated planes, what each network says, and which pseudo-labels are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from nnunetv2_ext.core.labelmaps import class_names
+from nnunetv2_ext.core.overlay import draw_slice, fullest_slice, label_colours, take_slice
+from nnunetv2_ext.rada.views import INSIDE
+
+Array = npt.NDArray[Any]
+
+DROPPED, AGREE, DISAGREE = 1, 2, 3  # of a voxel nobody annotated; 0: annotated, or outside the image
+_STATES = {
+    AGREE: ("kept, teachers agree", "#009E73"),
+    DISAGREE: ("kept, teachers disagree", "#D55E00"),
+    DROPPED: ("dropped by all", "#555555"),
+}
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """One patch. All arrays are (X, Y, Z) but `predictions`.
+
+    Attributes:
+        case: its id.
+        image: first channel.
+        label: with the ignore label.
+        bits: view map.
+        predictions: (networks, X, Y, Z), the most likely classes.
+        states: what becomes of the pseudo-labels, see `pseudo_label_states`.
+    """
+
+    case: str
+    image: Array
+    label: Array
+    bits: Array
+    predictions: Array
+    states: Array
+
+
+def pseudo_label_states(labels: Array, keeps: Array, unannotated: Array) -> npt.NDArray[np.uint8]:
+    """DROPPED where no network is sure, AGREE where those that are give one class, DISAGREE else; 0 elsewhere.
+
+    Args:
+        labels: (networks, X, Y, Z) classes.
+        keeps: (networks, X, Y, Z) bool.
+        unannotated: (X, Y, Z) bool, voxels inside the image that nobody annotated.
+    """
+    kept = keeps.any(0)
+    lowest = np.where(keeps, labels, np.iinfo(np.int64).max).min(0)
+    highest = np.where(keeps, labels, -1).max(0)
+    states = np.where(kept, np.where(lowest == highest, AGREE, DISAGREE), DROPPED)
+    return np.where(unannotated, states, 0).astype(np.uint8)
+
+
+def cuts(view: SampleView, ignore: int) -> list[tuple[int, int]]:
+    """(axis, index) to draw: per axis the annotated plane with most foreground, or, without any, the fullest slice."""
+    annotated = (view.label != ignore) & (view.bits & 0b111 != 0)
+    found = []
+    for axis in range(3):
+        on_axis = annotated & (view.bits & (1 << axis) != 0)
+        others = tuple(a for a in range(3) if a != axis)
+        if on_axis.any():
+            # background breaks ties, so that a plane without foreground in the patch is drawn too
+            score = (on_axis & (view.label > 0)).sum(others) * annotated.size + on_axis.sum(others)
+            found.append((axis, int(score.argmax())))
+    return found or [(0, fullest_slice(view.predictions[0], 0))]
+
+
+def draw_panel(
+    views: Sequence[SampleView],
+    path: Path,
+    title: str,
+    dataset_json: dict,
+    labels: LabelManager,
+    spacing: Sequence[float],
+) -> None:
+    """Write the picture: a row per cut; columns image with annotation, each network's prediction, pseudo-labels.
+
+    Args:
+        views: patches.
+        path: PNG to write.
+        title: above all.
+        dataset_json: names of the classes.
+        labels: their order, and the ignore label.
+        spacing: mm per axis of the patch.
+    """
+    ignore = int(labels.ignore_label)  # type: ignore[arg-type]
+    classes = {value: name for value, name in class_names(dataset_json, labels).items() if value != ignore}
+    rows = [(view, axis, index) for view in views for axis, index in cuts(view, ignore)]
+    number = len(views[0].predictions)
+    # nnU-Net's progress plot changes the fonts of the whole process
+    with matplotlib.style.context("default"):
+        figure = Figure(figsize=(2.35 * (number + 2), 2.6 * len(rows) + 1.0), layout="constrained")
+        figure.suptitle(title)
+        grid = figure.subplots(len(rows), number + 2, squeeze=False)
+        for cells, (view, axis, index) in zip(grid, rows, strict=True):
+            _draw_row(cells, view, axis, index, classes, ignore, spacing)
+        handles = [Patch(color=colour, label=classes[value]) for value, colour in label_colours(classes).items()]
+        handles += [Patch(color=colour, label=name) for name, colour in _STATES.values()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False)
+        figure.savefig(path, dpi=110)
+
+
+def _draw_row(
+    cells: Sequence[Axes],
+    view: SampleView,
+    axis: int,
+    index: int,
+    classes: dict[int, str],
+    ignore: int,
+    spacing: Sequence[float],
+) -> None:
+    rest = [a for a in range(3) if a != axis]
+    options: dict[str, Any] = {
+        "window": tuple(np.percentile(view.image, (1, 99.5))),
+        # rows are the later of the two remaining axes, as take_slice has it
+        "spacing": (spacing[rest[1]], spacing[rest[0]]),
+    }
+    image = take_slice(view.image, axis, index)
+    annotation = np.where((view.label == ignore) | (view.bits & INSIDE == 0), 0, view.label)
+    where = f"axis {axis}, slice {index}"
+    draw_slice(
+        cells[0],
+        image,
+        take_slice(annotation, axis, index),
+        classes,
+        fill=0,
+        title=f"{view.case}, {where}\nannotation",
+        **options,
+    )
+    for k, (cell, prediction) in enumerate(zip(cells[1:-1], view.predictions, strict=True), 1):
+        draw_slice(cell, image, take_slice(prediction, axis, index), classes, title=f"network {k}", **options)
+    draw_slice(cells[-1], image, title="pseudo-labels", **options)
+    states = take_slice(view.states, axis, index)
+    cover = np.zeros((*states.shape, 4))
+    for state, (_, colour) in _STATES.items():
+        cover[states == state] = (*to_rgb(colour), 0.55)
+    cells[-1].imshow(cover, origin="lower", interpolation="nearest", aspect=cells[-1].get_aspect())

@@ -1,0 +1,115 @@
+"""Annotated planes of a sparsely labelled volume, found in the label alone (rada.md, section 6.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Mask = npt.NDArray[np.bool_]
+
+OUTSIDE = -1  # nnU-Net's mark for zero-valued voxels whose label was background (crop_to_nonzero)
+THRESHOLD = 0.95
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Annotated slices of one volume: sorted indices for each array axis."""
+
+    indices: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((), (), ())
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Array axes that have planes."""
+        return tuple(axis for axis in range(3) if self.indices[axis])
+
+    @property
+    def count(self) -> int:
+        """Number of planes on all axes."""
+        return sum(map(len, self.indices))
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def shifted(self, offset: Sequence[int]) -> Planes:
+        """The same planes with `offset` added to the indices of each axis."""
+        first, second, third = (tuple(i + o for i in ii) for ii, o in zip(self.indices, offset))
+        return Planes((first, second, third))
+
+    def describe(self) -> str:
+        """One line, e.g. ``axis0 [57]  axis1 [88]  axis2 [31,32]``; runs of three and more are shortened to 31-35."""
+        return "  ".join(f"axis{axis} [{_runs(self.indices[axis])}]" for axis in range(3))
+
+
+def find_planes(label: Array, ignore: int, threshold: float = THRESHOLD) -> Planes:
+    """Slices of (X, Y, Z) `label` with a share of at least `threshold` voxels that are not `ignore`.
+
+    -1 counts as annotated: nnU-Net writes it only where the label was background and the image is zero. A slice without
+    any truly labelled voxel is no plane. Nor is a slice that reaches the threshold only by the planes of the other axes
+    that cross it (small volumes with many thick slabs): what those leave free must reach it too. A dense label has
+    planes everywhere.
+
+    Raises:
+        ValueError: `label` is not 3-D.
+    """
+    _require_3d(label)
+    known = label != ignore
+    shares = [known.mean(axis=others) for others in _OTHERS]
+    labelled = [(known & (label != OUTSIDE)).any(axis=others) for others in _OTHERS]
+    full = tuple(tuple(np.flatnonzero(share == 1).tolist()) for share in shares)
+    found = []
+    for axis in range(3):
+        candidates = np.flatnonzero((shares[axis] >= threshold) & labelled[axis])
+        free = ~_cross(label.shape, full, axis)
+        kept = [i for i in candidates.tolist() if shares[axis][i] == 1 or known.take(i, axis)[free].mean() >= threshold]
+        found.append(tuple(kept))
+    return Planes((found[0], found[1], found[2]))
+
+
+def annotated_share(label: Array, ignore: int) -> float:
+    """Share of the voxels of `label` that are not `ignore`, 0 to 1."""
+    return float((label != ignore).mean())
+
+
+def on_planes(shape: tuple[int, ...], planes: Planes) -> Mask:
+    """(X, Y, Z) mask of the voxels on any plane."""
+    mask = np.zeros(shape, dtype=bool)
+    for axis in range(3):
+        mask[(slice(None),) * axis + (list(planes.indices[axis]),)] = True
+    return mask
+
+
+def off_plane(label: Array, ignore: int, planes: Planes) -> Mask:
+    """(X, Y, Z) mask of the labelled voxels that lie on no plane: scribbles and single blocks."""
+    return (label != ignore) & (label != OUTSIDE) & ~on_planes(label.shape, planes)
+
+
+_OTHERS = ((1, 2), (0, 2), (0, 1))
+
+
+def _cross(shape: tuple[int, ...], planes: tuple[tuple[int, ...], ...], axis: int) -> Mask:
+    """2-D mask over a slice of `axis`: pixels that lie on the given planes of the other two axes."""
+    first, second = _OTHERS[axis]
+    mask = np.zeros((shape[first], shape[second]), dtype=bool)
+    mask[list(planes[first])] = True
+    mask[:, list(planes[second])] = True
+    return mask
+
+
+def _runs(indices: tuple[int, ...]) -> str:
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+
+
+def _require_3d(label: Array) -> None:
+    if label.ndim != 3:
+        raise ValueError(f"planes are found in 3-D labels, got shape {label.shape}: RADA needs a 3-D configuration")

@@ -1,0 +1,241 @@
+"""Training on sparsely annotated cases: what is refused, the planes, the split and the batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from pydantic import BaseModel
+
+from nnunetv2_ext.core.trainer import ExtTrainer
+from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset, in_workers
+from nnunetv2_ext.rada.embed import CaseSource
+from nnunetv2_ext.rada.fingerprint import needs_fix
+from nnunetv2_ext.rada.preprocessed import cache_root, case_sources, plans_key
+from nnunetv2_ext.rada.propagate import propagate_cases
+from nnunetv2_ext.rada.settings import RADASettings
+from nnunetv2_ext.rada.split import clean_fold, recorded_subjects, write_split_if_absent
+from nnunetv2_ext.rada.survey import (
+    Annotation,
+    cache_path,
+    log_lines,
+    require_annotations,
+    survey_cases,
+    warnings,
+)
+from nnunetv2_ext.rada.survival import require_planes_survived
+from nnunetv2_ext.rada.targets import supervised_target
+from nnunetv2_ext.rada.views import AXES, view_masks
+
+
+class SparseTraining(ExtTrainer):
+    """The part of RADATraining that knows the data.
+
+    Attributes:
+        annotations: of all cases of the dataset.
+        labelled_cases: those with any annotated voxel.
+        training_data: nnU-Net's dataset of the training cases.
+        plane_axes: axes on which training cases have planes.
+        masks: per network the view bits it learns from.
+        ignore_label: of the dataset.
+    """
+
+    method_settings: ClassVar[dict[str, type[BaseModel]]] = {"rada": RADASettings}
+    # SGTC's 6000 iterations are 24 such epochs; three networks cost 3.5 times a plain step
+    default_settings: ClassVar[dict[str, Any]] = {"num_epochs": 250}
+
+    annotations: dict[str, Annotation] | None = None
+    labelled_cases: frozenset[str] = frozenset()
+    training_data: Any = None
+    plane_axes: tuple[int, ...] = ()
+    masks: tuple[int, ...]
+    ignore_label: int
+
+    @property
+    def rada(self) -> RADASettings:
+        """This method's settings."""
+        return self.settings.rada  # type: ignore[attr-defined]  # the block settings_model added
+
+    def initialize(self) -> None:
+        """nnU-Net's, after the refusals.
+
+        nnU-Net's own deep supervision stays off: its targets lose thin planes, ours are pooled on the device.
+        """
+        self._refuse_what_cannot_work()
+        self.enable_deep_supervision = False
+        super().initialize()
+
+    def _refuse_what_cannot_work(self) -> None:
+        """Raises ValueError with the reason: 2-D, cascade, regions, no ignore label; NotImplementedError: DDP."""
+        name, configuration = self.plans_manager.dataset_name, self.configuration_name
+        if self.is_ddp:
+            raise NotImplementedError(
+                "nnUNetTrainerRADA runs on one GPU: its three networks are trained one after the other, each of which "
+                "would need its own DDP wrapper, and nnU-Net saves and loads exactly one. Train without -num_gpus"
+            )
+        if len(self.configuration_manager.patch_size) != 3:
+            raise ValueError(
+                f"configuration {configuration} is 2-D, but RADA learns from planes along three axes of a volume: "
+                "use 3d_fullres or 3d_lowres"
+            )
+        if self.is_cascaded:
+            raise ValueError(
+                f"configuration {configuration} is a cascade; RADA has no place for a previous stage: "
+                "use 3d_fullres or 3d_lowres"
+            )
+        if self.label_manager.has_regions:
+            raise ValueError(
+                f"{name} has region-based labels; RADA compares classes by softmax and entropy: declare one integer "
+                "per class in dataset.json instead of lists"
+            )
+        if self.label_manager.ignore_label is None:
+            raise ValueError(
+                f"dataset.json of {name} declares no ignore label, so every voxel counts as annotated: mark what is "
+                'not annotated with the highest label and declare it as "ignore" (https://github.com/MIC-DKFZ/nnUNet/'
+                "blob/master/documentation/ignore_label.md), or simulate it with `nnUNetv2_ext sparsify`"
+            )
+        self.ignore_label = int(self.label_manager.ignore_label)
+
+    # ---- who is labelled ---------------------------------------------------------------------------------------------
+    def _survey(self) -> dict[str, Annotation]:
+        """What is annotated in every case of the dataset; read once."""
+        if self.annotations is None:
+            cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
+            cache = cache_path(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
+            found = survey_cases(self.preprocessed_dataset_folder, cases, self.ignore_label, cache)
+            require_annotations(found, self.label_manager.all_labels)
+            self.annotations = found
+        return self.annotations
+
+    def _check_planes(self, annotations: dict[str, Annotation]) -> None:
+        """Log what was found; raises ValueError if preprocessing erased a plane."""
+        plans, base = self.plans_manager, Path(self.preprocessed_dataset_folder_base)
+        lines = [*log_lines(annotations), *warnings(annotations, self.dataset_json["labels"])]
+        if needs_fix(plans.plans, base):
+            lines.append(
+                "WARNING: these plans normalise CT by intensities of the whole image, because nnU-Net's fingerprint "
+                "counts the ignore label as foreground: run "
+                f"nnUNetv2_ext fix-fingerprint -d {plans.dataset_name} and preprocess again"
+            )
+        self.print_to_log_file("RADA found these planes (slices of the preprocessed arrays):\n" + "\n".join(lines))
+        require_planes_survived(
+            base, annotations, plans, self.configuration_manager, self.dataset_json, self.ignore_label
+        )
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's: unlabelled cases train in every fold and validate in none (see `split.rada_splits`).
+
+        Raises:
+            ValueError: no labelled case to train on, or none to validate on.
+        """
+        annotations = self._survey()
+        labelled = {case for case, annotation in annotations.items() if annotation.labelled}
+        if self.fold == "all":
+            train, validation = super().do_split()
+            return train, [case for case in validation if case in labelled]
+        file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+        subjects = recorded_subjects(self.dataset_json)
+        if write_split_if_absent(file, labelled, set(annotations) - labelled, subjects):
+            self.print_to_log_file(f"RADA wrote {file}: unlabelled cases are in every fold's training part.")
+        train, validation = super().do_split()
+        return clean_fold(train, validation, labelled, self.print_to_log_file)
+
+    # ---- batches -----------------------------------------------------------------------------------------------------
+    def get_tr_and_val_datasets(self) -> tuple[ViewDataset, ViewDataset]:
+        """nnU-Net's, whose cases carry their view map; before that the planes are checked."""
+        annotations = self._survey()
+        self._check_planes(annotations)
+        train, validation = super().get_tr_and_val_datasets()
+        self.training_data = train
+        self.plane_axes = tuple(
+            axis for axis in range(3) if any(axis in annotations[case].planes.axes for case in train.identifiers)
+        )
+        self.masks = view_masks(self.plane_axes, self.rada.num_networks)
+        self._describe_views()
+        planes = {case: annotation.planes for case, annotation in annotations.items()}
+        self.labelled_cases = frozenset(case for case, annotation in annotations.items() if annotation.labelled)
+        common = (planes, self.labelled_cases, self.ignore_label)
+        return ViewDataset(train, *common, self._propagated()), ViewDataset(validation, *common)
+
+    def training_sources(self) -> list[CaseSource]:
+        """The training cases with planes, as embedding and registration want them."""
+        assert self.training_data is not None
+        annotations = self._survey()
+        planes = {case: annotations[case].planes for case in self.training_data.identifiers}
+        return case_sources(self.training_data, planes, self.configuration_manager.spacing, self.rada.image_channel)
+
+    def _propagated(self) -> dict[str, Path] | None:
+        """Files of the training cases' propagated planes; None without registration."""
+        if self.rada.registration == "off":
+            return None
+        return propagate_cases(
+            self.training_sources(),
+            cache_root(self.preprocessed_dataset_folder_base),
+            plans_key(self.plans_manager.plans_name, self.configuration_manager.configuration),
+            self.ignore_label,
+            self.rada.max_distance,
+            log=self.print_to_log_file,
+        )
+
+    def _describe_views(self) -> None:
+        names = ["axes " + ", ".join(str(a) for a in range(3) if mask >> a & 1) for mask in self.masks]
+        text = "; ".join(f"network {k} learns from planes of {name}" for k, name in enumerate(names, 1))
+        self.print_to_log_file(f"RADA: {text}.")
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """Replaces nnUNetTrainer.get_dataloaders, which hard-wires its loader; transforms and workers are nnU-Net's."""
+        configuration, labels = self.configuration_manager, self.label_manager
+        patch_size = configuration.patch_size
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        common: dict[str, Any] = {
+            "is_cascaded": False,
+            "foreground_labels": labels.foreground_labels,
+            "regions": None,
+            "ignore_label": labels.ignore_label,
+        }
+        train_transforms = self.get_training_transforms(
+            patch_size,
+            rotation,
+            None,
+            mirror_axes,
+            dummy_2d,
+            use_mask_for_norm=configuration.use_mask_for_norm,
+            **common,
+        )
+        validation_transforms = self.get_validation_transforms(None, **common)
+        train, validation = self.get_tr_and_val_datasets()
+        sampling = {
+            "batch_size": self.batch_size,
+            "final_patch_size": patch_size,
+            "label_manager": labels,
+            "oversample_foreground_percent": self.oversample_foreground_percent,
+        }
+        train_loader = TwoStreamLoader(
+            train, self.rada.labelled_share, patch_size=initial_patch_size, transforms=train_transforms, **sampling
+        )
+        self._describe_streams(train, train_loader)
+        validation_loader = nnUNetDataLoader(
+            validation, patch_size=patch_size, transforms=validation_transforms, **sampling
+        )
+        loaders = in_workers(train_loader, validation_loader, pin_memory=self.device.type == "cuda")
+        for loader in loaders:
+            next(loader)
+        return loaders
+
+    def _describe_streams(self, train: ViewDataset, loader: TwoStreamLoader) -> None:
+        rest = loader.batch_size - loader.number_labelled
+        text = f"{loader.number_labelled} patches of {len(train.labelled)} labelled cases"
+        if rest:
+            text += f" and {rest} of {len(train.unlabelled)} unlabelled cases"
+        elif train.unlabelled:
+            text += f"; the {len(train.unlabelled)} unlabelled cases are left out (rada.labelled_share=1)"
+        else:
+            text += "; there are no unlabelled cases, the networks teach each other on what is not annotated in these"
+        self.print_to_log_file(f"RADA draws for each batch {text}.")
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's, on the annotated voxels of the full resolution."""
+        return super().validation_step(batch | {"target": supervised_target(batch["target"], AXES, self.ignore_label)})

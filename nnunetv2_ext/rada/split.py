@@ -1,0 +1,124 @@
+"""Cross-validation on sparsely labelled data: only labelled cases validate, unlabelled ones always train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunetv2_ext.core.files import atomic_write_text, require_writable
+
+Split = dict[str, list[str]]
+
+_SEED = 12345  # nnU-Net's, so that a fully labelled dataset is split as nnU-Net would
+
+
+def rada_splits(
+    labelled: Collection[str], unlabelled: Collection[str] = (), subjects: Mapping[str, str] | None = None
+) -> list[Split]:
+    """Folds over min(5, number of labelled subjects) parts of the labelled cases.
+
+    Args:
+        labelled: Cases with any annotation.
+        unlabelled: Cases without; they are in every fold's training part, except that with `subjects` those of a
+            subject that validates stay out of that fold.
+        subjects: Case to subject; None makes every case its own.
+
+    Returns:
+        ``[{"train": [...], "val": [...]}, ...]``, sorted. With all cases labelled and no `subjects` it is nnU-Net's.
+
+    Raises:
+        ValueError: fewer than two labelled subjects.
+    """
+    group = dict(subjects) if subjects else {}
+    names = sorted({group.get(case, case) for case in labelled})
+    if len(names) < 2:
+        unit = "subject has" if subjects else "case has"
+        raise ValueError(
+            f"only {len(names)} {unit} annotations, which cannot be split into training and validation: "
+            + ("train with fold 'all'" if names else "annotate some planes first")
+        )
+    splits = []
+    for part in generate_crossval_split(names, _SEED, min(5, len(names))):
+        held_out = {str(name) for name in part["val"]}
+        every = [*labelled, *unlabelled]
+        splits.append(
+            {
+                "train": sorted(case for case in every if group.get(case, case) not in held_out),
+                "val": sorted(case for case in labelled if group.get(case, case) in held_out),
+            }
+        )
+    return splits
+
+
+def recorded_subjects(dataset_json: Mapping[str, Any]) -> dict[str, str] | None:
+    """Case to subject as `nnUNetv2_ext sparsify` recorded it in dataset.json, or None."""
+    block = dataset_json.get("nnunetv2_ext")
+    subjects = block.get("sparsify", {}).get("subjects") if isinstance(block, Mapping) else None
+    return dict(subjects) if subjects else None
+
+
+def write_split_if_absent(
+    file: Path, labelled: Collection[str], unlabelled: Collection[str], subjects: Mapping[str, str] | None = None
+) -> bool:
+    """Write nnU-Net's ``splits_final.json`` by `rada_splits` unless it exists; True if it was written.
+
+    Raises:
+        ValueError: as `rada_splits`.
+    """
+    if file.is_file():
+        return False
+    atomic_write_text(file, json.dumps(rada_splits(labelled, unlabelled, subjects), indent=4) + "\n")
+    return True
+
+
+def write_split_for(
+    dataset_name: str,
+    labelled: Collection[str],
+    unlabelled: Collection[str],
+    subjects: Mapping[str, str] | None,
+    say: Callable[[str], None],
+) -> None:
+    """Put the split of a new dataset where nnU-Net will look for it, so that every trainer uses the same one."""
+    if len({subjects[case] if subjects else case for case in labelled}) < 2:
+        say("WARNING: one labelled case (or subject) cannot be split: train with fold 'all'")
+        return
+    if not nnUNet_preprocessed.is_set():
+        say("nnUNet_preprocessed is not set: nnUNetTrainerRADA will write the split when it trains")
+        return
+    folder = require_writable(Path(nnUNet_preprocessed) / dataset_name)
+    write_split_if_absent(folder / "splits_final.json", labelled, unlabelled, subjects)
+    say(f"split: {folder / 'splits_final.json'} (unlabelled cases train in every fold and validate in none)")
+
+
+def clean_fold(
+    train: Sequence[str], val: Sequence[str], labelled: Collection[str], warn: Callable[[str], None]
+) -> tuple[list[str], list[str]]:
+    """A fold as RADA can use it: unlabelled cases leave its validation part, with a warning.
+
+    Args:
+        train: Training cases of the fold, unchanged in the result.
+        val: Validation cases.
+        labelled: Cases with any annotation.
+        warn: Gets one line if cases are dropped.
+
+    Raises:
+        ValueError: no labelled case is left to train on, or none to validate on.
+    """
+    known = set(labelled)
+    remedy = "delete splits_final.json, and a split that keeps unlabelled cases out of validation is written"
+    if not known.intersection(train):
+        raise ValueError(f"none of the {len(train)} training cases of this fold has annotations: {remedy}")
+    kept = [case for case in val if case in known]
+    if val and not kept:
+        raise ValueError(f"none of the {len(val)} validation cases of this fold has annotations: {remedy}")
+    if len(kept) < len(val):
+        warn(
+            f"WARNING: {len(val) - len(kept)} of {len(val)} validation cases have no annotation and are left out of "
+            f"validation; {remedy}"
+        )
+    return list(train), kept

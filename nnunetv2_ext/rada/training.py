@@ -1,0 +1,163 @@
+"""RADA on nnU-Net: co-trained networks, their class vectors and, if wanted, propagated planes.
+
+After Zeng et al., "RADA", https://arxiv.org/abs/2604.11164, whose full text was not at hand, and the public code of its
+ancestor SGTC (https://arxiv.org/abs/2412.15526). What neither says is ours; no reproduction.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunetv2_ext.core.step import Batch, LossPass, Term
+from nnunetv2_ext.rada.bank import CaseVectors, draw_own
+from nnunetv2_ext.rada.clip_model import ClipSource
+from nnunetv2_ext.rada.cotrained import CoTraining
+from nnunetv2_ext.rada.embed import CaseEmbeddings
+from nnunetv2_ext.rada.network import MemberOutput
+from nnunetv2_ext.rada.panel import SampleView, draw_panel, pseudo_label_states
+from nnunetv2_ext.rada.preprocessed import embed_preprocessed
+from nnunetv2_ext.rada.prompts import class_prompts
+from nnunetv2_ext.rada.propagate import NONE, voxel_weights
+from nnunetv2_ext.rada.targets import propagated_loss, propagated_target, spread_axes, unannotated
+
+
+class RADATraining(CoTraining):
+    """Adds class vectors (`rada.semantics`) and propagated planes (`rada.registration`) to the co-trained networks."""
+
+    _own_vectors: CaseVectors | None = None  # of the training cases, for semantics=clip
+    _own: tuple[Tensor, Tensor, Tensor] | None = None  # of this step's samples: vectors, valid, which are used
+
+    def get_tr_and_val_datasets(self) -> Any:
+        """nnU-Net's with planes; CLIP's vectors come now, before any worker is started and any weight has moved."""
+        datasets = super().get_tr_and_val_datasets()
+        if self.rada.semantics == "clip":
+            embeddings = self._embed()
+            self._own_vectors = own_vectors(embeddings)
+            self.rada_network.set_bank(self._own_vectors.mean().to(self.device), embeddings.text.to(self.device))
+        return datasets
+
+    def _embed(self) -> CaseEmbeddings:
+        settings, annotations = self.rada, self._survey()
+        planes = {case: annotations[case].planes for case in self.training_data.identifiers}
+        if not any(planes.values()):
+            raise ValueError(
+                f"no training case of fold {self.fold} has an annotated plane, so there is no slice to show to CLIP: "
+                "annotate whole slices, or set rada.semantics=learned or off"
+            )
+        channels = self.dataset_json.get("channel_names") or self.dataset_json.get("modality")
+        return embed_preprocessed(
+            self.training_data,
+            planes,
+            self.plans_manager.plans_name,
+            self.configuration_manager.configuration,
+            self.preprocessed_dataset_folder_base,
+            ClipSource(settings.clip_model, settings.clip_weights, settings.alpha_weights),
+            class_prompts(
+                self.dataset_json["labels"],
+                channels,
+                settings.prompts,
+                settings.image_channel,
+                log=self.print_to_log_file,
+            ),
+            settings.region,
+            settings.image_channel,
+            self.device,
+            log=self.print_to_log_file,
+        )
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+    def loss_passes(self, batch: Batch) -> list[LossPass]:
+        """As before; all networks of a step are conditioned alike."""
+        if self._own_vectors is not None:
+            vectors, valid = self._own_vectors.of(batch.keys, self.device)
+            use = draw_own(valid.flatten(1).any(1), self.rada.own_embedding_p, self.generator)
+            self._own = vectors, valid, use
+        return super().loss_passes(batch)
+
+    def forward_member(self, k: int, batch: Batch) -> MemberOutput:
+        """Network k, conditioned on the samples' own vectors or the bank's."""
+        if self._own is None:
+            return super().forward_member(k, batch)
+        return self.rada_network.forward_member(k, batch.data, self.rada_network.conditioning(k, *self._own))
+
+    def further_terms(self, k: int, batch: Batch, output: MemberOutput, own_share: float) -> dict[str, Term]:
+        """Alignment with the class vectors, and the propagated planes."""
+        terms = super().further_terms(k, batch, output, own_share)
+        settings, target = self.rada, batch.top_target
+        if settings.has_semantics and settings.mu_align > 0:
+            vectors, valid = (None, None) if self._own is None else self._own[:2]
+            loss = self.rada_network.alignment_loss(
+                k,
+                output.features,
+                target[:, 0],
+                target[:, 1],
+                vectors,
+                valid,
+                settings.tau,
+                settings.min_voxels,
+            )
+            if loss is not None:
+                terms["align"] = Term(loss, settings.mu_align)
+        if settings.registration == "on" and self.plane_axes:
+            axes = spread_axes(self.masks[k], self.plane_axes)
+            label, distance = propagated_target(target, self.masks[k], axes, self.ignore_label, NONE)
+            weight = voxel_weights(distance, self.training_share)
+            loss = propagated_loss(output.full_resolution, label, weight, self.ignore_label)
+            terms["propagated"] = Term(loss, own_share)
+        return terms
+
+    # ---- epochs ------------------------------------------------------------------------------------------------------
+    def epoch_figures(self) -> dict[str, float]:
+        """Adds the gates of the semantic heads, 0 at the start."""
+        figures = super().epoch_figures()
+        network = self.rada_network
+        for k in range(len(network.members)):
+            head = network.member(k).head
+            if head is not None:
+                figures[f"rada/gate_{k + 1}"] = float(head.gate.detach())
+        return figures
+
+    def draw_panel(self, path: Path) -> None:
+        """A labelled and an unlabelled patch of the last batch, if it has both. It shows patients' images."""
+        super().draw_panel(path)
+        if self.last_batch is None:
+            return
+        batch = Batch.from_loader(self.last_batch, self.device)
+        rows = sorted({key in self.labelled_cases: i for i, key in enumerate(batch.keys)}.values())
+        spacing = self.configuration_manager.spacing
+        title = f"{type(self).__name__}, epoch {self.current_epoch - 1}"
+        draw_panel(self._views(batch.select(rows)), path, title, self.dataset_json, self.label_manager, spacing)
+
+    def _views(self, batch: Batch) -> list[SampleView]:
+        allowed = unannotated(batch.top_target, self.ignore_label)
+        with torch.autocast(self.device.type) if self.device.type == "cuda" else nullcontext():
+            lessons = self.lessons(batch, allowed)
+        labels, keeps = (
+            torch.stack([getattr(lesson, name) for lesson in lessons], 1).cpu().numpy() for name in ("label", "keep")
+        )
+        image, target, free = batch.data[:, 0].cpu().numpy(), batch.top_target.cpu().numpy(), allowed.cpu().numpy()
+        return [
+            SampleView(
+                key,
+                image[i],
+                target[i, 0],
+                target[i, 1],
+                labels[i],
+                pseudo_label_states(labels[i], keeps[i], free[i]),
+            )
+            for i, key in enumerate(batch.keys)
+        ]
+
+
+def own_vectors(embeddings: CaseEmbeddings) -> CaseVectors:
+    """The cases' vectors with the background's in the place of class 0, for every axis."""
+    vectors, valid = embeddings.vectors.clone(), embeddings.present.clone()
+    vectors[:, :, 0] = embeddings.background[:, None]
+    valid[:, :, 0] = embeddings.has_background[:, None]
+    cases = {case: (vectors[n], valid[n]) for n, case in enumerate(embeddings.cases)}
+    return CaseVectors(cases, vectors.shape[2], vectors.shape[3])

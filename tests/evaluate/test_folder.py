@@ -1,0 +1,192 @@
+"""Folders: pairing, grids, processes, tables and pictures."""
+
+import csv
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_simple, load_summary_json
+
+from nnunetv2_ext.evaluate import pairs, plot, table
+from nnunetv2_ext.evaluate.folder import Source, evaluate_folder
+from nnunetv2_ext.evaluate.metrics import Rules
+from nnunetv2_ext.evaluate.structures import Labels, from_dataset_json
+
+LABELS = from_dataset_json({"labels": {"background": 0, "a": 1, "b": 2, "ignore": 3}})
+RULES = Rules(("dice", "hd95", "nsd"), {"a": 1.0, "b": 1.0})
+SOURCE = Source(LABELS, RULES)
+
+
+def test_scores_of_a_folder(folders, two_cases) -> None:
+    result = evaluate_folder(*folders(two_cases, spacing=(0.5, 1.0, 2.0)), SOURCE)
+    assert result.cases == ["x", "y"]
+    assert result.values("dice") == pytest.approx(np.array([[0.75, 0], [1, math.nan]]), nan_ok=True)
+    # moved along X, whose voxels are 0.5 mm
+    diagonal = math.hypot(3.5, 7, 14)
+    assert result.values("hd95") == pytest.approx(np.array([[0.5, diagonal], [0, math.nan]]), nan_ok=True)
+    assert result.case_means("dice").tolist() == [0.375, 1]
+    assert [result.count(s) for s in ("found", "missed", "absent", "invented")] == [2, 1, 1, 0]
+
+
+def test_several_processes_give_the_same(folders, two_cases) -> None:
+    where = folders(two_cases)
+    assert repr(evaluate_folder(*where, SOURCE).scores) == repr(evaluate_folder(*where, SOURCE, processes=2).scores)
+
+
+def test_an_error_in_a_process_arrives_as_one_line(folders, two_cases) -> None:
+    ours, theirs = two_cases["y"]
+    where = folders({**two_cases, "z": (ours + np.uint8(4), theirs)})
+    with pytest.raises(ValueError, match=r"case z: the prediction .* holds the label 4, 5"):
+        evaluate_folder(*where, SOURCE, processes=2)
+
+
+def test_dice_and_layout_are_those_of_nnunet(folders, two_cases, tmp_path) -> None:
+    truth = two_cases["x"][1].copy()
+    truth[:, 2, :] = 3
+    where = folders({**two_cases, "w": (two_cases["x"][0], truth)})
+    result = evaluate_folder(*where, SOURCE)
+    file = tmp_path / "ours.json"
+    file.write_text(json.dumps(table.as_dict(result, "p", "t")))
+    ours = load_summary_json(str(file))
+    stock = tmp_path / "summary.json"
+    compute_metrics_on_folder_simple(str(where[1]), str(where[0]), [1, 2], str(stock), 1, ignore_label=3)
+    theirs = load_summary_json(str(stock))
+    assert ours["foreground_mean"]["Dice"] == pytest.approx(theirs["foreground_mean"]["Dice"])
+    for key in (1, 2):
+        assert ours["mean"][key]["Dice"] == pytest.approx(theirs["mean"][key]["Dice"])
+    for here, there in zip(ours["metric_per_case"], theirs["metric_per_case"], strict=True):
+        assert here["prediction_file"] == there["prediction_file"]
+        for key in (1, 2):
+            dice = here["metrics"][key]["Dice"]
+            assert (math.nan if dice is None else dice) == pytest.approx(there["metrics"][key]["Dice"], nan_ok=True)
+
+
+# --- which files belong together
+
+
+def test_missing_and_extra_cases_are_listed(folders, two_cases) -> None:
+    ours, theirs = folders({**two_cases, "z": two_cases["y"]})
+    (ours / "x.nii.gz").unlink()
+    (ours / "z.nii.gz").unlink()
+    with pytest.raises(
+        ValueError, match=r"cases x, z of .*labels are not in .*predictions: predict all cases.*--chill"
+    ):
+        evaluate_folder(ours, theirs, SOURCE)
+    assert evaluate_folder(ours, theirs, SOURCE, chill=True).cases == ["y"]
+    assert evaluate_folder(ours, theirs, SOURCE, cases=["y"]).cases == ["y"]
+    (theirs / "y.nii.gz").unlink()
+    for chill in (False, True):
+        with pytest.raises(ValueError, match=r"case y in .*predictions has no truth in .*labels"):
+            evaluate_folder(ours, theirs, SOURCE, chill=chill)
+
+
+def test_long_lists_are_cut() -> None:
+    assert pairs.listed([str(i) for i in range(11)]) == "cases 0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
+
+
+def test_folders_that_are_missing_or_empty(tmp_path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        evaluate_folder(tmp_path / "no", tmp_path, SOURCE)
+    (tmp_path / "readme.txt").write_text("")
+    with pytest.raises(ValueError, match=r"has no file that ends in .nii.gz"):
+        evaluate_folder(tmp_path, tmp_path, SOURCE)
+
+
+# --- grids
+
+
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        ({"spacing": (1, 1, 1.1)}, r"case x: prediction and truth differ in spacing, \(1.1, 1, 1\) and \(1, 1, 1\)"),
+        ({"origin": (0, 0.5, 0)}, r"case x: .* differ in origin, \(0, 0.5, 0\) and \(0, 0, 0\); --ignore-origin"),
+        ({"direction": (-1, 0, 0, 0, -1, 0, 0, 0, 1)}, "case x: .* differ in direction"),
+    ],
+)
+def test_a_file_on_another_grid(geometry, message: str, folders, two_cases, label_file) -> None:
+    ours, theirs = folders(two_cases)
+    label_file(ours / "x.nii.gz", two_cases["x"][0], **geometry)
+    with pytest.raises(ValueError, match=message):
+        evaluate_folder(ours, theirs, SOURCE)
+    relaxed = Source(LABELS, RULES, compare_origin=False)
+    if "spacing" in geometry:
+        with pytest.raises(ValueError, match="differ in spacing"):
+            evaluate_folder(ours, theirs, relaxed)
+    else:
+        assert evaluate_folder(ours, theirs, relaxed).cases == ["x", "y"]
+
+
+def test_another_shape_fractions_and_broken_files(folders, two_cases, label_file) -> None:
+    ours, theirs = folders(two_cases)
+    label_file(ours / "x.nii.gz", two_cases["x"][0][:-1])
+    with pytest.raises(ValueError, match="case x: the prediction has 7 x 8 x 8 voxels, the truth 8 x 8 x 8"):
+        evaluate_folder(ours, theirs, SOURCE)
+    label_file(ours / "x.nii.gz", two_cases["x"][0].astype(np.float32) * 0.5)
+    with pytest.raises(ValueError, match=r"case x: the prediction .* holds fractions"):
+        evaluate_folder(ours, theirs, SOURCE)
+    (ours / "x.nii.gz").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"case x: the prediction .* cannot be read"):
+        evaluate_folder(ours, theirs, SOURCE)
+
+
+def test_2d_pictures(tmp_path) -> None:
+    from PIL import Image
+
+    label = np.zeros((12, 10), dtype=np.uint8)
+    label[2:8, 2:8] = 1
+    for folder, content in (("p", np.roll(label, 1, axis=1)), ("t", label)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(content).save(tmp_path / folder / "case.png")
+    source = Source(Labels(LABELS.structures[:1]), RULES, ".png")
+    result = evaluate_folder(tmp_path / "p", tmp_path / "t", source)
+    assert result.values("hd95").tolist() == [[1.0]]
+
+
+# --- tables and pictures
+
+
+def test_summary_numbers() -> None:
+    s = table.summarise(np.array([1.0, 2.0, math.nan, 4.0]), higher_is_better=True)
+    assert (s.n, s.mean, s.median, s.worst) == (3, pytest.approx(7 / 3), 2.0, 1.0)
+    assert s.sd == pytest.approx(np.std([1, 2, 4], ddof=1)) and (s.q1, s.q3) == (1.5, 3.0)
+    assert table.summarise(np.array([1.0, 5.0]), higher_is_better=False).worst == 5.0
+    assert table.summarise(np.array([math.nan]), True).n == 0 and math.isnan(table.summarise(np.ones(1), True).sd)
+
+
+def test_table_json_and_csv(folders, two_cases) -> None:
+    result = evaluate_folder(*folders(two_cases), SOURCE)
+    text = table.as_markdown(result, "Title")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[2][0] == "a" and rows[2][1].startswith("0.875 ± 0.177") and rows[2][4:] == ["2", "2", "0", "0"]
+    assert rows[3][0] == "b" and rows[3][4:] == ["1 (absent in 1)", "0", "1", "0"]
+    assert rows[4][0] == "mean of structures" and rows[4][4] == "2"
+    assert "Worst cases by Dice: x (0.375), y (1.000)" in text
+    for words in (
+        "larger of the two directed",
+        "Tolerance of NSD: 1 mm",
+        "counts as the worst there is",
+        "Ignore label 3",
+    ):
+        assert words in text
+    content = json.loads(json.dumps(table.as_dict(result, "p", "t"), allow_nan=False))
+    assert content["metric_per_case"][1]["metrics"]["2"] | {"truth_ml": 0} == {
+        "Dice": None, "HD95": None, "NSD": None, "state": "absent", "truth_ml": 0, "prediction_ml": 0,
+    }  # fmt: skip
+    lines = list(csv.DictReader(io.StringIO(table.as_csv(result))))
+    assert len(lines) == 4 and lines[1]["state"] == "missed" and lines[3]["Dice"] == "" and lines[0]["Dice"] == "0.75"
+
+
+def test_picture_has_a_panel_per_metric_and_a_cross_for_what_was_missed(
+    folders, two_cases, tmp_path, monkeypatch
+) -> None:
+    figures = []
+    save = plot.save
+    monkeypatch.setattr(plot, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    plot.draw(evaluate_folder(*folders(two_cases), SOURCE), tmp_path / "x.png", "Title")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    (figure,) = figures
+    assert [axes.get_title().split(",")[0] for axes in figure.axes] == ["Dice", "HD95 [mm]", "NSD"]
+    crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
+    assert [len(line.get_ydata()) for line in crosses] == [0, 1, 1]

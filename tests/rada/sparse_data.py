@@ -1,0 +1,62 @@
+"""A phantom dataset made sparse, planned and preprocessed by nnU-Net's own functions."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nnunetv2_ext.core.phantom import write_phantom_dataset
+from tests.conftest import TinyDataset, shrink
+
+DENSE_ID, SPARSE_ID = 1, 2
+
+
+def make_sparse_tiny(root: Path, labelled: int = 4, test_share: float = 0.2, **phantom: Any) -> TinyDataset:
+    """Ten phantoms: `labelled` with three planes, two for testing, the others unlabelled; plans ``tiny``, 3d_fullres.
+
+    The dense source is dataset 1 in the same raw folder. splits_final.json is the one sparsify wrote: fold k validates
+    on one labelled case.
+    """
+    from nnunetv2_ext.rada.sparsify import SparsifyOptions, sparsify
+
+    options = {"num_train": 10, "num_test": 0, "shape": (24, 32, 24), "num_organs": 2, **phantom}
+    write_phantom_dataset(root / "raw", DENSE_ID, **options)
+    dataset = TinyDataset(root, SPARSE_ID, f"Dataset{SPARSE_ID:03d}_Phantom")
+    environment = dataset.environment(root / "results") | {"nnUNet_n_proc_DA": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        sparsify(DENSE_ID, SPARSE_ID, SparsifyOptions(labelled, test_share=test_share))
+    plan_and_preprocess(dataset)
+    return dataset
+
+
+def plan_and_preprocess(dataset: TinyDataset) -> None:
+    """As nnU-Net's command does, with its integrity check; adds the plans ``tiny``.
+
+    nnU-Net's own functions in this process, with threads for its spawned workers: those take ten times as long to start
+    as all the work here.
+    """
+    from nnunetv2.experiment_planning import plan_and_preprocess_api as api
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+    environment = dataset.environment(dataset.root / "results") | {"nnUNet_n_proc_DA": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        patch.setattr(multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
+        analyse = DatasetFingerprintExtractor.analyze_case
+        # nnU-Net draws 1e8 intensities however small the dataset is: seconds and a gigabyte
+        patch.setattr(DatasetFingerprintExtractor, "analyze_case", lambda *case: analyse(*case[:3], 1000))
+        api.extract_fingerprints([dataset.dataset_id], num_processes=1, check_dataset_integrity=True)
+        api.plan_experiments([dataset.dataset_id])
+        api.preprocess([dataset.dataset_id], configurations=("3d_fullres",), num_processes=(1,))
+    base = dataset.preprocessed / dataset.name
+    plans = json.loads((base / "nnUNetPlans.json").read_text())
+    (base / "tiny.json").write_text(json.dumps(shrink(plans)))

@@ -1,0 +1,261 @@
+"""Class vectors, propagated planes, pictures, and a continued training that is the uninterrupted one."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nnunetv2_ext.core import randomness
+from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
+from nnunetv2_ext.rada import training
+from nnunetv2_ext.rada.panel import AGREE, DISAGREE, DROPPED, pseudo_label_states
+from nnunetv2_ext.rada.propagate import plane_weight
+from tests.rada.trainers import log_of, mixed_keys, sparse_batch
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+def clip_settings(tiny_clip: Any) -> str:
+    return (
+        f"rada.semantics=clip rada.clip_model={tiny_clip.name} rada.clip_weights={tiny_clip.weights} rada.min_voxels=4"
+    )
+
+
+def started(trainer: Any) -> Any:
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+# ---- class vectors
+
+
+def test_clip_fills_the_bank_from_training_cases_alone(make_rada, tiny_clip, sparse_tiny):
+    trainer = started(make_rada(clip_settings(tiny_clip)))
+    bank = trainer.rada_network.bank
+    cases = set(trainer.training_data.identifiers) & trainer.labelled_cases
+    assert bank.is_filled and bank.text.shape == (3, 16) and len(trainer._own_vectors) == len(cases) == 3
+    torch.testing.assert_close(bank.image, trainer._own_vectors.mean())
+    vectors, valid = trainer._own_vectors.of(mixed_keys(trainer))
+    assert valid[0].any() and not valid[1].any()
+    assert valid[0, :, 0].all() and torch.equal(vectors[0, 0, 0], vectors[0, 1, 0])  # one background per case
+    assert (sparse_tiny.preprocessed / sparse_tiny.name / "nnunetv2_ext" / "rada").is_dir()
+    figures = trainer.train_step(sparse_batch(trainer, mixed_keys(trainer)))
+    assert {f"align_{k}" for k in (1, 2, 3)} <= figures.keys()
+    assert all(float(member.head.gate.grad) != 0 for member in trainer.rada_network.members)
+
+
+def test_a_second_training_reads_the_vectors_from_disk(make_rada, tiny_clip, monkeypatch, tmp_path):
+    first = started(make_rada(clip_settings(tiny_clip)))
+    monkeypatch.setattr("nnunetv2_ext.rada.preprocessed.load_encoder", None)  # calling it would fail
+    second = started(make_rada(clip_settings(tiny_clip), results=tmp_path / "second"))
+    assert torch.equal(first.rada_network.bank.image, second.rada_network.bank.image)
+    assert "0 of them computed now" in log_of(second)
+
+
+def test_missing_weights_stop_before_the_first_worker_with_the_ways_out(make_rada, tmp_path, monkeypatch):
+    settings = f"rada.semantics=clip rada.clip_weights={tmp_path / 'nowhere.safetensors'}"
+    with pytest.raises(ValueError, match=r"nowhere.safetensors"):
+        make_rada(settings).on_train_start()
+
+
+def test_own_vectors_are_used_at_their_rate_by_labelled_samples_only(make_rada, tiny_clip):
+    from nnunetv2_ext.core.step import Batch
+
+    for probability, used in ((0, False), (1, True)):
+        trainer = started(make_rada(f"{clip_settings(tiny_clip)} rada.own_embedding_p={probability}"))
+        batch = Batch.from_loader(sparse_batch(trainer, mixed_keys(trainer)), trainer.device)
+        trainer.loss_passes(batch)
+        assert trainer._own[2].tolist() == [used, False]
+        network = trainer.rada_network
+        conditioned = network.conditioning(0, *trainer._own)
+        torch.testing.assert_close(conditioned[1], network.bank.in_view(0))
+        assert torch.allclose(conditioned[0], network.bank.in_view(0)) != used
+
+
+def test_learned_tokens_train_without_any_file(make_rada):
+    trainer = started(make_rada("rada.semantics=learned rada.min_voxels=4"))
+    tokens = [member.tokens.detach().clone() for member in trainer.rada_network.members]
+    figures = trainer.train_step(sparse_batch(trainer, mixed_keys(trainer)))
+    assert "align_1" in figures
+    assert all(not torch.equal(t, m.tokens) for t, m in zip(tokens, trainer.rada_network.members))
+    assert {f"rada/gate_{k}" for k in (1, 2, 3)} <= trainer.epoch_figures().keys()
+
+
+def test_prediction_needs_neither_open_clip_nor_weights(make_rada, tiny_clip, monkeypatch):
+    trainer = started(make_rada(clip_settings(tiny_clip)))
+    batch = sparse_batch(trainer, mixed_keys(trainer))
+    trainer.train_step(batch)
+    trainer.network.eval()
+    weights = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    for name in [name for name in sys.modules if name == "open_clip" or name.startswith("open_clip.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # importing it fails
+    network = type(trainer).build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, 1, 3, enable_deep_supervision=False
+    )
+    network.load_state_dict(weights)
+    network.eval()
+    with torch.no_grad():
+        assert torch.equal(network(batch["data"]), trainer.network(batch["data"]))
+
+
+# ---- propagated planes
+
+
+def test_propagated_planes_reach_only_the_networks_that_do_not_hold_them(make_rada):
+    trainer = started(make_rada("rada.registration=on rada.lambda_max=0"))
+    batch = next(trainer.dataloader_train)
+    assert batch["target"].shape[1] == 8
+    key = mixed_keys(trainer)[0]
+    batch = sparse_batch(trainer, [key, key])
+    target = torch.full((2, 8, *batch["target"].shape[2:]), 3, dtype=torch.int16)
+    target[:, 1], target[:, 5:] = 8, 255
+    target[:, 4, 2:6], target[:, 7, 2:6] = 1, 2  # planes of axis 2 came two slices far
+    target[0, :, :4] = 0  # padding
+    batch["target"] = target
+    figures = trainer.train_step(batch)
+    assert float(figures["propagated_1"]) > 0  # network 1 holds axes 0 and 1
+    assert float(figures["propagated_2"]) == float(figures["propagated_3"]) == 0
+    moved = [
+        any(float(p.grad.abs().sum()) for p in m.parameters() if p.grad is not None) for m in trainer.network.members
+    ]
+    assert moved == [True, False, False]
+
+
+def test_the_weight_of_propagated_voxels_falls_with_distance_and_time(make_rada):
+    trainer = started(make_rada("rada.registration=on rada.lambda_max=0 num_epochs=2 num_iterations_per_epoch=2"))
+    key = mixed_keys(trainer)[0]
+    batch = sparse_batch(trainer, [key, key])
+    target = torch.full((2, 8, *batch["target"].shape[2:]), 3, dtype=torch.int16)
+    target[:, 1], target[:, 5:] = 8, 255
+    values = {}
+    trainer.network.eval()
+    for distance in (1, 3):
+        for step in (0, 2):
+            target[:, 4], target[:, 7] = 1, distance
+            trainer.global_step = step
+            terms = trainer.further_terms(
+                0,
+                training.Batch(batch["data"], target, (key, key)),
+                trainer.rada_network.forward_member(0, batch["data"]),
+                1.0,
+            )
+            values[distance, step] = float(terms["propagated"].value.detach())
+    for (distance, step), value in values.items():
+        expected = plane_weight(step / 4) ** distance / plane_weight(0)
+        assert value / values[1, 0] == pytest.approx(expected, rel=1e-5)
+
+
+# ---- hidden labels
+
+
+def test_dense_labels_beside_the_dataset_are_never_read(make_rada, sparse_tiny, tmp_path, monkeypatch):
+    losses = []
+    for raw in ("there", "gone"):
+        trainer = make_rada("seed=5", results=tmp_path / raw)
+        if raw == "gone":
+            monkeypatch.setenv("nnUNet_raw", str(tmp_path / "nothing here"))
+        trainer.on_train_start()
+        trainer.on_train_epoch_start()
+        losses.append([float(trainer.train_step(next(trainer.dataloader_train))["loss"]) for _ in range(2)])
+    assert losses[0] == losses[1]
+    assert (sparse_tiny.raw / sparse_tiny.name / "labelsTr_dense").is_dir()  # it was there to be read
+
+
+# ---- pictures
+
+
+def test_the_state_of_pseudo_labels():
+    labels = np.array([[0, 1, 1, 2, 0], [0, 1, 2, 2, 0], [1, 1, 2, 1, 0]])
+    keeps = np.array([[1, 1, 1, 0, 1], [1, 0, 1, 0, 1], [0, 0, 1, 0, 1]], dtype=bool)
+    unannotated = np.array([True, True, True, True, False])
+    states = pseudo_label_states(labels[:, :, None, None], keeps[:, :, None, None], unannotated[:, None, None])
+    assert states.ravel().tolist() == [AGREE, AGREE, DISAGREE, DROPPED, 0]
+
+
+@pytest.mark.parametrize(
+    "settings", ["rada.passes=1", "rada.num_networks=1 rada.lambda_max=0", "rada.labelled_share=1"]
+)
+def test_the_picture_is_drawn_and_leaves_the_training_alone(make_rada, tmp_path, settings):
+    from PIL import Image
+
+    trainer = started(make_rada(settings))
+    trainer.train_step(next(trainer.dataloader_train))
+    weights = [p.clone() for p in trainer.network.parameters()]
+    trainer.draw_panel(tmp_path / "panel.png")
+    with Image.open(tmp_path / "panel.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10 and picture.width > 300
+    assert trainer.network.training and all(torch.equal(a, b) for a, b in zip(weights, trainer.network.parameters()))
+
+
+# ---- continuing
+
+
+@pytest.mark.parametrize("semantics", ["off", "clip"])
+def test_continuing_from_the_middle_of_an_epoch_equals_not_stopping(make_rada, tiny_clip, tmp_path, semantics):
+    settings = "num_epochs=2 num_iterations_per_epoch=3 rada.passes=1 rada.noise_std=0.5"
+    settings += f" {clip_settings(tiny_clip)}" if semantics == "clip" else ""
+    whole = make_rada(settings, results=tmp_path / "whole")
+    whole.run_training()
+
+    stopped = make_rada(settings, results=tmp_path / "stopped")
+    step, calls = stopped.train_step, []
+
+    def count(batch: dict) -> dict:
+        result = step(batch)
+        calls.append(1)
+        if len(calls) == 2:
+            (Path(stopped.output_folder) / "stop").touch()
+        return result
+
+    stopped.train_step = count
+    with pytest.raises(SystemExit):
+        stopped.run_training()
+    assert len(calls) == 2
+
+    randomness.seed_everything(777)
+    again = make_rada(settings, results=tmp_path / "stopped", continued=True)
+    again.load_checkpoint(str(Path(again.output_folder) / "checkpoint_latest.pth"))
+    again.run_training()
+    one, other = (read(Path(t.output_folder) / "checkpoint_final.pth") for t in (whole, again))
+    weights = one["network_weights"], other["network_weights"]
+    assert weights[0].keys() == weights[1].keys()
+    assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
+    for name in ("train_losses", "val_losses", "mean_fg_dice"):
+        np.testing.assert_array_equal(one["logging"][name], other["logging"][name])
+    assert one[EXTENSION_KEY]["global_step"] == other[EXTENSION_KEY]["global_step"] == 6
+    rows = [(Path(t.output_folder) / "epochs.csv").read_text().splitlines() for t in (whole, again)]
+    strip = [[line.rsplit(",", 1)[0] for line in lines] for lines in rows]  # without the seconds
+    assert strip[0] == strip[1] and "rada/kept_share" in rows[0][0]
+
+
+# ---- the real commands
+
+
+def test_train_and_predict_with_the_real_commands_without_open_clip(sparse_tiny, tmp_path):
+    from tests.conftest import run_command
+
+    blocked = tmp_path / "blocked" / "open_clip"
+    blocked.mkdir(parents=True)
+    (blocked / "__init__.py").write_text("raise ImportError('blocked by the test')\n")
+    results = tmp_path / "results"
+    settings = "num_epochs=1 num_iterations_per_epoch=12 num_val_iterations_per_epoch=1 panel_every=1 seed=1"
+    environment = sparse_tiny.environment(results, f"{settings} rada.semantics=learned rada.infer=single:2")
+    environment |= {"PYTHONPATH": str(tmp_path / "blocked")}
+    dataset = str(sparse_tiny.dataset_id)
+    model = ["-p", "tiny", "-tr", "nnUNetTrainerRADA"]
+    run_command(["nnUNetv2_train", dataset, "3d_fullres", "0", *model, "-device", "cpu"], environment, tmp_path)
+    fold = next(results.rglob("fold_0"))
+    assert (fold / "panel_epoch_0000.png").is_file() and (fold / "validation" / "summary.json").is_file()
+    command = ["nnUNetv2_predict", "-d", dataset, "-c", "3d_fullres", "-f", "0", *model, "-device", "cpu"]
+    options = ["-i", str(sparse_tiny.images_ts), "-o", str(tmp_path / "out"), "--disable_tta", "-npp", "1", "-nps", "1"]
+    run_command([*command, *options], environment | {"nnUNet_ext_settings": ""}, tmp_path)
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == len(list(sparse_tiny.images_ts.glob("*.nii.gz"))) > 0
+    shutil.rmtree(results)
