@@ -1,10 +1,9 @@
-"""The pieces of quickstart.py: running commands, linking a dataset, reducing plans, Dice table and picture."""
+"""The pieces of quickstart.py: running commands, reducing plans, Dice table and picture."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -13,11 +12,13 @@ import sys
 import sysconfig
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from quickstart_data import QuickstartError, read_description
 
 from nnunetv2_ext.core.overlay import add_legend, draw_slice, fullest_slice, take_slice
 
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 LOG_NAME = "quickstart.log"
 SMALL_FEATURES = (16, 32, 64, 128)
 SMALL_PATCH_VOXELS = {2: 128 * 128, 3: 32 * 40 * 32}
-
-
-class QuickstartError(Exception):
-    """A step failed; the text says which and what to do."""
 
 
 class Steps:
@@ -45,11 +42,18 @@ class Steps:
         self.number += 1
         print(f"\n[{self.number}] {title}", flush=True)
 
-    def run(self, title: str, command: list[str], **settings: str) -> None:
-        """Run `command` (name of an installed command and its arguments) with extra environment variables."""
+    def run(
+        self, title: str, command: list[str], watch: Callable[[str], str | None] | None = None, **settings: str
+    ) -> None:
+        """Run `command` (name of an installed command and its arguments) with extra environment variables.
+
+        `watch` sees each line of output and returns what is to be shown of it, or None.
+        """
         self.announce(title)
         shown = " ".join([*(f"{key}={shlex.quote(value)}" for key, value in settings.items()), shlex.join(command)])
         print(f"    {shown}", flush=True)
+        if watch is not None:
+            print(f"    log: {self.log}", flush=True)
         start, tail = time.monotonic(), deque[str](maxlen=20)
         environment = {**self.environment, **settings}
         arguments = [find_command(command[0]), *command[1:]]
@@ -71,6 +75,10 @@ class Steps:
                 for line in process.stdout:
                     log.write(line)
                     log.flush()
+                    news = None if watch is None else watch(line)
+                    if news is not None:
+                        live_line("")
+                        print(f"    {news}", flush=True)
                     if line.strip():
                         tail.append(line.rstrip())
                         live_line(f"{time.monotonic() - start:4.0f} s  {line.strip()}")
@@ -85,6 +93,39 @@ class Steps:
                 f"Everything it wrote: {self.log}"
             )
         print(f"    done in {time.monotonic() - start:.0f} s", flush=True)
+
+
+class EpochLines:
+    """Reads nnU-Net's training output and gives one line for each finished epoch.
+
+    Args:
+        epochs: of the whole training.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self._epoch = 0
+        self._dice: list[float] = []
+        self._seconds: list[float] = []
+
+    def __call__(self, line: str) -> str | None:
+        if match := re.search(r": Epoch (\d+)\s*$", line):
+            self._epoch = int(match[1])
+        elif "Pseudo dice [" in line:
+            values = re.sub(r"np\.float\d+", "", line.partition("Pseudo dice [")[2])  # numpy 2 prints np.float64(0.5)
+            self._dice = [float(value) for value in re.findall(r"nan|\d+\.?\d*(?:e-?\d+)?", values)]
+        elif match := re.search(r"Epoch time: ([\d.]+) s", line):
+            self._seconds.append(float(match[1]))
+            return self._text()
+        return None
+
+    def _text(self) -> str:
+        done = self._epoch + 1
+        known = [value for value in self._dice if not math.isnan(value)]
+        dice = f"{sum(known) / len(known):.3f}" if known else "none (no foreground drawn)"
+        left = sum(self._seconds) / len(self._seconds) * (self.epochs - done) / 60
+        rest = "" if done >= self.epochs else f", about {left:.1f} minutes left"
+        return f"epoch {done} of {self.epochs}: pseudo Dice {dice}, {self._seconds[-1]:.0f} s{rest}"
 
 
 def live_line(text: str) -> None:
@@ -132,71 +173,6 @@ def prepare_output(folder: Path, overwrite: bool, dataset: Path | None) -> None:
     (folder / LOG_NAME).touch()
 
 
-def adopt_dataset(source: Path, raw: Path) -> Path:
-    """Link a user's raw dataset into `raw` with unseen cases set apart; `source` is only read.
-
-    Unseen are the cases with both an image in imagesTs and a label in labelsTs; if there are none, the last fifth of
-    the training cases (at least one) is held out.
-
-    Raises:
-        QuickstartError: `source` is not a raw dataset, or has fewer than two labelled cases.
-    """
-    if not re.fullmatch(r"Dataset\d{3}_.+", source.name) or not (source / "dataset.json").is_file():
-        raise QuickstartError(
-            f"--dataset {source} is no nnU-Net raw dataset: expected DatasetXXX_Name with a dataset.json"
-        )
-    description = read_description(source)
-    ending = description["file_ending"]
-    training, unseen = (labelled_cases(source, split, description) for split in ("Tr", "Ts"))
-    if not unseen:
-        if len(training) < 2:
-            raise QuickstartError(f"--dataset {source} has {len(training)} labelled case(s): at least 2 are needed")
-        for case in sorted(training)[-max(1, len(training) // 5) :]:
-            unseen[case] = training.pop(case)
-        print(f"    no labelled test cases: the last {len(unseen)} training case(s) are held out as unseen")
-
-    folder = raw / source.name
-    for split, cases in (("Tr", training), ("Ts", unseen)):
-        for case, files in cases.items():
-            *images, label = files
-            for channel, image in enumerate(images):
-                link(image, folder / f"images{split}" / f"{case}_{channel:04d}{ending}")
-            link(label, folder / f"labels{split}" / f"{case}{ending}")
-            for kind, file in (("images", images[0]), ("labels", label)):
-                sidecar = file.with_name(f"{case}.json")  # spacing of TIFF files
-                if sidecar.is_file():
-                    link(sidecar, folder / f"{kind}{split}" / sidecar.name)
-    description.pop("dataset", None)  # an explicit file list: the links follow the standard layout
-    description["numTraining"] = len(training)
-    (folder / "dataset.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
-    return folder
-
-
-def labelled_cases(dataset: Path, split: str, description: dict[str, Any]) -> dict[str, list[Path]]:
-    """Case -> its images in the order of the channels, then its label; cases without one of both are left out."""
-    if split == "Tr" and "dataset" in description:  # an explicit list, relative to the dataset's folder
-        listed = description["dataset"].items()
-        return {c: [dataset / os.path.expandvars(f) for f in (*files["images"], files["label"])] for c, files in listed}
-    ending, cases = description["file_ending"], {}
-    images = sorted((dataset / f"images{split}").glob(f"*{ending}"))
-    for label in sorted((dataset / f"labels{split}").glob(f"*{ending}")):
-        case = label.name[: -len(ending)]
-        pattern = re.compile(re.escape(case) + r"_\d{4}" + re.escape(ending))
-        channels = [image for image in images if pattern.fullmatch(image.name)]
-        if channels:
-            cases[case] = [*channels, label]
-    return cases
-
-
-def link(source: Path, target: Path) -> None:
-    """Symbolic link, or a copy where the system refuses links (Windows without developer mode)."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        target.symlink_to(source.resolve())
-    except OSError:
-        shutil.copy2(source, target)
-
-
 def reduce_plans(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     """A copy of nnU-Net's plans: at most four stages of 16-128 features, one convolution each, small patch, batch of 2.
 
@@ -220,11 +196,6 @@ def reduce_plans(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     settings["patch_size"] = [max(s, round(p * scale / s) * s) for p, s in zip(patch, total_stride)]
     settings["batch_size"] = 2
     return {**plans, "plans_name": f"{plans['plans_name']}_small", "configurations": {configuration: settings}}
-
-
-def read_description(dataset: Path) -> dict[str, Any]:
-    """The contents of a dataset's dataset.json."""
-    return json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
 
 
 def reader_for(dataset: Path, file: Path) -> BaseReaderWriter:
@@ -293,4 +264,6 @@ def report(summary: dict[str, Any], description: dict[str, Any]) -> float:
         print(f"    {names.get(key, key):<24} {metrics['Dice']:.3f}")
     mean = float(summary["foreground_mean"]["Dice"])
     print(f"    {'mean':<24} {mean:.3f}", flush=True)
+    if not any(metrics["Dice"] > 0 for metrics in summary["mean"].values()):
+        print("    the network has not left the background yet: raise --iterations", flush=True)
     return mean

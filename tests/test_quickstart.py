@@ -23,6 +23,14 @@ def steps(monkeypatch):
 
 
 @pytest.fixture
+def data(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import quickstart_data
+
+    return quickstart_data
+
+
+@pytest.fixture
 def quickstart(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import quickstart
@@ -72,6 +80,24 @@ def test_absent_device_is_refused(steps, monkeypatch):
         steps.choose_device("cuda")
 
 
+def test_a_training_shows_each_epoch_and_where_its_log_is(steps, monkeypatch, tmp_path, capsys):
+    code = """
+for epoch, dice in enumerate(("[0.0, 0.5]", "[np.float32(0.25), np.float64(nan)]", "[nan, nan]")):
+    print(f"2026-11-20 18:00:00.1: Epoch {epoch} ")
+    print(f"2026-11-20 18:00:00.1: Pseudo dice {dice} ")
+    print("2026-11-20 18:00:00.1: Epoch time: 90.0 s ")
+"""
+    monkeypatch.setattr(steps, "find_command", lambda name: sys.executable)
+    steps.Steps(tmp_path / "log", {}).run("Train", ["python", "-c", code], watch=steps.EpochLines(3))
+    shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert f"log: {tmp_path / 'log'}" in shown
+    assert [line for line in shown if line.startswith("epoch ")] == [
+        "epoch 1 of 3: pseudo Dice 0.250, 90 s, about 3.0 minutes left",
+        "epoch 2 of 3: pseudo Dice 0.250, 90 s, about 1.5 minutes left",
+        "epoch 3 of 3: pseudo Dice none (no foreground drawn), 90 s",
+    ]
+
+
 # --- the output folder
 
 
@@ -104,10 +130,11 @@ def test_overwrite_does_not_remove_the_dataset_it_is_to_use(steps, tmp_path):
 # --- a user's dataset
 
 
-def test_adopted_dataset_holds_out_the_last_fifth_and_leaves_the_source_alone(steps, tmp_path):
+def test_adopted_dataset_holds_out_the_last_fifth_and_leaves_the_source_alone(data, tmp_path, capsys):
     source = write_phantom_dataset(tmp_path / "user", 12, num_train=6, num_test=0, **TINY)
     before = {name: (source / name).read_bytes() for name in _names(source)}
-    folder = steps.adopt_dataset(source, tmp_path / "raw")
+    folder = data.adopt_dataset(source, tmp_path / "raw")
+    assert "held out by name, not by patient" in capsys.readouterr().out
     assert folder == tmp_path / "raw" / "Dataset012_Phantom"
     assert len(_names(folder / "imagesTr")) == len(_names(folder / "labelsTr")) == 5
     assert _names(folder / "imagesTs") == ["phantom_005_0000.nii.gz"]
@@ -116,15 +143,15 @@ def test_adopted_dataset_holds_out_the_last_fifth_and_leaves_the_source_alone(st
     assert {name: (source / name).read_bytes() for name in _names(source)} == before
 
 
-def test_adopted_dataset_keeps_its_own_labelled_test_cases(steps, tmp_path):
+def test_adopted_dataset_keeps_its_own_labelled_test_cases(data, tmp_path):
     source = write_phantom_dataset(tmp_path / "user", 12, num_train=2, num_test=2, channels=2, **TINY)
     (source / "labelsTs" / "phantom_003.nii.gz").unlink()  # one unlabelled test case: of no use for evaluation
-    folder = steps.adopt_dataset(source, tmp_path / "raw")
+    folder = data.adopt_dataset(source, tmp_path / "raw")
     assert len(_names(folder / "labelsTr")) == 2
     assert _names(folder / "imagesTs") == ["phantom_002_0000.nii.gz", "phantom_002_0001.nii.gz"]
 
 
-def test_adopted_dataset_may_list_its_files(steps, tmp_path):
+def test_adopted_dataset_may_list_its_files(data, tmp_path):
     source = write_phantom_dataset(tmp_path / "user", 12, num_train=2, num_test=0, **TINY)
     (source / "imagesTr").rename(source / "scans")
     description = json.loads((source / "dataset.json").read_text())
@@ -133,19 +160,61 @@ def test_adopted_dataset_may_list_its_files(steps, tmp_path):
         for case in ("000", "001")
     }
     (source / "dataset.json").write_text(json.dumps(description))
-    folder = steps.adopt_dataset(source, tmp_path / "raw")
+    folder = data.adopt_dataset(source, tmp_path / "raw")
     assert _names(folder / "imagesTr") == ["000_0000.nii.gz"] and _names(folder / "labelsTs") == ["001.nii.gz"]
     assert "dataset" not in json.loads((folder / "dataset.json").read_text())
 
 
-def test_what_is_no_dataset_is_refused(steps, tmp_path):
+def test_what_is_no_dataset_is_refused(data, tmp_path):
     (tmp_path / "Dataset001_Empty").mkdir()
     for folder in (tmp_path / "Dataset001_Empty", tmp_path / "missing"):
-        with pytest.raises(steps.QuickstartError, match="no nnU-Net raw dataset"):
-            steps.adopt_dataset(folder, tmp_path / "raw")
+        with pytest.raises(data.QuickstartError, match="no nnU-Net raw dataset"):
+            data.adopt_dataset(folder, tmp_path / "raw")
     single = write_phantom_dataset(tmp_path, 2, num_train=1, num_test=0, **TINY)
-    with pytest.raises(steps.QuickstartError, match="at least 2"):
-        steps.adopt_dataset(single, tmp_path / "raw")
+    with pytest.raises(data.QuickstartError, match="at least 2"):
+        data.adopt_dataset(single, tmp_path / "raw")
+
+
+GROUPED = [  # two cases of each of five patients, one left out
+    {"train": ["phantom_002", "phantom_003", "phantom_004", "phantom_005"], "val": ["phantom_000", "phantom_001"]},
+    {"train": ["phantom_000", "phantom_001", "phantom_004", "phantom_005"], "val": ["phantom_002", "phantom_003"]},
+    {"train": ["phantom_000", "phantom_001", "phantom_002", "phantom_003"], "val": ["phantom_004", "phantom_005"]},
+]
+
+
+def test_a_known_split_says_what_is_held_out_and_keeps_groups_together(data, tmp_path, capsys):
+    source = write_phantom_dataset(tmp_path / "user", 12, num_train=7, num_test=0, **TINY)
+    folder = data.adopt_dataset(source, tmp_path / "raw", GROUPED, Path("splits_final.json"))
+    shown = capsys.readouterr().out
+    assert "fold 0 in splits_final.json" in shown and "not by patient" not in shown
+    assert _names(folder / "labelsTs") == ["phantom_000.nii.gz", "phantom_001.nii.gz"]
+    trained = [name.removesuffix(".nii.gz") for name in _names(folder / "labelsTr")]
+    assert trained == ["phantom_002", "phantom_003", "phantom_004", "phantom_005"]  # whose phantom_006 is, nobody says
+    assert data.inner_splits(GROUPED, trained) == [
+        {"train": ["phantom_004", "phantom_005"], "val": ["phantom_002", "phantom_003"]},
+        {"train": ["phantom_002", "phantom_003"], "val": ["phantom_004", "phantom_005"]},
+    ]
+    assert data.inner_splits(GROUPED[:1], trained) == []
+    assert data.inner_splits([{"train": trained, "val": trained}], trained) == []
+
+
+def test_a_split_of_other_cases_is_not_used(data, tmp_path, capsys):
+    source = write_phantom_dataset(tmp_path / "user", 12, num_train=2, num_test=0, **TINY)
+    folder = data.adopt_dataset(source, tmp_path / "raw", [{"train": ["a"], "val": ["b"]}], Path("splits_final.json"))
+    assert _names(folder / "labelsTs") == ["phantom_001.nii.gz"]
+    shown = capsys.readouterr().out
+    assert "splits_final.json is of other cases" in shown and "not by patient" in shown
+
+
+def test_a_split_file_is_read_or_refused(data, tmp_path):
+    path = tmp_path / "splits_final.json"
+    assert data.read_splits(path) == []
+    path.write_text(json.dumps(GROUPED))
+    assert data.read_splits(path) == GROUPED
+    for text in ('[{"train": ["a"]}]', "[1]", "{", "3"):
+        path.write_text(text)
+        with pytest.raises(data.QuickstartError, match="is no split file of nnU-Net"):
+            data.read_splits(path)
 
 
 # --- reduced plans, names, picture
@@ -235,6 +304,14 @@ def test_report_prints_every_class_and_returns_the_mean(steps, capsys):
     assert "2 unseen" in shown and "liver" in shown and "0.500" in shown
 
 
+@pytest.mark.parametrize(("dice", "hint"), [((0.0, float("nan")), True), ((0.0, 0.01), False)])
+def test_a_network_that_predicts_background_only_is_called_that(steps, capsys, dice, hint):
+    mean = {str(label): {"Dice": value} for label, value in enumerate(dice, 1)}
+    summary = {"metric_per_case": [{}], "mean": mean, "foreground_mean": {"Dice": 0.0}}
+    steps.report(summary, {"labels": {"background": 0, "liver": 1, "spleen": 2}})
+    assert ("has not left the background yet: raise --iterations" in capsys.readouterr().out) == hint
+
+
 # --- the script
 
 
@@ -271,6 +348,7 @@ def test_reduced_run_through_the_real_commands(tmp_path):
     assert "the model did not learn" in done.stderr, done.stdout + done.stderr
     assert done.returncode == 1
     assert (output / "overlay.png").is_file() and (output / "predictions" / "phantom_005.nii.gz").is_file()
+    assert "epoch 1 of 1: pseudo Dice" in done.stdout, done.stdout
     assert "nnUNetPlans_small" in done.stdout and "-tr nnUNetTrainerMedContext" in done.stdout
     assert json.loads((output / "dice.json").read_text())["foreground_mean"]["Dice"] < 0.8
     assert not (EXAMPLES / "nnUNet_raw").exists()

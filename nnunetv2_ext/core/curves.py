@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ _TITLES = {
     "lrs": "learning rate",
     "epoch_seconds": "epoch duration [s]",
 }
+# Shares: always in one panel from 0 to 1, so that classes and runs can be compared by eye.
+_SHARES = (_TITLES["mean_fg_dice"], _TITLES["dice_per_class_or_region"])
+_PER_CLASS = "dice_per_class_or_region/class_"  # nnU-Net counts the foreground classes or regions from 1
 
 
 def figure_names(rows: Mapping[int, Row]) -> list[str]:
@@ -32,8 +35,17 @@ def figure_names(rows: Mapping[int, Row]) -> list[str]:
     return list(dict.fromkeys(name for epoch in sorted(rows) for name in rows[epoch]))
 
 
-def draw_curves(rows: Mapping[int, Row], title: str) -> bytes:
-    """The progress plot as PNG: panels of one group each, three in a row."""
+def draw_curves(
+    rows: Mapping[int, Row], title: str, class_names: Sequence[str] = (), without_weight: Collection[str] = ()
+) -> bytes:
+    """The progress plot as PNG: panels of one group each, three in a row.
+
+    Args:
+        rows: the figures of each epoch.
+        title: above everything.
+        class_names: of the foreground classes or regions, in the order in which nnU-Net numbers them.
+        without_weight: figures to be marked as logged only.
+    """
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -55,7 +67,8 @@ def draw_curves(rows: Mapping[int, Row], title: str) -> bytes:
             line, column = divmod(index, columns)
             bottom = height - 0.5 - sum(heights[:line]) - 2.8
             axes = figure.add_axes(((5.0 * column + 0.7) / width, bottom / height, 4.1 / width, 2.45 / height))
-            _draw_panel(axes, rows, name, members)
+            labels = {member: _label(member, class_names, member in without_weight) for member in members}
+            _draw_panel(axes, rows, name, labels)
         png = io.BytesIO()
         figure.savefig(png, format="png", pil_kwargs={"compress_level": 3})
     return png.getvalue()
@@ -69,6 +82,9 @@ def _panels(rows: Mapping[int, Row]) -> list[tuple[str, list[str]]]:
         groups.setdefault(_TITLES.get(group, group), []).append(name)
     panels = []
     for title, names in groups.items():
+        if title in _SHARES:
+            panels.append((title, names))
+            continue
         spans = {name: max(v) - min(v) if (v := _finite(rows, [name])) else 0.0 for name in names}
         # A small term beside a large one is a flat line unless the scale is logarithmic: it gets a panel of its own.
         flat = max(spans.values()) / _FLAT if not _needs_log_scale(_finite(rows, names)) else 0.0
@@ -86,11 +102,20 @@ def _needs_log_scale(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) > 100 * min(values)
 
 
-def _draw_panel(axes: Axes, rows: Mapping[int, Row], title: str, names: Sequence[str]) -> None:
+def _label(name: str, class_names: Sequence[str], without_weight: bool) -> str:
+    number = name.removeprefix(_PER_CLASS)
+    if number != name and number.isdecimal() and 1 <= int(number) <= len(class_names):
+        return class_names[int(number) - 1]
+    return name.split("/", 1)[-1] + (" (weight 0)" if without_weight else "")
+
+
+def _draw_panel(axes: Axes, rows: Mapping[int, Row], title: str, labels: Mapping[str, str]) -> None:
     from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
-    _draw_series(axes, rows, names)
-    if _needs_log_scale(_finite(rows, names)):
+    _draw_series(axes, rows, labels)
+    if title in _SHARES:
+        axes.set_ylim(-0.02, 1.02)
+    elif _needs_log_scale(_finite(rows, labels)):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -108,19 +133,18 @@ def _legend_lines(figures: int) -> int:
     return math.ceil(min(figures, _SERIES_IN_LEGEND) / 2)
 
 
-def _draw_series(axes: Axes, rows: Mapping[int, Row], names: Sequence[str]) -> None:
-    """Draw the figures of one panel and the legend below it."""
+def _draw_series(axes: Axes, rows: Mapping[int, Row], labels: Mapping[str, str]) -> None:
+    """Draw the figures (the keys of ``labels``) of one panel and the legend below it."""
     from matplotlib import colormaps
 
     epochs = sorted(rows)
     handles = []
-    for index, name in enumerate(names):
+    for index, (name, label) in enumerate(labels.items()):
         # A figure not taken in an epoch is bridged by the line; one that was NaN or infinite leaves a gap.
         x = [epoch for epoch in epochs if name in rows[epoch]]
         y = [v if math.isfinite(v) else math.nan for v in (float(rows[epoch][name]) for epoch in x)]
         finite = [v for v in y if not math.isnan(v)]
-        colour = f"C{index}" if len(names) <= 10 else colormaps["viridis"](index / (len(names) - 1))
-        label = name.split("/", 1)[-1]
+        colour = f"C{index}" if len(labels) <= 10 else colormaps["viridis"](index / (len(labels) - 1))
         label += f"  {finite[-1]:.4g}" if finite else "  no finite value"
         marked = list(range(len(y))) if len(y) <= 30 else _alone(y)
         (handle,) = axes.plot(x, y, color=colour, linewidth=1.3, marker="o", markersize=3, markevery=marked)

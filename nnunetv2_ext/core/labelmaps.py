@@ -19,6 +19,11 @@ def class_names(dataset_json: dict, labels: LabelManager) -> dict[int, str]:
     return classes
 
 
+def foreground_names(dataset_json: dict, labels: LabelManager) -> list[str]:
+    """Names of the foreground classes or regions in the order in which nnU-Net lists their Dice."""
+    return [name for _, name in sorted(class_names(dataset_json, labels).items()) if name != "ignore"]
+
+
 def logits_to_labels(logits: Tensor, labels: LabelManager) -> np.ndarray:
     """(heads, *S) to one value per voxel: the class, or 1 + index of the last region that contains the voxel."""
     if not labels.has_regions:

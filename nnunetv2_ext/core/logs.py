@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ class EpochLog:
         enabled: False on all ranks but the first: every method then does nothing.
         tensorboard: Also write the figures as TensorBoard events to `folder/tensorboard`.
         warn: Gets one line of text for each problem, e.g. `trainer.print_to_log_file`.
+        class_names: Of the foreground classes or regions, in nnU-Net's order; for the plot's legend.
+
+    Attributes:
+        class_names: As given.
+        without_weight: Names of figures that the plot marks as terms of weight 0.
 
     Raises:
         ValueError: `tensorboard` is asked for and not installed.
@@ -44,6 +49,7 @@ class EpochLog:
         enabled: bool = True,
         tensorboard: bool = False,
         warn: Callable[[str], None] = print,
+        class_names: Sequence[str] = (),
     ) -> None:
         self.folder = Path(folder)
         self.csv_path = self.folder / "epochs.csv"
@@ -51,6 +57,8 @@ class EpochLog:
         self.enabled = enabled
         self.config: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
+        self.without_weight: Collection[str] = ()
+        self.class_names = list(class_names)
         self._warn = warn
         self._rows: dict[int, Row] = {}
         self._started_at: dict[int, float] = {}
@@ -118,7 +126,8 @@ class EpochLog:
             return
         path = self.plot_path if path is None else Path(path)
         try:
-            png = draw_curves(self._rows, f"{self.folder.name}, up to epoch {max(self._rows)} (legend: last value)")
+            title = f"{self.folder.name}, up to epoch {max(self._rows)} (legend: last value)"
+            png = draw_curves(self._rows, title, self.class_names, self.without_weight)
             atomic_write(path, lambda file: file.write(png))
         except Exception as error:  # a picture is never worth a training run, whatever matplotlib raises
             self._warn(f"could not draw {path} ({type(error).__name__}: {error}); training goes on")

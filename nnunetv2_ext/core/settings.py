@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -326,8 +326,7 @@ def _validate(model: type[CommonSettings], values: Mapping[str, Any], sources: M
     nested: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=3, cutoff=0.5)
-            near += [k for k in fields if k.rpartition(".")[2] == key.rpartition(".")[2] and k not in near]
+            near = _nearest(key, list(fields))
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise ValueError(
                 f"unknown setting {key!r} (from {sources[key]}): {hint}"
@@ -339,6 +338,28 @@ def _validate(model: type[CommonSettings], values: Mapping[str, Any], sources: M
         return model.model_validate(nested)
     except ValidationError as error:
         raise ValueError(_one_line(error, fields, sources)) from None
+
+
+def _nearest(key: str, known: Sequence[str]) -> list[str]:
+    """What ``key`` may have meant: the one known key it is a slip of, else up to three, nearest first."""
+    distance = {k: min(_edits(key, k), _edits(key.rpartition(".")[2], k.rpartition(".")[2])) for k in known}
+    ranked = sorted(known, key=distance.__getitem__)
+    # one or two letters off, or in another block, and the next one at least two letters further away
+    if distance[ranked[0]] <= 2 and (len(ranked) == 1 or distance[ranked[1]] >= distance[ranked[0]] + 2):
+        return ranked[:1]
+    near = [k for k in ranked if distance[k] <= 2]
+    near += [k for k in difflib.get_close_matches(key, known, n=3, cutoff=0.5) if k not in near]
+    return near[:3]
+
+
+def _edits(a: str, b: str) -> int:
+    """Levenshtein distance: insertions, deletions and replacements of letters that turn ``a`` into ``b``."""
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
+    return row[-1]
 
 
 def _one_line(error: ValidationError, fields: Mapping[str, FieldInfo], sources: Mapping[str, str]) -> str:

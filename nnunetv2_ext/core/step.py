@@ -82,7 +82,11 @@ class LossPass:
 
 
 def backward_passes(
-    passes: Sequence[LossPass], network: nn.Module, device: torch.device, grad_scaler: torch.amp.GradScaler | None
+    passes: Sequence[LossPass],
+    network: nn.Module,
+    device: torch.device,
+    grad_scaler: torch.amp.GradScaler | None,
+    weights: dict[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """Run forward and backward of each pass in turn; gradients add up in the parameters.
 
@@ -94,6 +98,7 @@ def backward_passes(
         network: the trained network, wrapped for DDP or not.
         device: autocast is used on CUDA only, as nnU-Net does.
         grad_scaler: scales each loss, or None.
+        weights: if given, gets the weight of every term, its pass's included.
 
     Returns:
         Every term's unweighted value, 0-dim, detached, on the device.
@@ -121,6 +126,8 @@ def backward_passes(
                     f"and not {' or '.join(RESERVED)}"
                 )
             values[name] = term.value.detach()
+            if weights is not None:
+                weights[name] = term.weight * loss_pass.weight
         del terms, total  # their graphs, before the next pass builds its own
     return values
 

@@ -7,8 +7,9 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class ExtTrainer(ResumableTrainer):
 
     last_batch: dict | None = None  # the loader's, on the CPU, for pictures
     _nonfinite_steps = 0
+    _term_weights: Mapping[str, float] = MappingProxyType({})  # of each term, when it was last computed
 
     # ---- one step ----------------------------------------------------------------------------------------------------
     def forward(self, batch: Batch, network: Callable[[Tensor], Any] | None = None) -> Any:
@@ -81,7 +83,9 @@ class ExtTrainer(ResumableTrainer):
         self.last_batch = batch
         on_device = Batch.from_loader(batch, self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        values = backward_passes(self.loss_passes(on_device), self.network, self.device, self.grad_scaler)
+        weights: dict[str, float] = {}
+        values = backward_passes(self.loss_passes(on_device), self.network, self.device, self.grad_scaler, weights)
+        self._term_weights = {**self._term_weights, **weights}  # a term need not be in every step
         if self.grad_scaler is None:
             figures = self._read(values | {"grad_norm": self.clip_gradients()})
             self._require_finite(figures, on_device)
@@ -154,6 +158,7 @@ class ExtTrainer(ResumableTrainer):
         averaged = {name: float(np.mean([rank[name] for rank in per_rank if name in rank])) for name in means}
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
         if self.epoch_log is not None:
+            self.epoch_log.without_weight = {f"loss/{name}" for name, w in self._term_weights.items() if w == 0}
             self.epoch_log.add(averaged | self._try_epoch_figures(), self.current_epoch)
 
     def _try_epoch_figures(self) -> dict[str, float]:

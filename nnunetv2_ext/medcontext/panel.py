@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -17,6 +18,7 @@ from nnunetv2_ext.core.overlay import draw_slice, fullest_slice, label_colours, 
 from nnunetv2_ext.medcontext.diagnosis import Diagnosis
 
 HIDDEN_COLOUR = (0.55, 0.0, 0.75)
+AXES_NOTE = "axis 0, 1, 2: axes of the preprocessed array, not of the patient"
 
 
 def draw_panel(
@@ -28,6 +30,8 @@ def draw_panel(
     spacing: Sequence[float] | None = None,
 ) -> None:
     """Write the picture: columns image, mask, target, student on x, student on m(x), teacher on x (if there is one).
+
+    A column whose label map is background throughout says so. The slices cut the axes of the preprocessed array.
 
     Args:
         result: what to draw.
@@ -46,13 +50,15 @@ def draw_panel(
     # the fullest slice is meant to show organs, not the one with the largest unannotated part
     ignored = [value for value, name in classes.items() if name == "ignore"]
     organs = np.where(np.isin(target, ignored), 0, target)
+    shown = [value for value in classes if value not in ignored]
+    empty = [name for name, label in maps.items() if not np.isin(label, shown).any()]
     columns, cuts = len(maps) + 2, [None] if image.ndim == 2 else [0, 1, 2]
     # nnU-Net's progress plot calls seaborn.set(font_scale=2.5), which changes the fonts of the whole process
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(2.35 * columns, 2.5 * len(cuts) + 1.0), layout="constrained")
-        figure.suptitle(
-            f"{title}: {result.case}, patch {' x '.join(map(str, image.shape))}, {result.hidden.mean():.0%} hidden"
-        )
+        size = " x ".join(map(str, image.shape))
+        caption = f"{title}: {result.case}, patch {size}, {result.hidden.mean():.0%} hidden"
+        figure.suptitle(caption if image.ndim == 2 else f"{caption}\n{AXES_NOTE}", fontsize=11)
         grid = figure.subplots(len(cuts), columns, squeeze=False)
         window = tuple(np.percentile(image, (1, 99.5)))
         for row, axis in zip(grid, cuts, strict=True):
@@ -69,6 +75,8 @@ def draw_panel(
             row[1].imshow(cover, origin="lower", interpolation="nearest", aspect=row[1].get_aspect())
             for cell, (name, label) in zip(row[2:], maps.items(), strict=True):
                 draw_slice(cell, _cut(image, axis, index), _cut(label, axis, index), classes, title=name, **options)
+                if name in empty:
+                    _write_over(cell, "no foreground")
         # of a hundred organs only those in this patch
         present = set(np.unique(np.concatenate([np.unique(label) for label in maps.values()])).tolist())
         colours = {value: colour for value, colour in label_colours(classes).items() if value in present}
@@ -76,6 +84,11 @@ def draw_panel(
         handles.append(Patch(color=HIDDEN_COLOUR, label="hidden from the student"))
         figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False)
         figure.savefig(path, dpi=110)
+
+
+def _write_over(cell: Axes, text: str) -> None:
+    box = {"facecolor": "black", "alpha": 0.6, "edgecolor": "none"}
+    cell.text(0.5, 0.04, text, transform=cell.transAxes, ha="center", va="bottom", color="white", fontsize=9, bbox=box)
 
 
 def _cut(volume: np.ndarray, axis: int | None, index: int | None) -> np.ndarray:

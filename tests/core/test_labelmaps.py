@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_ext.core.labelmaps import class_names, logits_to_labels, target_to_labels
+from nnunetv2_ext.core.labelmaps import class_names, foreground_names, logits_to_labels, target_to_labels
 
 CLASSES = {"labels": {"background": 0, "liver": 1, "spleen": 2}}
 CLASSES_IGNORE = {"labels": {"background": 0, "liver": 1, "spleen": 2, "ignore": 3}}
@@ -24,6 +24,12 @@ def manager(dataset_json: dict) -> LabelManager:
 def test_names_of_classes_are_those_of_the_dataset():
     assert class_names(CLASSES, manager(CLASSES)) == {1: "liver", 2: "spleen"}
     assert class_names(CLASSES_IGNORE, manager(CLASSES_IGNORE)) == {1: "liver", 2: "spleen", 3: "ignore"}
+
+
+def test_names_of_the_foreground_are_in_the_order_of_nnunets_dice():
+    shuffled = {"labels": {"spleen": 2, "background": 0, "ignore": 3, "liver": 1}}
+    assert foreground_names(shuffled, manager(shuffled)) == ["liver", "spleen"]
+    assert foreground_names(REGIONS_IGNORE, manager(REGIONS_IGNORE)) == ["whole", "core"]
 
 
 def test_regions_are_numbered_in_the_order_of_the_network_s_heads():

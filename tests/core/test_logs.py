@@ -260,6 +260,29 @@ def test_small_term_beside_a_large_one_gets_a_readable_panel(tmp_path, monkeypat
     assert panels["loss/consistency"].get_ylim()[1] < 0.03
 
 
+def test_dice_of_all_classes_share_one_panel_from_0_to_1_by_name(tmp_path, monkeypatch):
+    axes = capture_axes(monkeypatch)
+    dice = {1: [0.0, 0.001], 2: [0.1, 0.9], 3: [0.001, 0.9]}  # would be split, or on a logarithmic scale
+    figures = {f"dice_per_class_or_region/class_{label}": values for label, values in dice.items()}
+    filled(tmp_path, {**figures, "mean_fg_dice": [0.1, 0.2]}, class_names=["liver", "spleen"]).plot()
+    panels = axes()
+    assert list(panels) == ["pseudo Dice per class or region", "pseudo Dice, foreground mean"]
+    for panel in panels.values():
+        low, high = panel.get_ylim()
+        assert panel.get_yscale() == "linear" and -0.1 < low <= 0 and 1 <= high < 1.1
+    texts = [text.get_text() for text in panels["pseudo Dice per class or region"].get_legend().get_texts()]
+    assert texts == ["liver  0.001", "spleen  0.9", "class_3  0.9"]
+
+
+def test_terms_of_weight_0_are_marked(tmp_path, monkeypatch):
+    axes = capture_axes(monkeypatch)
+    log = filled(tmp_path, {"loss/clean": [1.0, 0.5], "loss/masked": [1.0, 0.4]})
+    log.without_weight = {"loss/masked"}
+    log.plot()
+    texts = [text.get_text() for text in axes()["loss"].get_legend().get_texts()]
+    assert texts == ["clean  0.5", "masked (weight 0)  0.4"]
+
+
 def test_gaps_are_shown_and_missing_epochs_bridged(tmp_path, monkeypatch):
     axes = capture_axes(monkeypatch)
     nan, inf = float("nan"), float("inf")

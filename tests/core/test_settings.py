@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -338,3 +339,32 @@ def test_written_settings_resolve_to_the_same_settings(tmp_path_factory, plans):
     path.write_text(yaml.safe_dump(flatten(first), sort_keys=False), encoding="utf-8")
     second = resolve(MEDCONTEXT, environment=str(path)).settings
     assert second == first and flatten(second) == flatten(first)
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("medcontext.mask_ration", ["medcontext.mask_ratio"]),
+        ("medcontext.mask_ratoi", ["medcontext.mask_ratio"]),
+        ("mask_ratio", ["medcontext.mask_ratio"]),  # the method's name forgotten
+        ("medcontext.seed", ["seed"]),
+        ("num_epoch", ["num_epochs"]),
+        ("medcontext.mask_evry", ["medcontext.masked_every", "medcontext.mask_ratio"]),  # two letters, but one of many
+        ("something_else_altogether", []),
+    ],
+)
+def test_an_unknown_key_offers_the_nearest_alone_where_it_is_clearly_meant(typed, offered):
+    with pytest.raises(ValueError, match="unknown setting") as error:
+        resolve(MEDCONTEXT, environment=f"{typed}=1")
+    found = str(error.value).partition("did you mean ")[2].partition("?")[0]
+    keys = found.split(" or ") if found else []
+    assert keys[: len(offered)] == offered and len(keys) <= max(3 * (len(offered) > 1), len(offered))
+    if len(offered) == 1:
+        assert keys == offered
+
+
+def test_the_readmes_example_of_an_unknown_setting_is_what_is_printed():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="unknown setting") as error:
+        resolve(MEDCONTEXT, environment="medcontext.mask_ration=0.6")
+    assert f"`{str(error.value).partition('? `')[0]}?" in readme

@@ -58,7 +58,9 @@ def test_weights_of_terms_and_passes_multiply():
         return {"square": Term((output**2).mean(), 0.5), "mean": Term(output.mean(), 3.0)}
 
     passes = [LossPass("two", two_terms, 2.0), one_term("last", forward_loss(ours, second), 0.25)]
-    values = backward_passes(passes, ours, CPU, None)
+    weights: dict[str, float] = {}
+    values = backward_passes(passes, ours, CPU, None, weights)
+    assert weights == {"square": 1.0, "mean": 6.0, "last": 0.25}
     output = oracle(first)
     (1.0 * (output**2).mean() + 6.0 * output.mean() + 0.25 * forward_loss(oracle, second)()).backward()
     for a, b in zip(gradients(ours), gradients(oracle)):

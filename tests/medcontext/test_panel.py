@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import matplotlib
@@ -63,8 +64,10 @@ def test_the_picture_says_what_it_shows(figures, tmp_path, kind, shape):
     assert pixels.shape[0] > 250 and pixels.shape[1] > 1200 and pixels[..., :3].std() > 0.1
     (figure,) = figures
     size = " x ".join(map(str, shape))
-    assert figure.get_suptitle() == f"nnUNetTrainerX, epoch 3: case_7, patch {size}, 50% hidden"
     rows = len(shape) if len(shape) == 3 else 1
+    first, *second = figure.get_suptitle().splitlines()
+    assert first == f"nnUNetTrainerX, epoch 3: case_7, patch {size}, 50% hidden"
+    assert second == ([panel.AXES_NOTE] if rows == 3 else []) and "array" in panel.AXES_NOTE
     assert len(figure.axes) == 6 * rows
     assert titles(figure)[:6] == [
         f"image ({'axis 0, slice 3' if rows == 3 else '2-D patch'})",
@@ -131,6 +134,16 @@ def test_the_legend_names_only_what_is_in_the_picture(figures, tmp_path):
     draw_panel(made_up((12, 16, 14)), tmp_path / "p.png", "t", {"labels": table}, LabelManager(table, None))
     entries = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert entries == ["organ_1", "organ_2", "hidden from the student"]
+
+
+@pytest.mark.parametrize("kind", ["classes", "ignore", "regions"])
+def test_a_column_without_foreground_says_so(figures, tmp_path, kind):
+    result = made_up((12, 16, 14), ignore=3 if kind == "ignore" else None)
+    nothing = np.zeros_like(result.masked)
+    draw(dataclasses.replace(result, masked=nothing, teacher=nothing), tmp_path / "p.png", kind)
+    written = {axes.get_title() for axes in figures[0].axes if [t.get_text() for t in axes.texts] == ["no foreground"]}
+    assert written == {"student, masked patch", "teacher, whole patch"}
+    assert sum(len(axes.texts) for axes in figures[0].axes) == 6, "once in each of three cuts"
 
 
 def test_a_patch_without_any_structure_is_drawn(figures, tmp_path):

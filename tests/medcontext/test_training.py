@@ -213,6 +213,7 @@ def test_supervision_of_weight_0_in_the_masked_pass_is_logged_and_teaches_nothin
     figures = train(trainer, [batch])[0]
     train(plain, [batch])
     assert np.isfinite(figures["masked_supervised"])
+    assert trainer._term_weights == {"masked_supervised": 0, "consistency": 2, "supervised": 2}
     for ours, theirs in zip(trainer.network.parameters(), plain.network.parameters()):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, 2 * theirs.grad, rtol=1e-5, atol=1e-7)
@@ -659,6 +660,8 @@ def test_a_run_frees_the_teacher_logs_every_figure_and_can_load_the_best_checkpo
         "medcontext/gradient_ratio",
     ):
         assert all(np.isfinite(float(row[name])) for row in rows), name
+    assert trainer.epoch_log.without_weight == {"loss/masked_supervised"}
+    assert trainer.epoch_log.class_names == list(trainer.dataset_json["labels"])[1:]
     assert float(rows[1]["medcontext/momentum"]) == pytest.approx(1 - 1 / 6), "of the update after step 5"
     assert sorted(p.name for p in folder.glob("panel_*.png")) == ["panel_epoch_0000.png", "panel_epoch_0001.png"]
 
