@@ -114,6 +114,7 @@ setup(
         "test": [
             "pytest>=7.4",
             "pytest-timeout>=2.2",
+            "pytest-xdist>=3.2",
             "hypothesis>=6.90",
             "packaging>=22",
             "monai>=1.4",  # an oracle for surface distances

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset, in_workers
-from nnunetv2_ext.rada.embed import CaseSource
+from nnunetv2_ext.rada.cases import CaseSource
 from nnunetv2_ext.rada.fingerprint import needs_fix
 from nnunetv2_ext.rada.preprocessed import cache_root, case_sources, plans_key
 from nnunetv2_ext.rada.propagate import propagate_cases
@@ -133,13 +133,23 @@ class SparseTraining(ExtTrainer):
         labelled = {case for case, annotation in annotations.items() if annotation.labelled}
         if self.fold == "all":
             train, validation = super().do_split()
+            self._require_labelled_among_chosen(train, labelled)
             return train, [case for case in validation if case in labelled]
         file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
         subjects = recorded_subjects(self.dataset_json)
         if write_split_if_absent(file, labelled, set(annotations) - labelled, subjects):
             self.print_to_log_file(f"RADA wrote {file}: unlabelled cases are in every fold's training part.")
         train, validation = super().do_split()
+        self._require_labelled_among_chosen(train, labelled)
         return clean_fold(train, validation, labelled, self.print_to_log_file)
+
+    def _require_labelled_among_chosen(self, train: list[str], labelled: set[str]) -> None:
+        """`train_cases` counts unlabelled cases too; a split that is to blame is another matter."""
+        if self.settings.train_cases is not None and not labelled.intersection(train):
+            raise ValueError(
+                f"train_cases chose {len(train)} unlabelled cases and no labelled one: name the cases, with labelled "
+                "ones among them, choose more, or another train_cases_seed"
+            )
 
     # ---- batches -----------------------------------------------------------------------------------------------------
     def get_tr_and_val_datasets(self) -> tuple[ViewDataset, ViewDataset]:

@@ -128,16 +128,6 @@ def survey_files(
     return found
 
 
-def planes_of_cases(
-    folder: str | os.PathLike[str],
-    identifiers: Iterable[str],
-    ignore_label: int | None,
-    cache_file: str | os.PathLike[str] | None = None,
-) -> dict[str, Planes]:
-    """Only the planes of `survey_cases`; a case of scribbles has none and is labelled all the same."""
-    return {case: a.planes for case, a in survey_cases(folder, identifiers, ignore_label, cache_file).items()}
-
-
 def cache_path(dataset_folder: str | os.PathLike[str], data_identifier: str, kind: str = "planes") -> Path:
     """``nnUNet_preprocessed/<Dataset>/nnunetv2_ext/rada/``: an extra file in a configuration folder breaks nnU-Net."""
     return Path(dataset_folder) / "nnunetv2_ext" / "rada" / f"{kind}_{data_identifier}.json"

@@ -34,11 +34,17 @@ def model(make_rada, tiny_clip) -> Path:
             for member in trainer.rada_network.members:
                 member.head.gate.fill_(3.0)
         trainer.save_checkpoint(str(Path(trainer.output_folder) / FINAL))
+        for name in ("progress.png", "validation/summary.json"):  # nnU-Net's export wants them
+            file = Path(trainer.output_folder) / name
+            file.parent.mkdir(exist_ok=True)
+            file.touch()
     return Path(trainer.output_folder_base)
 
 
 def predictor_of(model: Path, folds: tuple[int, ...], mirrored: bool = False) -> Any:
-    predictor = nnUNetPredictor(use_mirroring=mirrored, device=torch.device("cpu"), allow_tqdm=False)
+    # Gaussian weights in half precision round the corners of a patch to nothing
+    options = {"use_mirroring": mirrored, "use_gaussian": False, "allow_tqdm": False}
+    predictor = nnUNetPredictor(device=torch.device("cpu"), **options)
     predictor.initialize_from_trained_model_folder(str(model), folds, FINAL)
     return predictor
 

@@ -13,6 +13,7 @@ import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_ext.core.fewshot import select_train_cases
 from nnunetv2_ext.trainers.nnUNetTrainerRADA import nnUNetTrainerRADA
 from tests.conftest import TinyDataset
 from tests.rada.trainers import IGNORE, log_of, mixed_keys, sparse_batch
@@ -111,6 +112,19 @@ def test_a_fold_without_labelled_training_case_is_refused(make_rada, copy):
     full = [case for case, annotation in annotations.items() if annotation.labelled]
     (base_of(copy) / "splits_final.json").write_text(json.dumps([{"train": empty, "val": full}]))
     with pytest.raises(ValueError, match=r"none of the 4 training cases.*annotations"):
+        trainer.do_split()
+
+
+@pytest.mark.parametrize("fold", [0, "all"])
+def test_few_training_cases_without_a_labelled_one_are_refused_with_the_cause(make_rada, fold):
+    whole = make_rada(fold=fold)
+    whole.initialize()
+    train, _ = whole.do_split()
+    labelled = {case for case, annotation in whole._survey().items() if annotation.labelled}
+    seed = next(seed for seed in range(100) if not labelled.intersection(select_train_cases(train, 1, seed)))
+    trainer = make_rada(f"train_cases=1 train_cases_seed={seed}", fold=fold)
+    trainer.initialize()
+    with pytest.raises(ValueError, match=r"train_cases chose 1 unlabelled cases and no labelled one"):
         trainer.do_split()
 
 

@@ -20,7 +20,6 @@ from nnunetv2_ext.rada.survey import (
     Annotation,
     cache_path,
     log_lines,
-    planes_of_cases,
     require_annotations,
     require_ignore_label,
     survey_cases,
@@ -59,7 +58,8 @@ def survey_all(data: Preprocessed) -> dict[str, Annotation]:
 
 def test_planes_of_every_case_are_those_of_the_provenance(data: Preprocessed, labelled: list[str]) -> None:
     """Nothing is cropped, transposed or resampled in this dataset, so the indices are the raw ones."""
-    planes = planes_of_cases(data.folder, all_cases(data), data.ignore)
+    found = survey_cases(data.folder, all_cases(data), data.ignore)
+    planes = {case: annotation.planes for case, annotation in found.items()}
     recorded = data.dataset_json["nnunetv2_ext"]["sparsify"]["labelled"]
     assert {case for case, p in planes.items() if p} == set(labelled)
     for case in labelled:
@@ -68,6 +68,7 @@ def test_planes_of_every_case_are_those_of_the_provenance(data: Preprocessed, la
 
 def test_cache_is_used_until_a_label_changes(data: Preprocessed, monkeypatch: pytest.MonkeyPatch) -> None:
     cases, cache = all_cases(data), cache_path(data.base, data.configuration.data_identifier)
+    cache.unlink(missing_ok=True)  # another test's training may have written it before the data were copied
     listing = sorted(p.name for p in data.folder.iterdir())
     looked_at: list[int] = []
 
