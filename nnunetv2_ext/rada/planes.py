@@ -1,4 +1,4 @@
-"""Annotated planes of a sparsely labelled volume, found in the label alone (rada.md, section 6.1)."""
+"""Annotated planes of a sparsely labelled volume, found in the label alone."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class RADASettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        # what a digest by others says of the paper (rada.md, section 2); the paper itself could not be read in full
+        # what a digest by others says of the paper; the paper itself could not be read in full
         "paper-digest": {"registration": "on"},
     }
 

@@ -1,4 +1,4 @@
-"""A dense dataset made sparse: what annotators would have drawn, and nothing else (rada.md, section 6.2)."""
+"""A dense dataset made sparse: what annotators would have drawn, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Making annotated planes thick enough to survive nnU-Net's resampling of labels (rada.md, section 6.2).
+"""Making annotated planes thick enough to survive nnU-Net's resampling of labels.
 
 nnU-Net samples output voxel k of an axis at (k + ½)·f − ½, f = old size / new size, linearly between slices. A plane of
 one slice with unknown neighbours wins there only if a sample falls close to it; a slab wins for certain if a sample

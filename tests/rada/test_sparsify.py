@@ -115,7 +115,7 @@ def test_split_is_where_nnunet_looks(sparse_tiny: TinyDataset) -> None:
 
 
 def test_hidden_labels_do_not_matter(phantom, world: Path) -> None:
-    """Noise off the chosen planes of the source changes no byte of labelsTr (rada.md, section 8, item 3)."""
+    """Noise off the chosen planes of the source changes no byte of labelsTr."""
     source = phantom()
     sparsify(1, 2, SparsifyOptions(2, rule="middle"))
     first = json.loads((world / "Dataset002_Phantom" / "dataset.json").read_text())["nnunetv2_ext"]["sparsify"]
