@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         model: type[CommonSettings] = CommonSettings
         presets: dict[str, dict[str, dict[str, Any]]] = {}
         defaults: dict[str, Any] = {}
-        print(f"Common to all trainers ({', '.join(known)}):")
+        print(textwrap.fill(f"Common to all trainers ({', '.join(known)}):", width=100))
     elif args.trainer in known:
         trainer = getattr(importlib.import_module(f"nnunetv2_ext.trainers.{args.trainer}"), args.trainer)
         model = trainer.settings_model()

@@ -58,7 +58,7 @@ def test_marks_say_what_may_change_on_continue(capsys):
 
 def test_without_a_trainer_only_the_common_keys(capsys):
     text, blocks = printed(capsys)
-    assert re.match(r"Common to all trainers \(.*nnUNetTrainerMedContext", text)
+    assert re.match(r"Common to all trainers \(.*nnUNetTrainerMedContext", text, re.DOTALL)
     assert not any("." in key for key in blocks) and "preset" not in text
 
 
