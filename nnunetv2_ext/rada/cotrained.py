@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -39,6 +39,13 @@ class CoTraining(SparseTraining):
     """Adds the networks and the passes of a step: one without gradient, then one per network."""
 
     strides: list[list[int]]  # of the resolutions that have a loss, highest first
+    # the networks are called one by one, not as one module
+    bench_parts: ClassVar[dict[str, tuple[str, ...]]] = {
+        "forward": ("forward_member",),
+        "teacher": ("lessons",),
+        "loss": ("_supervised_loss", "further_terms"),
+    }
+
     pooled_loss: DeepSupervisionWrapper  # over these
     _figures: EpochMeans
 
