@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import yaml
@@ -16,6 +16,23 @@ from nnunetv2_ext.core import settings as ext_settings
 from nnunetv2_ext.core.compat import require_supported_nnunet
 from nnunetv2_ext.core.fewshot import select_train_cases
 from nnunetv2_ext.core.files import atomic_write_text, require_writable
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def method_settings_in(plans: dict[str, Any], method: str, model: type[Model]) -> Model:
+    """A method's settings from the plans of a model folder, for who knows nothing else: the predictor.
+
+    Raises:
+        ValueError: plans without this package's block, as in nnUNet_preprocessed.
+    """
+    block = plans.get(ext_settings.PLANS_KEY)
+    if block is None or method not in block:
+        raise ValueError(
+            f"the plans have no block {ext_settings.PLANS_KEY!r} with the settings of {method!r}; every training "
+            "writes it into the plans.json of its model folder: use that file"
+        )
+    return model.model_validate(block[method])
 
 
 class ConfiguredTrainer(nnUNetTrainer):

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor, distributed, nn
 
 from nnunetv2_ext.core.checkpoint import unwrap
-from nnunetv2_ext.core.settings import PLANS_KEY
+from nnunetv2_ext.core.configured import method_settings_in
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.jras.build import draw_bank, read_patch
@@ -62,13 +62,7 @@ class BankTraining(ExtTrainer):
         Raises:
             ValueError: plans without this package's block, or a network that cannot be wrapped.
         """
-        block = plans_manager.plans.get(PLANS_KEY)
-        if block is None or "jras" not in block:
-            raise ValueError(
-                f"the plans have no block {PLANS_KEY!r} with J-RAS's settings; every training writes it into "
-                "the plans.json of its model folder: use that file"
-            )
-        settings = JRASSettings.model_validate(block["jras"])
+        settings = method_settings_in(plans_manager.plans, "jras", JRASSettings)
         channels = len(configuration_manager.normalization_schemes)
         extra = channels + num_output_channels if settings.fusion == "concat" and settings.has_retrieval else 0
         backbone = super().build_network_architecture(

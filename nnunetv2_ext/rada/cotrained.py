@@ -9,7 +9,7 @@ import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
-from nnunetv2_ext.core.settings import PLANS_KEY
+from nnunetv2_ext.core.configured import method_settings_in
 from nnunetv2_ext.core.step import Batch, LossPass, Term
 from nnunetv2_ext.rada.cotraining import (
     Lesson,
@@ -81,19 +81,13 @@ class CoTraining(SparseTraining):
         Raises:
             ValueError: plans without this package's block, or an architecture that cannot be used.
         """
-        block = plans_manager.plans.get(PLANS_KEY)
-        if block is None or "rada" not in block:
-            raise ValueError(
-                f"the plans have no block {PLANS_KEY!r} with RADA's settings; every training writes it into "
-                "the plans.json of its model folder: use that file"
-            )
         return build_rada_network(
             plans_manager,
             configuration_manager,
             num_input_channels,
             num_output_channels,
             enable_deep_supervision,
-            RADASettings.model_validate(block["rada"]),
+            method_settings_in(plans_manager.plans, "rada", RADASettings),
         )
 
     def initialize(self) -> None:

@@ -20,9 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core import trainer as trainer_module
+from nnunetv2_ext.core.configured import method_settings_in
 from nnunetv2_ext.core.settings import STRUCTURAL
 from nnunetv2_ext.core.step import LossPass, Term
 from nnunetv2_ext.core.trainer import ExtTrainer
+from nnunetv2_ext.medcontext.settings import MedContextSettings
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
 
 CPU = torch.device("cpu")
@@ -363,3 +365,11 @@ def test_class_loaders_and_transforms_pickle_into_a_fresh_process(make_trainer, 
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["nnUNetTrainerMedContext", "2", "2"], done.stderr[-2000:]
+
+
+def test_a_method_finds_its_settings_in_the_plans_of_a_model_folder_only() -> None:
+    plans = {"nnunetv2_ext": {"num_epochs": 3, "medcontext": {"mask_ratio": 0.25}}}
+    assert method_settings_in(plans, "medcontext", MedContextSettings).mask_ratio == 0.25
+    for without in ({}, {"nnunetv2_ext": {"num_epochs": 3}}):
+        with pytest.raises(ValueError, match=r"no block 'nnunetv2_ext' with the settings of 'medcontext'.*plans\.json"):
+            method_settings_in(without, "medcontext", MedContextSettings)
