@@ -106,7 +106,11 @@ def release(device: torch.device) -> None:
 
 
 def resident_peak(step: Callable[[], object], number: int) -> int:
-    """Largest resident size of this process in bytes during ``number`` steps; outside Linux since its start."""
+    """Largest resident size of this process in bytes during ``number`` steps.
+
+    Outside Linux, and where the kernel does not reset its record (some sandboxes), since the start of the process: so
+    measure in a process of its own.
+    """
     _forget_resident_peak()
     for _ in range(number):
         step()
