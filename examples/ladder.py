@@ -7,7 +7,8 @@
 Each run is an ordinary training of one fold in a results folder of its own (OUTPUT/RUN/nN_seedS), so it can be looked
 at, resumed and predicted with. A finished run is kept: calling the same command again continues where the last call
 ended. Before the first run a few steps of each are timed, for an estimate of the whole and for --equal-time. At the end
-`nnUNetv2_ext compare` writes OUTPUT/comparison_nN: paired differences with intervals, Dice, HD95, NSD, pictures.
+`nnUNetv2_ext compare` writes OUTPUT/comparison_nN: paired differences with intervals, Dice, HD95, NSD, pictures; the
+others are compared with the run that the file names as `reference` (of several, each further one has its own folder).
 Simplified: final checkpoint only, one fold.
 """
 
@@ -282,7 +283,8 @@ def main() -> int:
     args = parse_arguments()
     args.output = args.output.resolve()
     ladder = yaml.safe_load(args.ladder.read_text())
-    unknown = {*(args.runs or ()), *filter(None, [args.equal_time])} - set(ladder["runs"])
+    references = ladder_steps.references(ladder)
+    unknown = {*(args.runs or ()), *filter(None, [args.equal_time]), *references} - set(ladder["runs"])
     if unknown:
         has = ", ".join(ladder["runs"])
         print(f"error: {args.ladder} has no run {', '.join(sorted(unknown))}; it has {has}", file=sys.stderr)
@@ -319,19 +321,19 @@ def main() -> int:
             settings = settings_of(args, ladder, size, seed, name) | {"num_epochs": epochs[name]}
             if not start(args, folders[size, seed, name], settings, train):
                 return 1
+            if not any(folders[size, seed, name].glob(summary)):
+                print(f"{name} was stopped before its end; the same command continues it", file=sys.stderr)
+                return 1
     results: dict[tuple[int, str], dict[int, float]] = {(size, name): {} for size in sizes for name in names}
     for (size, seed, name), folder in folders.items():
         for file in folder.glob(summary):
             results[size, name][seed] = statistics.fmean(case_dice(file))
     print_table({key: by_seed for key, by_seed in results.items() if by_seed})
     status = 0
-    first = ladder.get("reference")
     for size in sizes:
         finished = {n: [folders[size, seed, n] for seed in results[size, n]] for n in names if results[size, n]}
-        if len(finished) > 1:  # the control that matters comes first, the others are compared with it
-            status |= ladder_steps.compare(
-                args, size, dict(sorted(finished.items(), key=lambda item: item[0] != first))
-            )
+        if len(finished) > 1:
+            status |= ladder_steps.compare_all(args, size, finished, references)
     return status
 
 

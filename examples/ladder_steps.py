@@ -66,12 +66,34 @@ class Timing:
         return sum(self.seconds[name] * steps[name] for name in plan) / 3600
 
 
-def compare(args: Any, size: int, folders: Mapping[str, Sequence[Path]]) -> int:
-    """``nnUNetv2_ext compare`` of the finished runs of one size; returns its exit status.
+def references(ladder: Mapping[str, Any]) -> list[str]:
+    """The runs that the ladder wants the others compared with: ``reference``, a name or several."""
+    named = ladder.get("reference") or []
+    return [named] if isinstance(named, str) else list(named)
+
+
+def compare_all(args: Any, size: int, finished: Mapping[str, Sequence[Path]], wanted: Sequence[str]) -> int:
+    """``nnUNetv2_ext compare`` of the finished runs of one size, once for each reference; returns its exit status.
 
     Args:
         args: of ladder.py.
         size: training cases, 0 for all.
+        finished: run to the results folder of each finished seed.
+        wanted: references; those that are not finished are left out, without any the first run is the one.
+    """
+    status = 0
+    for number, reference in enumerate([name for name in wanted if name in finished] or list(finished)[:1]):
+        folder = f"comparison_n{size or 'all'}" + (f"_to_{reference}" if number else "")
+        status |= compare(args, folder, dict(sorted(finished.items(), key=lambda item: item[0] != reference)))
+    return status
+
+
+def compare(args: Any, folder: str, folders: Mapping[str, Sequence[Path]]) -> int:
+    """``nnUNetv2_ext compare``; returns its exit status.
+
+    Args:
+        args: of ladder.py.
+        folder: in the output folder.
         folders: run to the results folder of each finished seed; the first run is the reference.
     """
     from nnunetv2_ext.cli import main as ext_main
@@ -79,13 +101,14 @@ def compare(args: Any, size: int, folders: Mapping[str, Sequence[Path]]) -> int:
     command = ["compare", "-d", str(args.dataset), "-c", args.configuration, "-p", args.plans]
     for name, seeds in folders.items():
         if args.test_set:
-            command += ["--predictions", name, *(str(folder / "test") for folder in seeds)]
+            command += ["--predictions", name, *(str(seed / "test") for seed in seeds)]
         else:
-            command += ["--run", name, *(str(folder) for folder in seeds)]
+            command += ["--run", name, *map(str, seeds)]
     if args.test_set:
         command += ["--truth", str(args.test_set / "labelsTs"), "--images", str(args.test_set / "imagesTs")]
     else:
-        command += ["-f", str(args.fold)]
-    command += ["-o", str(args.output / f"comparison_n{size or 'all'}")]
+        # a row may train on fewer cases on purpose, and a seed that is still missing is a draw that is missing
+        command += ["-f", str(args.fold), "--allow-different-training-cases"]
+    command += ["-o", str(args.output / folder)]
     print(f"\nnnUNetv2_ext {shlex.join(command)}\n", flush=True)
     return ext_main(command)

@@ -33,8 +33,7 @@ def resident_size(candidate: Candidate, target: Target, steps: int, kind: str) -
     """Resident size of a fresh process in bytes: ``before`` training, and at its ``peak`` during ``steps`` steps.
 
     Raises:
-        ValueError: the trainer refuses its settings.
-        StepError: the process was killed for memory, or its steps raised.
+        StepError: the process was killed for memory, or the trainer could not be built, or its steps raised.
     """
     job = json.dumps({"candidate": asdict(candidate), "target": asdict(target), "steps": steps, "kind": kind})
     done = subprocess.run(
@@ -47,8 +46,6 @@ def resident_size(candidate: Candidate, target: Target, steps: int, kind: str) -
     except (ValueError, IndexError):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise StepError(f"its process ended with status {done.returncode}: {last}") from None
-    if "mistake" in answer:
-        raise ValueError(answer["mistake"])
     if "failure" in answer:
         raise StepError(answer["failure"], answer["out_of_memory"])
     return answer
@@ -72,11 +69,6 @@ def _run(candidate: Candidate, target: Target, steps: int, kind: str) -> dict[st
     with dry_environment():
         try:
             subject = Subject(candidate, target, (kind,))
-        except ValueError as error:
-            return {"mistake": one_line(error)}
-        except Exception as error:
-            return {"failure": one_line(error), "out_of_memory": memory.is_out_of_memory(error)}
-        try:
             before = psutil.Process().memory_info().rss
             return {"before": before, "peak": memory.resident_peak(lambda: subject.step(kind), steps)}
         except Exception as error:

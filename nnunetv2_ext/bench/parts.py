@@ -4,8 +4,10 @@ The step is cut at the beginning and end of calls that every trainer makes: a ne
 optimiser. Each stretch of time belongs to the innermost call that is running, the rest is ``other``. On CUDA the cuts
 are events on the stream, so nothing waits and the stretches are the GPU's; elsewhere they are clock readings.
 
-A trainer adds parts of its own by the class attribute ``bench_parts``, part to names of its methods:
-``{"lookup": ("retrieve",)}``.
+A trainer adds parts of its own by the class attribute ``bench_parts``, part to names of its methods or, with dots, of
+methods of objects below it: ``{"lookup": ("network.bank.lookup",), "contrastive": ("contrastive_terms",)}``. On such a
+path networks are taken without their torch.compile and DDP wrappers, and what this trainer does not have is left out.
+A method that compiled code calls is not compiled together with what is around it while the parts are measured.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+
+from nnunetv2_ext.core.checkpoint import unwrap
 
 FORWARD, LOSS, BACKWARD, OPTIMISER, AFTER, OTHER = "forward", "loss", "backward", "optimiser", "after step", "other"
 CORE_PARTS = {OPTIMISER: ("clip_gradients",), AFTER: ("after_step",)}
@@ -44,7 +48,12 @@ class Timeline:
         self._cut()
 
     def start(self) -> None:
-        """The first cut: everything up to the next one is ``other``."""
+        """The first cut, those before are forgotten: everything up to the next one is ``other``."""
+        self._cuts.clear()
+        self._cut()
+
+    def stop(self) -> None:
+        """The last cut."""
         self._cut()
 
     def _cut(self) -> None:
@@ -66,13 +75,14 @@ class Timeline:
 
 
 def measure_parts(trainer: Any, batch: dict[str, Any], steps: int) -> dict[str, float]:
-    """Seconds per step of each part, over ``steps`` training steps."""
+    """Seconds per step of each part, over ``steps`` training steps after one that does not count."""
     timeline = Timeline(trainer.device)
     with _cuts_at_calls(trainer, timeline):
+        trainer.train_step(batch)  # compiled code that calls a method of ``bench_parts`` is compiled anew
         timeline.start()
         for _ in range(steps):
             trainer.train_step(batch)
-        timeline.start()
+        timeline.stop()
     seconds = timeline.seconds()
     first, last = (FORWARD, LOSS, BACKWARD), (OPTIMISER, AFTER, OTHER)
     order = [*first, *(part for part in seconds if part not in first + last), *last]
@@ -106,7 +116,11 @@ def _cuts_at_calls(trainer: Any, timeline: Timeline) -> Iterator[None]:
             (nn.utils, ("clip_grad_norm_",), OPTIMISER),
             (trainer.optimizer, ("zero_grad", "step"), OPTIMISER),
             (trainer.grad_scaler, ("unscale_", "step", "update"), OPTIMISER),
-            *((trainer, names, part) for part, names in _method_parts(trainer).items()),
+            *(
+                (_owner(trainer, path), (path.rpartition(".")[2],), part)
+                for part, paths in _method_parts(trainer).items()
+                for path in paths
+            ),
         ):
             for name in names:
                 if hasattr(owner, name):
@@ -116,7 +130,20 @@ def _cuts_at_calls(trainer: Any, timeline: Timeline) -> Iterator[None]:
 
 
 def _method_parts(trainer: Any) -> dict[str, tuple[str, ...]]:
-    return {**CORE_PARTS, **getattr(trainer, "bench_parts", {})}
+    parts: dict[str, tuple[str, ...]] = dict(CORE_PARTS)
+    for base in reversed(type(trainer).__mro__):  # a combination of two methods has the parts of both
+        parts |= vars(base).get("bench_parts", {})
+    return parts
+
+
+def _owner(trainer: Any, path: str) -> Any:
+    """The object whose method a dotted path names; None if it is not there."""
+    owner = trainer
+    for name in path.split(".")[:-1]:
+        owner = getattr(owner, name, None)
+        if isinstance(owner, nn.Module):
+            owner = unwrap(owner)
+    return owner
 
 
 @contextmanager
@@ -137,6 +164,7 @@ def _module_calls(module: nn.Module, part: str, timeline: Timeline) -> Iterator[
 
 
 def _timed(function: Callable[..., Any], part: str, timeline: Timeline) -> Callable[..., Any]:
+    @torch.compiler.disable(recursive=False)  # compiled code that calls it leaves the clock readings alone
     @wraps(function)
     def timed(*args: Any, **kwargs: Any) -> Any:
         timeline.enter(part)

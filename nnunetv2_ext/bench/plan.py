@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from nnunetv2_ext.core.devices import check_device
+
 
 @dataclass(frozen=True)
 class Target:
@@ -88,18 +90,6 @@ def check(target: Target) -> None:
             f"-c takes one of {', '.join(configurations)}"
         )
     check_device(target.device)
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError if torch cannot use ``device``."""
-    if device == "cuda" and not torch.cuda.is_available():
-        build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
-        raise ValueError(
-            f"-device cuda: torch {torch.__version__} ({build}) sees no GPU; measure with -device cpu, "
-            "or see nnUNetv2_ext doctor"
-        )
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("-device mps: torch sees no Apple GPU; measure with -device cpu")
 
 
 def default_device() -> str:

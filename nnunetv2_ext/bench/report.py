@@ -35,11 +35,16 @@ def _head(report: Report) -> str:
     precision = (
         f"autocast {facts.get('autocast_dtype')}" if facts.get("autocast_dtype") else facts.get("weights_dtype", "?")
     )
+    network = (
+        f"patch {_by(facts['patch_size'])}, batch size {facts['batch_size']}, {facts['parameters'] / 1e6:.2f} M "
+        f"parameters, precision {precision}, compiled: {state}"
+        if facts
+        else "no trainer could be measured"
+    )
     return "\n".join(
         [
             f"{o['dataset']}  {o['configuration']}  plans {o['plans_name']}  fold {o['fold']}",
-            f"patch {_by(facts.get('patch_size', []))}, batch size {facts.get('batch_size', '?')}, "
-            f"{facts.get('parameters', 0) / 1e6:.2f} M parameters, precision {precision}, compiled: {state}",
+            network,
             f"{m['device']}: {m['device_name']}, {m['threads']} thread(s) on {m['cpus']} CPUs; torch {m['torch']}, "
             f"nnunetv2 {m['nnunetv2']}, nnunetv2-ext {m['nnunetv2_ext']}; {m['date']}",
             f"{o['rounds']} rounds x {o['steps_per_round']} steps after {o['warm_up']} warm-up steps, trainers in turn",
@@ -142,7 +147,10 @@ def _parts_table(report: Report) -> str:
 
 
 def _failures(report: Report) -> str:
-    return "\n".join(f"FAILED {r.label}: {r.failure}" for r in report.results if r.failure is not None)
+    lines = [f"FAILED {r.label}: {r.failure}" for r in report.results if r.failure is not None]
+    if report.baseline.failure is None:
+        return "\n".join(lines)
+    return "\n".join([*lines[1:], f"{lines[0]} (without its figures there are no ratios)"])
 
 
 def _measured(report: Report) -> list[Result]:

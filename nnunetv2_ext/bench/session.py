@@ -52,7 +52,8 @@ class Options:
 class Session:
     """Measures ``candidates`` (the first is what the others are compared with).
 
-    A trainer that fails (out of memory or otherwise) gets a ``failure`` in its result and takes no further part.
+    A trainer that fails (out of memory, refuses the dataset, or otherwise) gets a ``failure`` in its result and takes
+    no further part; without the first one the others have figures, but no ratios.
 
     Raises:
         ValueError: unknown trainer or refused settings, missing plans or device; nothing is measured then.
@@ -115,11 +116,7 @@ class Session:
             do(index)
         except StepError as error:
             return str(error), error.out_of_memory
-        except ValueError as error:
-            if index not in self.subjects:  # refused settings: the user's mistake
-                raise
-            return one_line(error), False
-        except Exception as error:
+        except Exception as error:  # what a trainer refuses of this dataset as well: it stops only that trainer
             return one_line(error), memory.is_out_of_memory(error)
         return None
 

@@ -101,7 +101,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         atomic_write_text(args.json, json.dumps(report.as_dict(), indent=2) + "\n")
         print(f"\nwrote {args.json}")
-    if args.plot is not None:
+    failed = [r.failure is not None for r in report.results]
+    if args.plot is not None and all(failed):
+        print(f"{args.plot} was not written: no trainer could be measured")
+    elif args.plot is not None:
         draw(report, args.plot)
         print(f"wrote {args.plot}")
-    return 1 if any(r.failure is not None for r in report.results) else 0
+    return 1 if any(failed) else 0

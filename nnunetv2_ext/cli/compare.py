@@ -62,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("NAME", "DIR"),
         help="a name and its folders of test predictions, one per repeat; goes with --truth",
     )
+    parser.add_argument(
+        "--allow-different-training-cases",
+        action="store_true",
+        help="compare trainings that learned from different training cases (train_cases); the report says so",
+    )
     parser.add_argument("--truth", type=Path, metavar="DIR", help="true segmentations (default: the dataset's own)")
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="images for the pictures (default: imagesTr in nnUNet_raw)"
@@ -84,10 +89,12 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_ext.compare.report import Report, as_text
     from nnunetv2_ext.compare.runs import require_comparable
     from nnunetv2_ext.compare.statistics import all_differences
+    from nnunetv2_ext.compare.training_cases import require_same_training_cases
     from nnunetv2_ext.core.files import require_writable
 
     dataset, arms, source, split = gather(args)
     notes = require_comparable(arms, split)
+    notes += require_same_training_cases(arms, args.allow_different_training_cases)
     truth, own = truth_folder(args, dataset)
     images = images_folder(args, dataset)
     output = require_writable(args.o or Path(f"comparison_{dataset}_{args.c}"))

@@ -21,10 +21,12 @@ def run(args: argparse.Namespace) -> int:
     """Write the picture and print the guides with their weights."""
     import torch
 
+    from nnunetv2_ext.core.devices import check_device
     from nnunetv2_ext.core.files import require_writable
     from nnunetv2_ext.jras.look import load_model, look_at_image
     from nnunetv2_ext.jras.panel import draw_guides
 
+    check_device(args.device)
     require_writable(args.output.absolute().parent)
     predictor = load_model(args.model_folder, args.fold, args.checkpoint, torch.device(args.device))
     view = look_at_image(predictor, args.image, args.label)

@@ -53,6 +53,12 @@ class FoldRun:
         return self.settings.get("seed")
 
     @property
+    def train_cases(self) -> str:
+        """How many of the fold's training cases our setting asked for, or their names; ``all`` without it."""
+        wanted = self.settings.get("train_cases")
+        return ", ".join(sorted(map(str, wanted))) if isinstance(wanted, list) else str(wanted or "all")
+
+    @property
     def steps(self) -> int | None:
         """Optimiser steps of the whole training, None if unknown."""
         epochs = self.facts.get("num_epochs", "")
@@ -313,6 +319,7 @@ def _facts_of(arm: Arm) -> dict[str, str]:
     for run in arm.runs():
         values = {"trainer": arm.trainer or "?", **run.facts}
         values |= {k: str(v) for k, v in run.settings.items() if k not in (*_SILENT, *_FACTS)}
+        values |= {} if run.fold == "test" else {"train_cases": run.train_cases}
         for key, value in values.items():
             found.setdefault(key, set()).add(value)
     return {key: " / ".join(sorted(values)) for key, values in found.items()}

@@ -144,6 +144,15 @@ class ConfiguredTrainer(nnUNetTrainer):
             "check the labels (nnUNetv2_plan_and_preprocess --verify_dataset_integrity) and the split"
         )
 
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        """nnU-Net's, without mirroring if ``mirroring`` says so, as its nnUNetTrainerNoMirroring."""
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        if not self.settings.mirroring:
+            mirror_axes = self.inference_allowed_mirroring_axes = None
+        return rotation, dummy_2d, initial_patch_size, mirror_axes
+
     def get_training_transforms(self, *args, **kwargs):
         """nnU-Net's augmentation; with a ``seed`` without the part that depends on the clock."""
         transforms = super().get_training_transforms(*args, **kwargs)

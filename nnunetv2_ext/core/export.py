@@ -16,7 +16,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
 from nnunetv2_ext.core.files import atomic_torch_save, atomic_write_text, require_writable
-from nnunetv2_ext.core.settings import PLANS_KEY
+from nnunetv2_ext.core.settings import PLANS_KEY, without_local_paths
 from nnunetv2_ext.core.trainer import ExtTrainer
 
 # What nnU-Net's own zip export takes along besides checkpoints, plans.json and dataset.json; without its debug.json,
@@ -43,7 +43,12 @@ def export_model(
     Of every fold the final checkpoint (the latest of a fold that is not finished) gets the chosen weights under
     ``network_weights`` and the stock trainer's name, and loses this package's key and the optimiser's state. The
     fold's progress picture and validation result go along if they belong to these weights. No file holds a path of the
-    training machine; cases are named in the validation result only. The source is only read.
+    training machine, nor of weights that a setting names (``rada.clip_weights``): a stock model has no block of
+    settings, one of our trainers loses the keys marked LOCAL_PATH. Cases are named in the validation result only. The
+    source is only read.
+
+    A training cannot be continued from it (``--c``), which needs the source; it can start one (-pretrained_weights).
+    nnU-Net's own zip export takes plans and checkpoints as they are, with the settings and the paths in them.
 
     Args:
         model_folder: holds plans.json, dataset.json and the fold folders.
@@ -78,15 +83,18 @@ def export_model(
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=require_writable(output.parent)))
     try:
         validated = []
+        ours: type[ExtTrainer] | None = None  # whose model is written, if it is not the stock trainer's
         for file in files:
             checkpoint = read(file)
-            exported = _exported(checkpoint, file, weights, strip_bank, drop_semantics, blank_groups)
+            trainer = _trainer_of(checkpoint, file)
+            ours = trainer if strip_bank or blank_groups else None
+            exported = _exported(checkpoint, trainer, weights, strip_bank, drop_semantics, blank_groups)
             target = partial / file.relative_to(model_folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             atomic_torch_save(exported, target)
             # without the numbers of the subjects it predicts as before
             validated.append(blank_groups or _same_weights(checkpoint, exported))
-        plans = _shareable_plans(json.loads((model_folder / "plans.json").read_text()), strip_bank or blank_groups)
+        plans = _shareable_plans(json.loads((model_folder / "plans.json").read_text()), ours)
         atomic_write_text(partial / "plans.json", json.dumps(plans, indent=2))
         dataset_json = _without_file_lists(json.loads((model_folder / "dataset.json").read_text()))
         atomic_write_text(partial / "dataset.json", json.dumps(dataset_json, indent=2))
@@ -118,9 +126,13 @@ def _checkpoints(model_folder: Path, best: bool) -> list[Path]:
 
 
 def _exported(
-    checkpoint: dict[str, Any], source: Path, weights: str, strip_bank: bool, drop_semantics: bool, blank_groups: bool
+    checkpoint: dict[str, Any],
+    trainer: type[ExtTrainer],
+    weights: str,
+    strip_bank: bool,
+    drop_semantics: bool,
+    blank_groups: bool,
 ) -> dict[str, Any]:
-    trainer = _trainer_of(checkpoint, source)
     if strip_bank:
         checkpoint = trainer.without_patient_data(checkpoint)
     if blank_groups:
@@ -138,7 +150,7 @@ def _exported(
         exported["trainer_name"] = STOCK_TRAINER
     exported["init_args"] = {
         **checkpoint["init_args"],
-        "plans": _shareable_plans(checkpoint["init_args"]["plans"], ours),
+        "plans": _shareable_plans(checkpoint["init_args"]["plans"], trainer if ours else None),
         "dataset_json": _without_file_lists(checkpoint["init_args"]["dataset_json"]),
     }
     return exported
@@ -149,11 +161,13 @@ def _same_weights(source: dict[str, Any], exported: dict[str, Any]) -> bool:
     return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def _shareable_plans(plans: dict[str, Any], ours: bool) -> dict[str, Any]:
-    """Without our block, which one of our trainers needs (``ours``); its list of training cases stays behind."""
-    block = {key: value for key, value in plans.get(PLANS_KEY, {}).items() if key != "train_cases"}
+def _shareable_plans(plans: dict[str, Any], ours: type[ExtTrainer] | None) -> dict[str, Any]:
+    """Without our block, which one of our trainers needs (``ours``): its list of cases and its paths stay behind."""
     shared = {key: value for key, value in plans.items() if key != PLANS_KEY}
-    return {**shared, PLANS_KEY: block} if ours and PLANS_KEY in plans else shared
+    if ours is None or PLANS_KEY not in plans:
+        return shared
+    block = {key: value for key, value in plans[PLANS_KEY].items() if key != "train_cases"}
+    return {**shared, PLANS_KEY: without_local_paths(block, ours.settings_model())}
 
 
 def _without_file_lists(dataset_json: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,9 @@ PLANS_KEY = "nnunetv2_ext"
 RESUMABLE: JsonDict = {
     "resumable": True
 }  # may be changed when a training is continued (it sets how long or how often, not what is learnt)
-STRUCTURAL: JsonDict = {"structural": True}  # changes the network, so all folds of a model folder must agree on it
+# changes the network or how it predicts; the predictor reads it from one plans.json, so all folds must agree on it
+STRUCTURAL: JsonDict = {"structural": True}
+LOCAL_PATH: JsonDict = {"local_path": True}  # names a file of the training machine: no export takes it along
 
 
 class CommonSettings(BaseModel):
@@ -56,6 +58,11 @@ class CommonSettings(BaseModel):
     )
     oversample_foreground_percent: float = Field(
         0.33, ge=0, le=1, description="share of each batch whose patch is forced to contain foreground"
+    )
+    mirroring: bool = Field(
+        True,
+        description="mirror patches, in training and by default in prediction, as nnU-Net does; false where structures "
+        "are told apart by their side (left and right, front and back): mirrored, they look like each other",
     )
     save_every: int = Field(
         10, ge=1, description="epochs between two checkpoint_latest.pth (nnU-Net: 50)", json_schema_extra=RESUMABLE
@@ -135,8 +142,20 @@ def fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
 
 
 def is_marked(field: FieldInfo, mark: str) -> bool:
-    """Whether a field carries ``mark`` (``resumable`` or ``structural``) in its json_schema_extra."""
+    """Whether a field carries ``mark`` (``resumable``, ``structural``, ``local_path``) in its json_schema_extra."""
     return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get(mark))
+
+
+def without_local_paths(block: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """A plans' block, nested or dotted, without the keys of ``model`` that are marked LOCAL_PATH."""
+    local = {key for key, field in fields_by_key(model).items() if is_marked(field, "local_path")}
+    kept: dict[str, Any] = {}
+    for key, value in block.items():
+        if isinstance(value, Mapping):
+            kept[key] = {inner: v for inner, v in value.items() if f"{key}.{inner}" not in local}
+        elif key not in local:
+            kept[key] = value
+    return kept
 
 
 def flatten(settings: BaseModel) -> dict[str, Any]:

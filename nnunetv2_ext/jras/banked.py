@@ -16,10 +16,12 @@ from nnunetv2_ext.core.configured import method_settings_in
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.jras.build import draw_bank, read_patch
+from nnunetv2_ext.jras.contrastive import flip
 from nnunetv2_ext.jras.groups import group_ids, new_group_key, subject_of
 from nnunetv2_ext.jras.network import Exclusion, JRASNetwork, excluding
 from nnunetv2_ext.jras.search import check_index
 from nnunetv2_ext.jras.settings import JRASSettings
+from nnunetv2_ext.jras.size import checkpoint_growth
 from nnunetv2_ext.jras.start import load_backbone
 from nnunetv2_ext.jras.strip import plain_weights, stock_shapes, without_bank, without_groups
 
@@ -34,7 +36,8 @@ class BankTraining(ExtTrainer):
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"jras": JRASSettings}
 
     _datasets: tuple[Any, Any] | None = None  # training, validation -> get_tr_and_val_datasets
-    _bank_state: dict[str, Any] | None = None  # group key, cases and coordinates of the guides
+    _bank_state: dict[str, Any] | None = None  # group key, cases, coordinates, patch size and spacing of the guides
+    _takes_weights_of_checkpoint = False
 
     @property
     def jras(self) -> JRASSettings:
@@ -86,7 +89,7 @@ class BankTraining(ExtTrainer):
         if self.jras.has_retrieval:
             check_index(self.jras.index, self.jras.key_dim, self.jras.nprobe, self.jras.ef_search)
         super().initialize()
-        if self.jras.init_from is not None:
+        if self.jras.init_from is not None and not self._takes_weights_of_checkpoint:
             network = unwrap(self.network)
             load_backbone(network.backbone if isinstance(network, JRASNetwork) else network, Path(self.jras.init_from))
             self.print_to_log_file(f"The segmenter starts from {self.jras.init_from}.")
@@ -118,12 +121,12 @@ class BankTraining(ExtTrainer):
                 f"{', '.join(sorted(set(self._bank_state['cases']) - set(cases)))}; restore the "
                 "split, or start a new training without --c"
             )
-        total, plain = (sum(p.numel() for p in module.parameters()) for module in (network, network.backbone))
+        growth = checkpoint_growth(network, self.my_init_kwargs)
         self.print_to_log_file(
             f"J-RAS: {len(network.bank)} guides of {len(cases)} cases, index {self.jras.index} "
-            f"({network.bank.backend}), {total - plain:,} further parameters. PRIVACY: every "
+            f"({network.bank.backend}), {growth.parameters:,} further parameters. {growth.describe()} PRIVACY: every "
             "checkpoint and exported zip holds these image patches of training cases, "
-            f"{network.bank.num_bytes / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model without them."
+            f"{growth.guides / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model without them."
         )
 
     def _warn_of_shared_subjects(self, cases: Sequence[str], validation: Sequence[str]) -> None:
@@ -160,6 +163,7 @@ class BankTraining(ExtTrainer):
             seed=(self.settings.seed or 0) * 1000 + (999 if self.fold == "all" else int(self.fold)),
             group_key=key,
             group_regex=s.group_regex,
+            mirror_axes=(self.inference_allowed_mirroring_axes or ()) if s.mirror_guides else (),
         )
         if content.all_background:
             self.print_to_log_file(
@@ -168,6 +172,8 @@ class BankTraining(ExtTrainer):
             )
         network.bank.fill(content.images, content.labels, content.groups, content.lut)
         self._bank_state = {"group_key": key, "cases": content.cases, "coordinates": content.coordinates}
+        self._bank_state["mirrored"] = content.mirrored
+        self._bank_state |= self._geometry()
         self._refresh(network)
 
     def _from_first_rank(self, value: Any) -> Any:
@@ -202,7 +208,9 @@ class BankTraining(ExtTrainer):
         cases, corners = self._bank_state["cases"], self._bank_state["coordinates"]
         patch = self.configuration_manager.patch_size
         images = [read_patch(self._datasets[0], cases[row], corners[row], patch)[0] for row in rows]
-        return torch.stack(images).to(self.device, non_blocking=True)
+        patches = torch.stack(images).to(self.device, non_blocking=True)
+        mirrored = self._bank_state.get("mirrored")  # checkpoints of older versions have none
+        return patches if mirrored is None else flip(patches, mirrored[rows.start : rows.stop].to(patches.device))
 
     # ---- who must not see whom -----------------------------------------------------------------------------------
     def groups_of(self, cases: Sequence[str]) -> Tensor:
@@ -241,7 +249,35 @@ class BankTraining(ExtTrainer):
         state = states.get("jras")
         if state is None or self.retrieval_network is None:
             return
-        self._bank_state = {name: state[name] for name in ("group_key", "cases", "coordinates")}
+        self._require_same_geometry(state)
+        names = ("group_key", "cases", "coordinates", "mirrored")
+        self._bank_state = {name: state[name] for name in names if name in state} | self._geometry()
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """nnU-Net's; what `jras.init_from` names is not read, and may be gone by now.
+
+        Raises:
+            ValueError: also for a bank drawn with another patch size or spacing.
+        """
+        self._takes_weights_of_checkpoint = True
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def _geometry(self) -> dict[str, tuple[float, ...]]:
+        configuration = self.configuration_manager
+        return {
+            "patch_size": tuple(int(n) for n in configuration.patch_size),
+            "spacing": tuple(float(mm) for mm in configuration.spacing),
+        }
+
+    def _require_same_geometry(self, state: dict[str, Any]) -> None:
+        for name, now in self._geometry().items():
+            then = tuple(state.get(name, now))  # checkpoints of older versions do not say
+            if then != now:
+                raise ValueError(
+                    f"the checkpoint's guides were drawn with {name.replace('_', ' ')} {_times(then)}, the plans now "
+                    f"say {_times(now)}: continue with the plans the training was started with, or start a new one "
+                    "without --c"
+                )
 
     @classmethod
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
@@ -269,3 +305,7 @@ class BankTraining(ExtTrainer):
         if "bank.keys" not in checkpoint["network_weights"]:
             raise ValueError("this model has no guide bank (jras.retriever=none); export it without --strip-bank")
         return without_bank(checkpoint)
+
+
+def _times(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)

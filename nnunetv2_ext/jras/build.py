@@ -13,6 +13,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
 from nnunetv2_ext.jras.bank import OUTSIDE
+from nnunetv2_ext.jras.contrastive import flip
 from nnunetv2_ext.jras.groups import group_ids
 from nnunetv2_ext.jras.labels import adaptive_pool, low_res_labels, mask_lut
 
@@ -34,6 +35,7 @@ class BankContent:
         centred: ``(N,)`` bool, drawn around a foreground voxel.
         all_background: no stored label is foreground (fg_share 0, structures too thin for the cells, or too few
             annotated planes): such guides say nothing about shape, and the trainer should warn.
+        mirrored: ``(N, axes of L)`` bool, axes along which image and labels are mirrored.
     """
 
     images: Tensor
@@ -44,6 +46,7 @@ class BankContent:
     coordinates: np.ndarray
     centred: np.ndarray
     all_background: bool
+    mirrored: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def draw_bank(
     seed: int,
     group_key: bytes,
     group_regex: str | None = None,
+    mirror_axes: Sequence[int] = (),
 ) -> BankContent:
     """Draw the guides: the same for the same arguments, in every process; no global random state is touched.
 
@@ -86,6 +90,8 @@ def draw_bank(
         seed: of the draw.
         group_key: see ``group_ids``.
         group_regex: see ``subject_of``.
+        mirror_axes: axes of L along which training patches are mirrored. Every guide is stored in one of these
+            orientations, all equally often: a mirrored patch finds no guide of its shape among unmirrored ones.
 
     Raises:
         ValueError: nothing to retrieve from (one subject only, no annotated voxel), a case that is not in the dataset,
@@ -109,16 +115,27 @@ def draw_bank(
     images, labels, corners = _read_all(
         dataset, entries, wanted, patch_size, low_shape, label_manager.ignore_label, rng
     )
+    mirrored = _draw_orientations(len(entries), len(low_shape), mirror_axes, rng)
     return BankContent(
-        images=images,
-        labels=labels,
+        images=flip(images, mirrored),
+        labels=flip(labels[:, None], mirrored)[:, 0],
         groups=group_ids([entry.name for entry in entries], group_key, group_regex),
         lut=mask_lut(label_manager),
         cases=tuple(entry.name for entry in entries),
         coordinates=corners,
         centred=np.array([chosen is not None for chosen in wanted]),
         all_background=not bool(((labels > 0) & (labels != OUTSIDE)).any()),
+        mirrored=mirrored,
     )
+
+
+def _draw_orientations(number: int, axes: int, mirror_axes: Sequence[int], rng: np.random.Generator) -> Tensor:
+    """Bool ``(number, axes)``: every combination of the axes equally often, in random order."""
+    combination = rng.permutation(number) % 2 ** len(mirror_axes)
+    mirrored = np.zeros((number, axes), dtype=bool)
+    for bit, axis in enumerate(mirror_axes):
+        mirrored[:, axis] = combination >> bit & 1
+    return torch.from_numpy(mirrored)
 
 
 def read_patch(

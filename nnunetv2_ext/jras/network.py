@@ -80,7 +80,7 @@ class JRASNetwork(nn.Module):
     Args:
         backbone: nnU-Net's own network with `encoder` (a list of skips) and `decoder`; for `fusion=concat` built with
             C + M more input channels.
-        settings: those marked structural, and the bank's index.
+        settings: those marked structural.
         image_channels: C; further input channels (of a cascade) are not retrieved by.
         heads: M, segmentation heads.
         patch_size: P.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from nnunetv2_ext.core.settings import STRUCTURAL
+from nnunetv2_ext.core.settings import LOCAL_PATH, STRUCTURAL
 
 Width = Annotated[int, Field(ge=1)]
 
@@ -90,6 +90,11 @@ class JRASSettings(BaseModel):
         le=1,
         description="Share of the guides whose patch is centred on a foreground voxel. Source: ours.",
     )
+    mirror_guides: bool = Field(
+        True,
+        description="Whether guides are stored mirrored, in all orientations of nnU-Net's augmentation equally often. "
+        "Source: measured (a mirrored patch finds none of its shape among unmirrored guides).",
+    )
     group_regex: str | None = Field(
         None,
         description="Searched in a case id, its first group is the subject: cases of one subject never guide each "
@@ -99,15 +104,21 @@ class JRASSettings(BaseModel):
         "Flat",
         description="faiss index_factory string: Flat is exact; IVF256,Flat or HNSW32,Flat for very large banks. "
         "Source: ours.",
+        json_schema_extra=STRUCTURAL,
     )
-    nprobe: int | None = Field(None, ge=1, description="Lists an IVF index looks into. Source: ours.")
-    ef_search: int | None = Field(None, ge=1, description="Candidates an HNSW index keeps. Source: ours.")
+    nprobe: int | None = Field(
+        None, ge=1, description="Lists an IVF index looks into. Source: ours.", json_schema_extra=STRUCTURAL
+    )
+    ef_search: int | None = Field(
+        None, ge=1, description="Candidates an HNSW index keeps. Source: ours.", json_schema_extra=STRUCTURAL
+    )
     dedup_cosine: float | None = Field(
         None,
         gt=-1,
         le=1,
         description="Guides more similar to the patch than this are not used: a partial guard if training cases are "
         "predicted. Source: ours.",
+        json_schema_extra=STRUCTURAL,
     )
     # ---- the training
     refresh_every: int | None = Field(
@@ -156,13 +167,14 @@ class JRASSettings(BaseModel):
         None,
         description="Checkpoint of a plain nnU-Net of the same plans whose weights the segmenter "
         "starts from. Source: ours.",
+        json_schema_extra=LOCAL_PATH,
     )
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic reads True as 1
-        if isinstance(value, bool) and info.field_name != "detach_keys":
+        if isinstance(value, bool) and info.field_name not in ("detach_keys", "mirror_guides"):
             raise ValueError("expected a value, not true or false")
         return value
 

@@ -37,7 +37,7 @@ from nnunetv2_ext.jras.search import EXACT
 class JRASTraining(BankTraining):
     """Adds retrieval in every forward and a contrastive pass in front of nnU-Net's supervised pass."""
 
-    bench_parts: ClassVar[dict[str, tuple[str, ...]]] = {"contrastive": ("_contrastive_terms",)}
+    bench_parts: ClassVar = {"lookup": ("network.bank.lookup",), "contrastive": ("_contrastive_terms",)}
 
     _figures: RetrievalFigures
     _compared: tuple[Masks, Tensor] | None = None  # masks of this step's batch and random guides

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunetv2_ext.bench import isolated
+from nnunetv2_ext.bench import isolated, session
 from nnunetv2_ext.bench.candidates import Candidate
 from nnunetv2_ext.bench.plan import Target
+from nnunetv2_ext.bench.subject import Subject
 from nnunetv2_ext.cli import dispatch
 
 MED = "nnUNetTrainerMedContext"
@@ -58,6 +59,53 @@ def test_trainers_are_measured_and_those_that_fail_do_not_stop_the_others(
     assert not results.exists()
 
 
+def test_a_trainer_that_cannot_be_built_stops_only_itself(tiny, results: Path, tmp_path: Path, capsys) -> None:
+    """RADA needs an ignore label."""
+    table = tmp_path / "cost.json"
+    refused = "nnUNetTrainerRADA:rada.semantics=off"
+    status = bench("-tr", refused, MED, "--batches", "real", "--no-resident", "--json", str(table))
+    plain, rada, ours = json.loads(table.read_text())["results"]
+    assert status == 1 and "ignore label" in rada["failure"] and "\n" not in rada["failure"]
+    assert plain["failure"] is ours["failure"] is None and ours["ratios"]["step"]["real"]["wall"]["median"] > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("FAILED")] == [
+        f"FAILED nnUNetTrainerRADA semantics=off: {rada['failure']}"
+    ]
+    # the same in a process of its own
+    target = Target(tiny.name, "3d_fullres", "tiny")
+    answer = isolated._run(Candidate("nnUNetTrainerRADA", "rada.semantics=off"), target, 1, "real")
+    assert answer == {"failure": rada["failure"], "out_of_memory": False}
+
+
+def test_the_plain_trainer_that_cannot_be_built_takes_the_ratios_with_it(
+    results: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    class Unwilling(Subject):
+        def __init__(self, candidate: Candidate, *rest) -> None:
+            if candidate.trainer in unwilling:
+                raise ValueError("the data are\nmissing")
+            super().__init__(candidate, *rest)
+
+    monkeypatch.setattr(session, "Subject", Unwilling)
+    arguments = ["-tr", MED, "--batches", "real", "--no-resident", "--plot", str(tmp_path / "cost.png")]
+    unwilling = {"nnUNetTrainer"}
+    assert bench(*arguments) == 1
+    out = capsys.readouterr().out
+    last = "FAILED nnUNetTrainer: the data are missing (without its figures there are no ratios)"
+    assert f"\n  {MED} " in out and last in out.splitlines() and (tmp_path / "cost.png").is_file()
+    (tmp_path / "cost.png").unlink()
+
+    unwilling.add(MED)
+    assert bench(*arguments) == 1
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-3:] == [
+        f"FAILED {MED}: the data are missing",
+        last,
+        f"{tmp_path / 'cost.png'} was not written: no trainer could be measured",
+    ]
+    assert not (tmp_path / "cost.png").exists()
+
+
 def test_2d_and_resident_sizes(results: Path, tmp_path: Path) -> None:
     table = tmp_path / "cost.json"
     assert bench("--batches", "real", "--json", str(table), configuration="2d") == 0
@@ -84,7 +132,7 @@ def test_2d_and_resident_sizes(results: Path, tmp_path: Path) -> None:
         (["--plot", "no/such/folder/x.png"], "cannot be written"),
         pytest.param(
             ["-device", "cuda"],
-            "sees no GPU; measure with -device cpu",
+            "sees no GPU; use -device cpu",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],
@@ -93,6 +141,14 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, results: Path
     assert bench("--no-resident", *arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("nnUNetv2_ext bench: ") and message in error
+
+
+def test_a_process_whose_trainer_cannot_be_built_is_no_mistake_of_the_command(monkeypatch) -> None:
+    answer = json.dumps({"failure": "no ignore label", "out_of_memory": False})
+    done = subprocess.CompletedProcess([], 0, stdout=f"noise\n{answer}\n", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: done)
+    with pytest.raises(isolated.StepError, match=r"^no ignore label$"):
+        isolated.resident_size(Candidate("nnUNetTrainerRADA"), Target("Dataset001_x", "2d"), 1, "real")
 
 
 @pytest.mark.parametrize("status", [-9, 137])

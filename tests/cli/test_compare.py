@@ -166,6 +166,19 @@ def test_predictions_that_are_not_those_of_the_validation(trained: World, capsys
     assert re.search(r"Dice of c1, a, is 1.0000 by its files but 0.8333 in summary.json", capsys.readouterr().err)
 
 
+def test_other_training_cases_need_to_be_allowed(world: World, no_plots, capsys) -> None:  # noqa: F811
+    world.train(PLAIN)
+    world.train(OURS, settings={"train_cases": 5, "train_cases_seed": 1})
+    command = ["compare", *TWO, "--worst", "0", "--metrics", "dice", "-o", "out"]
+    assert dispatch.main(command) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert "training cases differ (nnUNetTrainer: all; nnUNetTrainerMedContext: 5 of draw 1)" in error
+    assert not Path("out").exists()
+    assert dispatch.main([*command, "--allow-different-training-cases"]) == 0
+    report = Path("out/report.md").read_text()
+    assert "Note: the training cases differ" in report and "| train_cases" in report
+
+
 def test_no_truth(trained: World, monkeypatch, capsys) -> None:
     monkeypatch.delenv("nnUNet_preprocessed")
     assert dispatch.main(["compare", *TWO, "--results", "r0"]) == 2

@@ -148,5 +148,6 @@ def test_differing_settings(world) -> None:
     arms = [arm(world), arm(world, med, results=("r1",), name="x"), arm(world, med, results=("r2",), name="y")]
     assert runs.differing_facts(arms) == {
         "trainer": ["nnUNetTrainer", med, med],
+        "train_cases": ["all", "5", "5"],
         "medcontext.beta": ["-", "2.0", "0.0"],
     }

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nnunetv2_ext.core.settings import (
     ENVIRONMENT_VARIABLE,
+    LOCAL_PATH,
     STRUCTURAL,
     describe,
     fields_by_key,
@@ -23,6 +24,7 @@ from nnunetv2_ext.core.settings import (
     resolve,
     resume,
     settings_model,
+    without_local_paths,
 )
 from nnunetv2_ext.medcontext.settings import MedContextSettings
 
@@ -249,6 +251,21 @@ def test_every_key_says_what_it_means_and_lengths_are_resumable():
     assert all(field.description for field in fields.values())
     assert is_marked(fields["num_epochs"], "resumable") and not is_marked(fields["initial_lr"], "resumable")
     assert is_marked(fields_by_key(MODEL)["toy.width"], "structural")
+
+
+class ReadingSettings(BaseModel):
+    start: str | None = Field(None, description="file", json_schema_extra=LOCAL_PATH)
+    depth: int = Field(1, description="depth")
+
+
+def test_paths_of_this_machine_are_dropped_from_a_block_nested_or_dotted():
+    model = settings_model("nnUNetTrainerReading", {"reading": ReadingSettings, "toy": ToySettings})
+    block = {"reading": {"start": "/a/b.pth", "depth": 2}, "toy": {"scale": 3}, "num_epochs": 4}
+    kept = without_local_paths(block, model)
+    assert kept == {"reading": {"depth": 2}, "toy": {"scale": 3}, "num_epochs": 4}
+    assert block["reading"]["start"] == "/a/b.pth"
+    assert without_local_paths({"reading.start": "/a/b.pth", "toy.scale": 3}, model) == {"toy.scale": 3}
+    assert resolve(model, plans=kept, environment=" ").settings.reading.start is None
 
 
 def test_describe_shows_every_key_and_the_source_of_what_is_no_default():

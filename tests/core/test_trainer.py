@@ -133,6 +133,26 @@ def test_settings_reach_what_nnunet_uses(make_trainer):
     assert next(loader)["data"].shape[0] == 3
 
 
+@pytest.mark.parametrize("mirroring", [True, False])
+def test_without_mirroring_no_patch_and_no_prediction_is_mirrored(make_trainer, monkeypatch, mirroring):
+    trainer = make_trainer(ExtTrainer, f"mirroring={str(mirroring).lower()}", configuration="2d")
+    trainer.initialize()
+    seen = []
+    original = trainer.get_training_transforms
+
+    def spied(patch_size, rotation, scales, mirror_axes, *args, **kwargs):
+        seen.append(mirror_axes)
+        return original(patch_size, rotation, scales, mirror_axes, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "get_training_transforms", spied)
+    trainer.on_train_start()
+    assert seen == [(0, 1) if mirroring else None]
+    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    stored = torch.load(path, weights_only=False)["inference_allowed_mirroring_axes"]
+    assert stored == ((0, 1) if mirroring else None)
+
+
 def test_the_methods_generator_leaves_the_augmentation_stream_alone(make_trainer, no_pictures):
     seen = {}
     for name, settings in (("all", ""), ("half", "medcontext.masked_fraction=0.5 medcontext.fill=noise")):

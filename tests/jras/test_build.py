@@ -267,6 +267,20 @@ def test_regions_are_classes_to_centre_on_and_channels_of_the_mask():
     assert content.lut[:3].tolist() == [[0, 0], [1, 0], [1, 1]]
 
 
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1,), ()])
+def test_guides_are_stored_in_every_orientation_equally_often(axes):
+    dataset = Cases({name: with_boxes() for name in "abcd"}, MANAGER)
+    plain, turned = (draw(dataset, size=32, mirror_axes=a) for a in ((), axes))
+    assert not plain.mirrored.any()
+    assert set(Counter(map(tuple, turned.mirrored.tolist())).values()) == {32 // 2 ** len(axes)}
+    assert not turned.mirrored[:, [a for a in range(3) if a not in axes]].any()
+    assert np.array_equal(plain.coordinates, turned.coordinates)
+    for i, row in enumerate(turned.mirrored.tolist()):
+        where = [axis for axis in range(3) if row[axis]]
+        assert torch.equal(turned.images[i], plain.images[i].flip([axis + 1 for axis in where]))
+        assert torch.equal(turned.labels[i], plain.labels[i].flip(where))
+
+
 def test_two_dimensional_patches_are_single_slices_of_the_first_axis():
     dataset = Cases({n: with_boxes() for n in "ab"}, MANAGER)
     content = draw(dataset, patch=(8, 8), size=12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,83 @@ def test_the_exported_model_is_plain_and_predicts_like_the_stripped_one(model, t
     plain = logits(tmp_path / "plain", data)
     assert np.array_equal(plain, logits(tmp_path / "stripped", data))
     assert not np.array_equal(plain, logits(model, data))  # the guides do something
+
+
+def test_the_stock_command_predicts_with_the_folder_of_a_stripped_export(model, tiny, tmp_path):
+    export_model(model, tmp_path / "stripped", strip_bank=True)
+    export_model(model, tmp_path / "plain")
+    case = tmp_path / "in" / image_of(tiny).name
+    case.parent.mkdir()
+    case.write_bytes(image_of(tiny).read_bytes())
+    command = ["nnUNetv2_predict_from_modelfolder", "-i", str(case.parent), "-o", str(tmp_path / "out")]
+    command += [
+        "-m",
+        str(tmp_path / "stripped"),
+        "-f",
+        "0",
+        "-device",
+        "cpu",
+        "--disable_tta",
+        "-npp",
+        "0",
+        "-nps",
+        "0",
+    ]
+    run_command(command, tiny.environment(tmp_path / "no_results"), tmp_path)
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(tmp_path / "plain"), (0,))
+    (expected,) = predictor.predict_from_files_sequential([[str(case)]], None)
+    (written,) = (tmp_path / "out").glob("*.nii.gz")
+    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(written))), expected)
+
+
+def test_2d_regions_and_an_ignore_label_at_once(tiny, tmp_path):
+    """Trained, validated alone and predicted with, by the stock commands."""
+    from tests.jras.conftest import SMALL_JRAS
+
+    dataset = relabelled(tiny, tmp_path / "data")
+    environment = dataset.environment(tmp_path / "results", f"{SMALL_JRAS} {SHORT} num_epochs=1")
+    train = ["nnUNetv2_train", "2", "2d", "0", "-tr", "nnUNetTrainerJRAS", "-p", "tiny", "-device", "cpu"]
+    run_command(train, environment, tmp_path)
+    fold = tmp_path / "results" / dataset.name / "nnUNetTrainerJRAS__tiny__2d" / "fold_0"
+    state = torch.load(fold / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    labels, masks = state["bank.labels"], state["bank.lut"][state["bank.labels"].int()]
+    assert masks.shape[-1] == 2 and torch.equal(masks[..., 0].bool(), (labels == 1) | (labels == 2))
+    assert torch.equal(masks[..., 1].bool(), labels == 2) and (labels == 2).any()
+    assert (labels == 255).any() and not (labels == 3).any()  # ignored cells belong to no mask
+
+    summary = json.loads((fold / "validation" / "summary.json").read_text())["foreground_mean"]
+    shutil.rmtree(fold / "validation")
+    run_command([*train, "--val"], environment, tmp_path)
+    assert json.loads((fold / "validation" / "summary.json").read_text())["foreground_mean"] == summary
+
+    predict = ["nnUNetv2_predict", "-d", "2", "-i", str(dataset.images_ts), "-o", str(tmp_path / "out"), "-c", "2d"]
+    predict += ["-f", "0", "-tr", "nnUNetTrainerJRAS", "-p", "tiny", "-device", "cpu", "--disable_tta"]
+    run_command([*predict, "-npp", "0", "-nps", "0"], environment, tmp_path)
+    found = [sitk.GetArrayFromImage(sitk.ReadImage(str(p))) for p in sorted((tmp_path / "out").glob("*.nii.gz"))]
+    assert len(found) == 2 and all(set(np.unique(labels)) <= {0, 1, 2} for labels in found)
+
+
+def relabelled(tiny: TinyDataset, root: Path) -> TinyDataset:
+    """The tiny dataset with overlapping regions, every fourth slice and one side ignored, preprocessed for 2d."""
+    dataset = TinyDataset(root, 2, "Dataset002_Phantom")
+    shutil.copytree(tiny.raw / tiny.name, dataset.raw / dataset.name)
+    base = dataset.preprocessed / dataset.name
+    base.mkdir(parents=True)
+    labels = {"background": 0, "whole": [1, 2], "organ_2": 2, "ignore": 3}
+    description = tiny.dataset_json() | {"labels": labels, "regions_class_order": [1, 2]}
+    for folder in (dataset.raw / dataset.name, base):
+        (folder / "dataset.json").write_text(json.dumps(description))
+    for path in (dataset.raw / dataset.name / "labelsTr").iterdir():
+        image = sitk.ReadImage(str(path))
+        array = sitk.GetArrayFromImage(image)
+        array[::4], array[..., :6] = 3, 3
+        changed = sitk.GetImageFromArray(array)
+        changed.CopyInformation(image)
+        sitk.WriteImage(changed, str(path))
+    (base / "tiny.json").write_text(json.dumps(tiny.plans() | {"dataset_name": dataset.name}))
+    for name in ("splits_final.json", "dataset_fingerprint.json"):
+        shutil.copy(tiny.preprocessed / tiny.name / name, base / name)
+    command = ["nnUNetv2_preprocess", "-d", "2", "-plans_name", "tiny", "-c", "2d", "-np", "1"]
+    run_command(command, dataset.environment(root / "results"), root)
+    return dataset

@@ -298,6 +298,72 @@ def test_the_number_of_graphs_does_not_grow_with_groups_or_bank(make_network):
     assert len(graphs) == first
 
 
+@pytest.mark.parametrize("fusion", ["attention", "concat"])
+def test_the_number_of_graphs_of_a_training_is_bounded(make_network, fusion):
+    """Not one for every group, bank size, step or epoch: one set in the warm-up, one after it."""
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    network = make_network(fusion=fusion).train()
+    compiled = torch.compile(network, backend=count)
+    x, generator = torch.randn(2, 1, 16, 16, 16), torch.Generator().manual_seed(0)
+
+    def step(group: int, dropout: float) -> None:
+        network.zero_grad()
+        with excluding(Exclusion(torch.tensor([group, group + 1]), dropout, generator)):
+            loss_of(compiled(x)).backward()
+
+    numbers = []
+    for fixed in (True, False):
+        network.retriever_is_fixed = fixed
+        step(0, 0.1)
+        numbers.append(len(graphs))
+        for guides in (12, 7, 9, 15):
+            if guides != 12:
+                network.load_state_dict(make_network(guides=guides, fusion=fusion, seed=guides).state_dict())
+            for group in range(3):
+                step(group, dropout=group / 2)
+            with torch.no_grad():  # a refresh
+                network.bank.set_keys(network.embed_bank())
+        assert len(graphs) == numbers[-1]
+        assert gradient_norms(network)[0] == 0 or not fixed
+    for fixed in (True, False):  # both sets are kept
+        network.retriever_is_fixed = fixed
+        step(1, 0.0)
+    assert len(graphs) == numbers[-1] and 2 <= numbers[0] <= 6 and numbers[-1] <= 2 * numbers[0]
+
+
+# ---- mixed precision
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("fusion", ["attention", "concat"])
+def test_under_bf16_queries_keys_and_weights_are_fp32_and_gradients_finite(make_network, fusion, dim):
+    network = make_network(dim, fusion=fusion).train()
+    embedded, seen = [], []
+    network.retriever.register_forward_hook(lambda *args: embedded.append(args[2].dtype))
+    network.encoder.register_forward_hook(lambda *args: seen.append(args[2][-1].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16), excluding(nobody(2)):
+        outputs = network(torch.randn(2, 1, *[16] * dim))
+        loss = loss_of([output.float() for output in outputs])
+    loss.backward()
+    assert seen == [torch.bfloat16] and outputs[0].dtype == torch.bfloat16  # it was under autocast indeed
+    assert embedded == [torch.float32] * 2  # queries, then keys
+    last = network.last
+    assert {last.queries.dtype, last.similarities.dtype, last.weights.dtype} == {torch.float32}
+    assert torch.allclose(last.weights.sum(1), torch.ones(2), atol=1e-6)
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in gradients.values())
+    assert gradient_norms(network)[0] > 0 and gradient_norms(network)[1] > 0
+    network.eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert torch.isfinite(network(torch.randn(1, 1, *[16] * dim))[0]).all()
+
+
 # ---- the segmentation network's own encoder as retriever
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 
 from nnunetv2_ext.core.settings import fields_by_key, is_marked, resolve
+from nnunetv2_ext.jras import network as network_module
+from nnunetv2_ext.jras.banked import BankTraining
+from nnunetv2_ext.jras.settings import JRASSettings
 from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
 from nnunetv2_ext.trainers.nnUNetTrainerMedContextJRAS import nnUNetTrainerMedContextJRAS
 
@@ -33,8 +39,20 @@ def test_what_shapes_the_network_must_agree_in_all_folds():
             "store_stride",
             "retriever_widths",
             "guide_widths",
+            "index",
+            "nprobe",
+            "ef_search",
+            "dedup_cosine",
         )
     }
+
+
+def test_the_predictor_reads_nothing_in_which_folds_may_differ():
+    """It builds every fold's network from the one plans.json they share; a bank's size comes with its weights."""
+    source = inspect.getsource(network_module) + inspect.getsource(BankTraining.build_network_architecture)
+    read = set(re.findall(r"settings\.(\w+)", source)) & set(JRASSettings.model_fields)
+    assert {"num_guides", "index", "dedup_cosine"} <= read
+    assert {name for name in read if not is_marked(JRASSettings.model_fields[name], "structural")} == set()
 
 
 def test_both_methods_blocks_are_there_together():

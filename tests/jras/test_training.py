@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,8 +17,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
+from nnunetv2_ext.core.export import export_model
 from nnunetv2_ext.core.step import Batch
-from nnunetv2_ext.jras import banked
+from nnunetv2_ext.jras import banked, training
 from nnunetv2_ext.jras.build import read_patch
 from nnunetv2_ext.jras.search import load_faiss
 from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
@@ -111,6 +113,73 @@ def test_the_contrastive_pass_comes_every_fourth_step_after_the_warm_up(make_jra
     assert has_it == [True, False, False, False, True, False]
 
 
+def watch_overlap_loss(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, ...]]:
+    """Gets `(similarities, overlap, allowed)` of every contrastive loss from here on."""
+    seen: list[tuple[torch.Tensor, ...]] = []
+    original = training.overlap_loss
+
+    def watched(similarities: Any, overlap: Any, allowed: Any, tau: float) -> Any:
+        seen.append((similarities, overlap, allowed))
+        return original(similarities, overlap, allowed, tau)
+
+    monkeypatch.setattr(training, "overlap_loss", watched)
+    return seen
+
+
+@pytest.mark.parametrize("chosen", ["", "jras.retriever_encoder=bottleneck"])
+def test_the_contrastive_candidates_of_the_bank_are_of_other_subjects(make_jras, fixed_batches, monkeypatch, chosen):
+    trainer = make_jras(rf"jras.group_regex=phantom_00(?=[23])|phantom_00[0145] {chosen}")  # 002 and 003: one subject
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    seen = watch_overlap_loss(monkeypatch)
+    batch = fixed_batches(trainer, 1, size=4)[0] | {"keys": np.array([f"phantom_00{n}" for n in (2, 3, 4, 5)])}
+    trainer.train_step(batch)
+    ((_, _, allowed),) = seen
+    subjects = {"phantom_002": "a", "phantom_003": "a", "phantom_004": "b", "phantom_005": "c"}
+    cases = [trainer._bank_state["cases"][row] for row in trainer._compared[1]]
+    expected = [[subjects[key] != subjects[case] for case in cases] for key in batch["keys"]]
+    assert allowed[:, :4].all() and allowed[:, 4:].tolist() == expected
+    assert 0 < sum(map(sum, expected)) < 4 * len(cases)
+
+
+# ---- mixed precision
+
+
+def test_under_bf16_a_step_compares_and_weighs_in_fp32(make_jras, fixed_batches, monkeypatch):
+    seen = watch_overlap_loss(monkeypatch)
+    trainer = make_jras("jras.warmup_fraction=0 jras.guide_dropout=0")
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    (batch,) = own_batches(trainer, fixed_batches(trainer, 1))
+    kinds: list[torch.dtype] = []
+    trainer.network.backbone.encoder.register_forward_hook(lambda *args: kinds.append(args[2][-1].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        figures = trainer.train_step(batch)
+    assert kinds == [torch.bfloat16]  # it was under autocast indeed
+    assert seen[0][0].dtype == seen[0][1].dtype == torch.float32
+    assert trainer.network.last.weights.dtype == torch.float32
+    assert "contrastive" in figures and all(np.isfinite(value) for value in figures.values())
+    assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
+
+
+def test_an_overflow_in_the_contrastive_pass_skips_the_step_and_the_next_one_trains(make_jras, fixed_batches):
+    trainer = make_jras("jras.warmup_fraction=0 jras.contrastive_every=1 jras.contrastive_weight=1000")
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # times 1000: infinite
+    first, second = own_batches(trainer, fixed_batches(trainer, 2))
+    before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    figures = trainer.train_step(first)
+    after = trainer.network.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert not np.isfinite(figures["grad_norm"])
+    assert np.isfinite(figures["contrastive"]) and np.isfinite(figures["supervised"])
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    assert np.isfinite(trainer.train_step(second)["grad_norm"])
+    moved = [name for name, value in trainer.network.state_dict().items() if not torch.equal(before[name], value)]
+    assert any(name.startswith("retriever.") for name in moved) and not any(name.startswith("bank.") for name in moved)
+
+
 # ---- the optimiser
 
 
@@ -195,6 +264,49 @@ def test_another_patch_size_on_continuing_is_refused(make_jras, tiny):
         again.load_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"patch_size": [32, 24]}, "patch size 28 x 24, the plans now say 32 x 24"),  # 8 x 8 cells either way
+        ({"spacing": [1.5, 1.0]}, "spacing .* the plans now say 1.5 x 1:"),
+    ],
+)
+def test_another_geometry_with_as_many_cells_is_refused_on_continuing(make_jras, tiny, changed, message):
+    plans = tiny.plans()
+    plans["configurations"]["2d"]["patch_size"] = [28, 24]
+    trainer = make_jras(plans=plans)
+    trainer.on_train_start()
+    path = str(Path(trainer.output_folder) / "checkpoint_latest.pth")
+    trainer.save_checkpoint(path)
+    again = make_jras(continued=True, plans=plans)
+    again.load_checkpoint(path)
+    assert again._bank_state["patch_size"] == (28, 24)
+
+    plans["configurations"]["2d"] |= changed
+    other = make_jras(continued=True, plans=plans)
+    with pytest.raises(ValueError, match=message) as caught:
+        other.load_checkpoint(path)
+    assert other.retrieval_network.low_shape == trainer.retrieval_network.low_shape
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_does_not_say_its_geometry_continues(make_jras):
+    trainer = make_jras()
+    trainer.on_train_start()
+    path = str(Path(trainer.output_folder) / "checkpoint_latest.pth")
+    trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=False)
+    for name in ("patch_size", "spacing"):
+        del checkpoint[EXTENSION_KEY]["methods"]["jras"][name]
+    torch.save(checkpoint, path)
+    again = make_jras(continued=True)
+    again.load_checkpoint(path)
+    again.on_train_start()
+    assert "a new one is drawn" not in log(again)
+    assert torch.equal(again.network.bank.keys, trainer.network.bank.keys)
+    assert again.method_state()["jras"]["patch_size"] == (24, 24)
+
+
 def test_a_split_that_moved_a_bank_case_to_validation_is_refused(make_jras):
     trainer = make_jras()
     trainer.on_train_start()
@@ -236,6 +348,44 @@ def test_the_segmenter_starts_from_a_plain_model(make_trainer, make_jras, fixed_
         assert torch.allclose(ours.network(x)[0], plain.network(x)[0], atol=1e-5)
     with pytest.raises(ValueError, match="does not exist"):
         make_jras("jras.init_from=nowhere.pth").initialize()
+
+
+def test_continuing_does_not_read_the_plain_model_again(make_trainer, make_jras, tmp_path):
+    plain = make_trainer(nnUNetTrainer, configuration="2d", results=tmp_path / "plain")
+    plain.initialize()
+    source = tmp_path / "plain.pth"
+    plain.save_checkpoint(str(source))
+    trainer = make_jras(f"jras.init_from={source}")
+    trainer.on_train_start()
+    path = str(Path(trainer.output_folder) / "checkpoint_latest.pth")
+    trainer.save_checkpoint(path)
+    source.unlink()
+    again = make_jras("", continued=True)
+    again.load_checkpoint(path)
+    assert again.jras.init_from == str(source)
+    one, other = trainer.network.state_dict(), again.network.state_dict()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(ValueError, match="does not exist"):  # --c without a checkpoint is a new training
+        make_jras(f"jras.init_from={source}", continued=True).on_train_start()
+
+
+@pytest.mark.parametrize("kind", ["strip_bank", "blank_groups"])
+def test_an_export_does_not_name_the_plain_model(make_trainer, make_jras, tmp_path, kind):
+    plain = make_trainer(nnUNetTrainer, configuration="2d", results=tmp_path / "plain")
+    plain.initialize()
+    source = tmp_path / "plain.pth"
+    plain.save_checkpoint(str(source))
+    trainer = make_jras(f"jras.init_from={source} jras.tau=0.2")
+    trainer.on_train_start()
+    trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    folder = Path(trainer.output_folder_base)
+    assert str(source) in (folder / "plans.json").read_text()
+    export_model(folder, tmp_path / "out", **{kind: True})
+    for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+    block = json.loads((tmp_path / "out" / "plans.json").read_text())["nnunetv2_ext"]
+    assert "init_from" not in block["jras"] and block["jras"]["tau"] == 0.2
+    assert str(source) in (folder / "plans.json").read_text()  # the source is only read
 
 
 # ---- nobody guides himself
@@ -376,6 +526,30 @@ def test_the_bank_holds_training_cases_only_and_its_growth_is_logged(make_jras):
     assert (full - path.stat().st_size) / 1e6 == pytest.approx(megabytes, abs=0.06)
 
 
+@pytest.mark.parametrize("chosen", ["", "jras.retriever=random", "jras.fusion=concat"])
+def test_a_checkpoints_whole_growth_is_logged(make_trainer, make_jras, fixed_batches, tmp_path, chosen):
+    wide = "jras.retriever_widths=[32,64,128] jras.guide_widths=[32,64,128] jras.bank_size=400 jras.warmup_fraction=0"
+    sizes, found = [], ""
+    for name in ("plain", "ours"):
+        if name == "plain":
+            trainer = make_trainer(nnUNetTrainer, configuration="2d", results=tmp_path / name)
+            trainer.initialize()
+        else:
+            trainer = make_jras(f"{wide} {chosen}")
+            trainer.on_train_start()
+            found = log(trainer)
+        for batch in fixed_batches(trainer, 1):  # from the first step on there is momentum
+            trainer.train_step(batch if name == "plain" else own_batches(trainer, [batch])[0])
+        path = tmp_path / f"{name}.pth"
+        trainer.save_checkpoint(str(path))
+        sizes.append(path.stat().st_size)
+    match = re.search(r"grows by ([0-9.]+) MB \(modules ([0-9.]+), momentum ([0-9.]+), guides ([0-9.]+)\)", found)
+    total, modules, momentum, guides = map(float, match.groups())
+    assert total == pytest.approx((sizes[1] - sizes[0]) / 1e6, abs=0.1)
+    assert total == pytest.approx(modules + momentum + guides, abs=0.16) and guides > 0
+    assert modules > 0.3 and (momentum < modules - 0.3) == (chosen == "jras.retriever=random")
+
+
 def test_the_refresh_fits_the_keys_to_the_weights(make_jras):
     trainer = make_jras("num_epochs=1")
     trainer.on_train_start()
@@ -425,6 +599,9 @@ def test_a_fold_with_other_structure_stops(make_jras):
     first.save_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
     with pytest.raises(ValueError, match=r"jras\.num_guides=4, this fold has jras\.num_guides=2"):
         make_jras("jras.num_guides=2", fold=1).on_train_start()
+    with pytest.raises(ValueError, match=r"jras\.index=Flat, this fold has jras\.index=IVF2,Flat"):
+        make_jras("jras.index=IVF2,Flat", fold=1).on_train_start()
+    make_jras("jras.bank_size=15", fold=1).on_train_start()  # comes with the weights
 
 
 # ---- figures
