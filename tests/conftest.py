@@ -131,8 +131,10 @@ TRAINER_SETTINGS = "num_epochs=2 num_iterations_per_epoch=3 num_val_iterations_p
 
 
 @pytest.fixture
-def make_trainer(tiny: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """``make_trainer(cls, "key=value ...", configuration=, continued=, plans=)`` on the tiny dataset.
+def make_trainer(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Any]]:
+    """``make_trainer(cls, "key=value ...", configuration=, continued=, plans=)`` on the tiny dataset, unless given.
 
     Results are in tmp_path.
     """
@@ -151,7 +153,7 @@ def make_trainer(tiny: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         fold: int = 0,
         results: Path | None = None,
     ) -> Any:
-        dataset = dataset or tiny
+        dataset = dataset or request.getfixturevalue("tiny")  # made only if it is wanted: that takes a while
         keys = {pair.split("=")[0] for pair in settings.split()}
         base = " ".join(pair for pair in TRAINER_SETTINGS.split() if pair.split("=")[0] not in keys)
         for key, value in dataset.environment(results or tmp_path / "results", f"{base} {settings}").items():

@@ -10,6 +10,7 @@ Examples:
   nnUNetv2_ext sparsify -d 4 -o 104 --labelled 10                   three planes in ten cases, all others unlabelled
   nnUNetv2_ext sparsify -d 4 -o 104 --labelled 0.1 --test-share 0.2 --group-regex '^(sub-[0-9]+)'
   nnUNetv2_ext sparsify -d 104 -o 114 --thicken-only                own planes that resampling would erase
+  nnUNetv2_ext sparsify -d 104 -o 114 --thicken-only -c 3d_lowres   for a coarser configuration of planned data
 
 The source is not changed. Images are linked, labelsTr_dense keeps the dense truth for nnUNetv2_ext evaluate only.
 Thickness follows the spacing nnU-Net will choose for 3d_fullres; with -p the plans of the source dataset decide.
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         subjects = subjects_of(open_raw(args.d).cases, args.group_regex, args.groups)
         options = SparsifyOptions(labelled, axes, args.rule, args.seed, args.test_share, subjects, args.p, args.c)
         sparsify(args.d, args.o, options)
-    print(f"next: nnUNetv2_plan_and_preprocess -d {args.o} -c 3d_fullres; nnUNetv2_ext check -d {args.o} -c 3d_fullres")
+    print(f"next: nnUNetv2_plan_and_preprocess -d {args.o} -c {args.c}; nnUNetv2_ext check -d {args.o} -c {args.c}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Meeting point B: the voxels of a plane meet the vectors of the slice that was annotated.
+"""Meeting point B: the annotated voxels meet the vectors of the slices that were annotated.
 
 Ours; whether the paper aligns, and how, is not known.
 """
@@ -31,10 +31,15 @@ def alignment_loss(
     vector, the other classes' vectors and their texts. A term needs `min_voxels` such voxels and a vector of the
     sample's own; a negative the sample lacks is the bank's, and left out if that is 0.
 
+    A voxel where planes cross counts for each of their axes. One annotated on no plane (a scribble) has the bits of all
+    three axes and counts for each in view, towards `min_voxels` too: it was on no slice that CLIP saw, but is of the
+    same class. Where the sample has no plane of an axis that shows the class, there is no vector, and it counts for
+    nothing.
+
     Args:
         features: `(B, F, X, Y, Z)`.
         label: `(B, X, Y, Z)` integers; values outside 1..C-1 (background, ignore) are not aligned.
-        bits: `(B, X, Y, Z)` integers; bit a: annotated on a plane of axis a.
+        bits: `(B, X, Y, Z)` integers; bit a: annotated on a plane of axis a, see `views.view_map`.
         view_axes: axes the network holds.
         vectors: v, `(B, 3, C, D)`; row 0 is the background's.
         valid: `(B, 3, C)` bool, which of them exist.

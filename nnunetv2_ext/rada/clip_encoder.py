@@ -132,13 +132,17 @@ def load_encoder(
 ) -> RegionEncoder:
     """CLIP, with Alpha-CLIP's image encoder if `source` names its weights.
 
+    Torch's random stream is left as it was: modules are built with random weights before these are filled, and a
+    training that finds all vectors on disk builds none.
+
     Raises:
         ValueError: see ``load_clip`` and ``RegionEncoder.load_alpha``.
     """
-    model, tokenizer = load_clip(source, log)
-    encoder = RegionEncoder(model, tokenizer, device, precision)
-    if source.alpha_weights is not None:
-        encoder.load_alpha(source.alpha_weights, source.located or source.model, log)
+    with torch.random.fork_rng(devices=[]):  # built on the CPU
+        model, tokenizer = load_clip(source, log)
+        encoder = RegionEncoder(model, tokenizer, device, precision)
+        if source.alpha_weights is not None:
+            encoder.load_alpha(source.alpha_weights, source.located or source.model, log)
     return encoder
 
 

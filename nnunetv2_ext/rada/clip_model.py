@@ -6,8 +6,9 @@ import difflib
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nnunetv2_ext.rada.clip_weights import (
     first_line,
     load_strict,
     read_weights,
+    require_file,
 )
 from nnunetv2_ext.rada.torchscript import is_torchscript
 
@@ -58,14 +60,27 @@ class ClipSource:
         Raises:
             ValueError: a local file or folder is missing.
         """
-        found = {"model": self.located or self.model}
+        return {name: tell() for name, tell in self._identifiers().items()}
+
+    def known_identity(self) -> dict[str, str]:
+        """`identity` without the entries of files that are missing."""
+        found = {}
+        for name, tell in self._identifiers().items():
+            with suppress(ValueError):
+                found[name] = tell()
+        return found
+
+    def _identifiers(self) -> dict[str, Callable[[], str]]:
+        found: dict[str, Callable[[], str]] = {"model": partial(str, self.located or self.model)}
         if self.located is None:
             local = _local_file(self.weights)
-            found["weights"] = f"sha256:{_hash_of(local, _WEIGHTS)}" if local else str(self.weights)
+            found["weights"] = partial(_file_identity, local, _WEIGHTS) if local else partial(str, self.weights)
         elif self.located.startswith("local-dir:"):
             # the content, not the folder's name, which may be moved
-            found = {"model": f"sha256:{_folder_hash(Path(self.located.removeprefix('local-dir:')).expanduser())}"}
-        found["alpha"] = f"sha256:{_hash_of(Path(self.alpha_weights), _ALPHA)}" if self.alpha_weights else "none"
+            folder = Path(self.located.removeprefix("local-dir:")).expanduser()
+            found["model"] = partial(_folder_identity, folder)
+        alpha = self.alpha_weights
+        found["alpha"] = partial(_file_identity, alpha, _ALPHA) if alpha else partial(str, "none")
         return found
 
 
@@ -218,18 +233,16 @@ def _local_file(weights: str | None) -> Path | None:
     return path if looks or path.is_file() else None
 
 
-def _hash_of(path: Path, setting: str) -> str:
-    path = path.expanduser()
-    if not path.is_file():
-        raise ValueError(f"{setting}: there is no file {path}; give the path of a weights file, {WITHOUT_CLIP}")
-    return file_hash(path)
+def _file_identity(path: str | Path, setting: str) -> str:
+    return f"sha256:{file_hash(require_file(path, setting))}"
 
 
-def _folder_hash(folder: Path) -> str:
+def _folder_identity(folder: Path) -> str:
     if not folder.is_dir():
         raise ValueError(f"{_MODEL}: there is no folder {folder}; {_ways_out()}")
     files = sorted(p for p in folder.iterdir() if p.suffix in (".json", *_WEIGHT_SUFFIXES))
-    return hashlib.sha256("".join(f"{p.name} {file_hash(p)}\n" for p in files).encode()).hexdigest()
+    content = "".join(f"{p.name} {file_hash(p)}\n" for p in files)
+    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
 @contextmanager

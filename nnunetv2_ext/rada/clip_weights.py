@@ -42,9 +42,7 @@ def read_weights(path: str | Path, setting: str, log: Callable[[str], None] = pr
     Raises:
         ValueError: there is no such file, it is damaged, or it holds something else than a state dict.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"{setting}: there is no file {path}; give the path of a weights file, {WITHOUT_CLIP}")
+    path = require_file(path, setting)
     try:
         content = _read(path, log)
     except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
@@ -63,6 +61,14 @@ def read_weights(path: str | Path, setting: str, log: Callable[[str], None] = pr
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return {name: tensor for name, tensor in state.items() if name not in _NOT_WEIGHTS}
+
+
+def require_file(path: str | Path, setting: str) -> Path:
+    """The path with ``~`` expanded; ValueError, naming the setting, if there is no such file."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{setting}: there is no file {path}; give the path of a weights file, {WITHOUT_CLIP}")
+    return path
 
 
 def _read(path: Path, log: Callable[[str], None]) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from nnunetv2_ext.rada.cotraining import (
     foreground_agreement,
     kept_share,
     lesson_loss,
+    lesson_of,
     teach,
     teacher_weight,
 )
@@ -59,6 +61,12 @@ class CoTraining(SparseTraining):
     def training_share(self) -> float:
         """T, the finished share of all optimiser steps, 0 to 1."""
         return min(1.0, self.global_step / (self.num_epochs * self.num_iterations_per_epoch))
+
+    @cached_property
+    def _depends_on_mode(self) -> bool:
+        """Whether the networks have dropout or batch statistics, which plans may ask for."""
+        kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+        return any(isinstance(module, kinds) for module in self.rada_network.modules())
 
     @property
     def entropy_ceiling(self) -> float:
@@ -136,42 +144,55 @@ class CoTraining(SparseTraining):
 
     # ---- one step ----------------------------------------------------------------------------------------------------
     def loss_passes(self, batch: Batch) -> list[LossPass]:
-        """One pass without gradient in which every network labels the batch, then one per network.
+        """One pass without gradient in which the networks label the batch, then one per network.
 
-        It replaces the supervised pass, nnU-Net's last one.
+        The first network teaches from its own training pass where that says the same: one forward less.
+        They replace the supervised pass, nnU-Net's last one.
         """
         passes, count = super().loss_passes(batch)[:-1], len(self.rada_network.members)
         weight = teacher_weight(self.training_share, self.rada.lambda_max) if count > 1 else 0.0
         rows = self._co_training_rows(batch)
-        lessons: list[Lesson] = []
+        lessons: dict[int, Lesson] = {}
         if weight > 0:
             # a pass of its own: under autocast a pass without gradient must not share the block of one with it
-            passes.append(LossPass("teachers", partial(self._teach, batch, rows, lessons)))
+            teachers = [k for k in range(count) if k > 0 or not self.training_pass_teaches(batch, rows)]
+            passes.append(LossPass("teachers", partial(self._teach, batch, rows, teachers, lessons)))
         for k in range(count):
             compute = partial(self._network_terms, k, batch, rows, lessons, weight)
             passes.append(LossPass(f"network {k + 1}", compute))
         return passes
+
+    def training_pass_teaches(self, batch: Batch, rows: list[int]) -> bool:
+        """Whether a network's training pass says of samples ``rows`` what its clean pass in eval mode would."""
+        return self.rada.passes == 0 and not self._depends_on_mode
 
     def _co_training_rows(self, batch: Batch) -> list[int]:
         """The unlabelled samples; where there are none all, of which the voxels nobody annotated count."""
         unlabelled = [i for i, key in enumerate(batch.keys) if key not in self.labelled_cases]
         return unlabelled or list(range(len(batch.keys)))
 
-    def _teach(self, batch: Batch, rows: list[int], lessons: list[Lesson]) -> dict[str, Term]:
+    def _teach(self, batch: Batch, rows: list[int], teachers: list[int], lessons: dict[int, Lesson]) -> dict[str, Term]:
         part = batch if len(rows) == len(batch.keys) else batch.select(rows)
         allowed = unannotated(part.top_target, self.ignore_label)
-        lessons.extend(self.lessons(part, allowed))
-        self._figures.add("kept_share", kept_share(lessons, allowed))
-        self._figures.add("agreement", agreement(lessons, allowed))
-        self._figures.add("agreement_foreground", foreground_agreement(lessons, allowed))
+        lessons.update(zip(teachers, self.lessons(part, allowed, teachers)))
+        self._note_lessons(lessons, allowed)
         return {}
 
-    def lessons(self, batch: Batch, allowed: Tensor) -> list[Lesson]:
-        """What every network says about the batch, without gradient and in eval mode.
+    def _note_lessons(self, lessons: dict[int, Lesson], allowed: Tensor) -> None:
+        """Figures of the step, once every network has spoken."""
+        if len(lessons) == len(self.rada_network.members):
+            said = list(lessons.values())
+            self._figures.add("kept_share", kept_share(said, allowed))
+            self._figures.add("agreement", agreement(said, allowed))
+            self._figures.add("agreement_foreground", foreground_agreement(said, allowed))
+
+    def lessons(self, batch: Batch, allowed: Tensor, networks: Sequence[int] | None = None) -> list[Lesson]:
+        """What the networks say about the batch, without gradient and in eval mode.
 
         Args:
             batch: of which the data are used.
             allowed: (B, X, Y, Z) bool, the voxels of interest.
+            networks: from 0; None: all.
         """
         settings, network = self.rada, self.rada_network
         was_training = network.training
@@ -188,30 +209,38 @@ class CoTraining(SparseTraining):
                     noise_clip=settings.noise_clip,
                     generator=self.generator,
                 )
-                for k in range(len(network.members))
+                for k in (range(len(network.members)) if networks is None else networks)
             ]
         finally:
             network.train(was_training)
 
     def _network_terms(
-        self, k: int, batch: Batch, rows: list[int], lessons: list[Lesson], weight: float
+        self, k: int, batch: Batch, rows: list[int], lessons: dict[int, Lesson], weight: float
     ) -> dict[str, Term]:
         """Supervised, co-training and alignment terms of network k, one forward for all."""
         target = batch.top_target
         output = self.forward_member(k, batch)
-        others = [lesson for j, lesson in enumerate(lessons) if j != k]
-        own_share = 1 - len(others) * weight
-        terms = {self._named("supervised", k): Term(self._supervised_loss(k, output, target), own_share)}
-        if others:
-            logits = output.full_resolution
-            allowed = unannotated(target, self.ignore_label)
+        own_share = 1.0
+        co_training: dict[str, Term] = {}
+        if weight > 0:
+            logits, allowed = output.full_resolution, unannotated(target, self.ignore_label)
             if len(rows) < len(logits):
                 logits, allowed = logits[rows], allowed[rows]
+            if k not in lessons:
+                lessons[k] = lesson_of(logits, allowed, self.entropy_ceiling)
+                self._note_lessons(lessons, allowed)
+            others = [lessons[j] for j in range(len(lessons)) if j != k]
+            own_share -= len(others) * weight
             log_probabilities = logits.float().log_softmax(1)
-            co_training = torch.stack([lesson_loss(log_probabilities, lesson, allowed) for lesson in others]).sum()
-            terms[self._named("co_training", k)] = Term(co_training, weight)
+            loss = torch.stack([lesson_loss(log_probabilities, lesson, allowed) for lesson in others]).sum()
+            co_training = {self._named("co_training", k): Term(loss, weight)}
+        supervised = Term(self._supervised_loss(k, output, target), own_share)
         further = self.further_terms(k, batch, output, own_share)
-        return terms | {self._named(name, k): term for name, term in further.items()}
+        return (
+            {self._named("supervised", k): supervised}
+            | co_training
+            | {self._named(name, k): term for name, term in further.items()}
+        )
 
     def forward_member(self, k: int, batch: Batch) -> MemberOutput:
         """Network k on the whole batch, with gradient."""

@@ -68,15 +68,28 @@ def teach(
         generator: for the noise, on the device of the data.
     """
     logits = predict(data)
-    label = logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
     if passes == 0:
+        return lesson_of(logits, inside, ceiling)
+    total = torch.zeros_like(logits, dtype=torch.float32)
+    for _ in range(passes):
+        noise = torch.randn(data.shape, device=data.device, dtype=data.dtype, generator=generator)
+        total += predict(data + (noise * noise_std).clamp_(-noise_clip, noise_clip)).float().softmax(1)
+    return lesson_of(logits, inside, ceiling, total / passes)
+
+
+@torch.no_grad()
+def lesson_of(logits: Tensor, inside: Tensor, ceiling: float, probabilities: Tensor | None = None) -> Lesson:
+    """Hard labels of ``logits`` and where to trust them; arguments as of `teach`.
+
+    Args:
+        logits: (n, C, X, Y, Z).
+        inside: (n, X, Y, Z) bool.
+        ceiling: nats.
+        probabilities: (n, C, X, Y, Z) float32 whose entropy counts; None: the softmax of the logits.
+    """
+    label = logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
+    if probabilities is None:
         probabilities = logits.float().softmax(1)
-    else:
-        total = torch.zeros_like(logits, dtype=torch.float32)
-        for _ in range(passes):
-            noise = torch.randn(data.shape, device=data.device, dtype=data.dtype, generator=generator)
-            total += predict(data + (noise * noise_std).clamp_(-noise_clip, noise_clip)).float().softmax(1)
-        probabilities = total / passes
     return Lesson(label, (entropy(probabilities) < ceiling) & inside)
 
 

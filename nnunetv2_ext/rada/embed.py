@@ -17,6 +17,7 @@ from nnunetv2_ext.core.files import atomic_write, atomic_write_text, require_wri
 from nnunetv2_ext.rada.cases import CaseSource
 from nnunetv2_ext.rada.clip_encoder import RegionEncoder
 from nnunetv2_ext.rada.regions import embed_regions
+from nnunetv2_ext.rada.requirements import require_alpha
 from nnunetv2_ext.rada.slices import Region
 from nnunetv2_ext.rada.spread import SMALL_GAP, Spread, spread
 
@@ -130,11 +131,7 @@ class _Lazy:
     def get(self) -> RegionEncoder:
         if self._encoder is None:
             encoder = self._make()
-            if self._region == "alpha" and not encoder.reads_masks:
-                raise ValueError(
-                    "rada.region=alpha needs Alpha-CLIP's weights, without which the mask is invisible: "
-                    "give rada.alpha_weights=/path/to/file, or use rada.region=crop or pool"
-                )
+            require_alpha(self._region, encoder.reads_masks)
             self._encoder = encoder
         return self._encoder
 

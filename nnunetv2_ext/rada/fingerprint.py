@@ -7,6 +7,7 @@ these figures; other schemes normalise each image by itself. See nnunetv2 2.8's 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nnunetv2_ext.rada.raw import RawDataset, open_raw
 
 PROPERTIES = "foreground_intensity_properties_per_channel"
 MARK = "nnunetv2_ext_fingerprint"  # top-level key in plans and fingerprint: plans["nnunetv2_ext"] holds settings only
+_STAMP = "corrected_at"  # of the mark: seconds since 1970, as the times of files
 _MAX_VOXELS = 10_000_000  # over all cases and per channel; nnU-Net takes up to 1e8, which needs gigabytes
 
 
@@ -48,10 +50,12 @@ def fix_fingerprint(dataset: int | str, say: Callable[[str], None] = print) -> b
         say(f"{raw.name} has no CT channel: each image is normalised by itself, and nothing has to be corrected")
         return False
     properties, mark = measure_intensities(raw)
+    mark |= {_STAMP: _first_corrected(fingerprint_file, properties) or time.time()}
     for file in (fingerprint_file, *plans_files):
         content = _read(file)
         before = content[PROPERTIES]
-        atomic_write_text(file, json.dumps(content | {PROPERTIES: properties, MARK: mark}, indent=4) + "\n")
+        mark_of_file = mark | {_STAMP: _first_corrected(file, properties) or mark[_STAMP]}
+        atomic_write_text(file, json.dumps(content | {PROPERTIES: properties, MARK: mark_of_file}, indent=4) + "\n")
         for channel, new in properties.items():
             old = before.get(channel, {})
             say(
@@ -59,9 +63,16 @@ def fix_fingerprint(dataset: int | str, say: Callable[[str], None] = print) -> b
                 f"mean {old.get('mean', np.nan):.1f} -> {new['mean']:.1f}, "
                 f"std {old.get('std', np.nan):.1f} -> {new['std']:.1f}"
             )
-    configurations = [c for file in plans_files for c in _read(file)["configurations"].values()]
-    if any((base / c["data_identifier"]).is_dir() for c in configurations if "data_identifier" in c):
-        say(f"data that is preprocessed already has the old intensities: run nnUNetv2_preprocess -d {raw.name} again")
+    all_plans = [_read(file) for file in plans_files]
+    folders = {
+        base / c["data_identifier"]: plans
+        for plans in all_plans
+        for c in plans["configurations"].values()
+        if "data_identifier" in c
+    }
+    for folder, plans in sorted(folders.items(), key=lambda item: item[0]):
+        for line in stale_intensities(plans, base, folder):
+            say(line)
     return True
 
 
@@ -115,6 +126,45 @@ def needs_fix(plans: Mapping[str, Any], dataset_folder: Path) -> bool:
     file = dataset_folder / "dataset_fingerprint.json"
     fingerprint = _read(file) if file.is_file() else {}
     return MARK not in fingerprint or fingerprint[PROPERTIES] != plans[PROPERTIES]
+
+
+def stale_intensities(plans: Mapping[str, Any], dataset_folder: Path, folder: Path) -> list[str]:
+    """The warning for a dataset that `needs_fix`, or whose data were preprocessed before it was corrected.
+
+    Args:
+        plans, dataset_folder: as of `needs_fix`.
+        folder: of the preprocessed configuration.
+    """
+    if needs_fix(plans, dataset_folder):
+        return [
+            "WARNING: these plans normalise CT by intensities of the whole image, because nnU-Net's fingerprint counts "
+            f"the ignore label as foreground: run nnUNetv2_ext fix-fingerprint -d {dataset_folder.name} and preprocess "
+            "again"
+        ]
+    if not uses_ct(plans):
+        return []
+    # plans that were made again from the corrected fingerprint have no mark of their own
+    mark = plans.get(MARK) or _read(dataset_folder / "dataset_fingerprint.json").get(MARK, {})
+    times = {file.name: file.stat().st_mtime for file in folder.glob("*") if _is_image(file)}
+    older = sorted(name for name, seconds in times.items() if seconds < mark.get(_STAMP, 0))
+    if not older:
+        return []
+    return [
+        f"WARNING: {len(older)} of {len(times)} images in {folder.name} (e.g. {older[0]}) were preprocessed before "
+        "nnUNetv2_ext fix-fingerprint corrected the plans, so they are normalised by intensities of the whole image: "
+        f"run nnUNetv2_preprocess -d {dataset_folder.name} again"
+    ]
+
+
+def _first_corrected(file: Path, properties: Mapping[str, Any]) -> float | None:
+    """When `file` got these very figures, if it has them: a second correction makes no preprocessed data older."""
+    content = _read(file)
+    return content.get(MARK, {}).get(_STAMP) if content[PROPERTIES] == properties else None
+
+
+def _is_image(file: Path) -> bool:
+    """Whether nnU-Net writes `file` whenever it preprocesses a case; the .npy files are unpacked in trainings."""
+    return file.suffix in (".b2nd", ".npz") and not file.name.endswith("_seg.b2nd")
 
 
 def _statistics(values: np.ndarray) -> dict[str, float]:

@@ -13,6 +13,7 @@ from nnunetv2_ext.rada.align import alignment_loss
 from nnunetv2_ext.rada.bank import NUM_AXES, SemanticBank, own_or_bank
 from nnunetv2_ext.rada.head import EMBEDDING_DIM
 from nnunetv2_ext.rada.member import Member, MemberOutput
+from nnunetv2_ext.rada.requirements import require_volumes
 from nnunetv2_ext.rada.resizing import ResizableLinear
 from nnunetv2_ext.rada.settings import RADASettings
 
@@ -217,8 +218,7 @@ def build_rada_network(
     Raises:
         ValueError: a 2-D configuration, or a network without encoder and U-Net decoder.
     """
-    if len(configuration_manager.patch_size) != NUM_AXES:
-        raise ValueError("RADA learns from planes of three axes; use a 3-D configuration (3d_fullres, 3d_lowres)")
+    require_volumes(configuration_manager.patch_size)
     networks = [
         get_network_from_plans(
             configuration_manager.network_arch_class_name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,22 @@ class Planes:
 
     def describe(self) -> str:
         """One line, e.g. ``axis0 [57]  axis1 [88]  axis2 [31,32]``; runs of three and more are shortened to 31-35."""
-        return "  ".join(f"axis{axis} [{_runs(self.indices[axis])}]" for axis in range(3))
+        return "  ".join(f"axis{axis} [{_short(self.indices[axis])}]" for axis in range(3))
+
+
+def consecutive_runs(indices: Iterable[int]) -> list[tuple[int, int]]:
+    """First and last index of each run of neighbours.
+
+    >>> consecutive_runs([8, 3, 7, 9])
+    [(3, 3), (7, 9)]
+    """
+    runs: list[tuple[int, int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], index)
+        else:
+            runs.append((index, index))
+    return runs
 
 
 def find_planes(label: Array, ignore: int, threshold: float = THRESHOLD) -> Planes:
@@ -100,14 +115,10 @@ def _cross(shape: tuple[int, ...], planes: tuple[tuple[int, ...], ...], axis: in
     return mask
 
 
-def _runs(indices: tuple[int, ...]) -> str:
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+def _short(indices: tuple[int, ...]) -> str:
+    """The indices, runs of three and more as first-last."""
+    runs = consecutive_runs(indices)
+    return ",".join(f"{a}-{b}" if b - a > 1 else ",".join(map(str, range(a, b + 1))) for a, b in runs)
 
 
 def _require_3d(label: Array) -> None:

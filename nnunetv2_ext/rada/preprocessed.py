@@ -13,6 +13,7 @@ from nnunetv2_ext.rada.cases import CaseSource, SparseCase
 from nnunetv2_ext.rada.clip_encoder import Precision, load_encoder
 from nnunetv2_ext.rada.clip_model import ClipSource
 from nnunetv2_ext.rada.embed import CaseEmbeddings, embed_cases
+from nnunetv2_ext.rada.requirements import require_alpha
 from nnunetv2_ext.rada.slices import Region
 
 # what of a configuration decides how the preprocessed files look
@@ -91,8 +92,7 @@ def file_state(folder: str | Path, name: str) -> list[list[Any]]:
 
 
 def embed_preprocessed(
-    dataset: Any,
-    planes: Mapping[str, HasPlanes],
+    cases: Sequence[CaseSource],
     plans_name: str,
     configuration: Mapping[str, Any],
     dataset_folder: str | Path,
@@ -104,30 +104,37 @@ def embed_preprocessed(
     precision: Precision = "fp32",
     log: Callable[[str], None] = print,
     progress: bool = True,
+    identity: Mapping[str, str] | None = None,
 ) -> CaseEmbeddings:
     """``embed_cases`` for nnU-Net's preprocessed cases, cached in ``DATASET_FOLDER/nnunetv2_ext/rada/HASH``.
 
     Args:
-        dataset: nnU-Net's dataset.
-        planes: found planes by case name; cases without any are left out.
+        cases: from ``case_sources``.
         plans_name, configuration: of the plans (``configuration_manager.configuration``).
         dataset_folder: nnUNet_preprocessed/DatasetXXX.
         source: which CLIP.
         prompts: C sentences, see ``class_prompts``.
         region: ``auto``, ``alpha``, ``crop`` or ``pool``.
-        channel: image channel that CLIP sees.
+        channel: image channel that they were asked for, which CLIP sees.
         device, precision: where and how CLIP runs.
         log, progress: see ``embed_cases``.
+        identity: of the weights, if it is known without them, see ``ClipSource.identity``: vectors that are kept
+            complete are then read without the weights.
 
     Raises:
         ValueError: see ``embed_cases`` and ``load_encoder``.
     """
     return embed_cases(
-        case_sources(dataset, planes, configuration["spacing"], channel),
+        cases,
         prompts,
         lambda: load_encoder(source, device, precision, log),
         cache_root(dataset_folder),
-        {**plans_key(plans_name, configuration), **source.identity(), "channel": channel, "precision": precision},
+        {
+            **plans_key(plans_name, configuration),
+            **(source.identity() if identity is None else identity),
+            "channel": channel,
+            "precision": precision,
+        },
         resolve_region(region, source.alpha_weights is not None, log),
         log,
         progress,
@@ -144,10 +151,7 @@ def resolve_region(region: str, has_alpha: bool, log: Callable[[str], None] = pr
         region = "alpha" if has_alpha else "crop"
         reason = "read by Alpha-CLIP" if has_alpha else "CLIP without Alpha-CLIP's weights cannot see masks"
         log(f"rada.region: {region} ({reason}).")
-    if region == "alpha" and not has_alpha:
-        raise ValueError(
-            "rada.region=alpha needs rada.alpha_weights=/path/to/file; without it use rada.region=crop or pool"
-        )
+    require_alpha(region, has_alpha)
     if region not in ("alpha", "crop", "pool"):
         raise ValueError(f"rada.region={region}: choose auto, alpha, crop or pool")
     return region  # type: ignore[return-value]

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nnunetv2_ext.rada.requirements import require_plain_labels
+
 _CT = re.compile(r"^(ct|cta|cect|ncct|cbct)$")
 _MRI = re.compile(r"^(mri?|mra|t[12].*|pdw?|flair|dwi|adc|swi|lge|bssfp|cine|dce|dixon|vibe)$")
 
@@ -47,9 +49,7 @@ def class_prompts(
     if str(channel) not in channel_names:
         raise ValueError(f"rada.image_channel={channel}: dataset.json names the channels {', '.join(channel_names)}")
     values = {name: value for name, value in labels.items() if name != "ignore"}
-    regions = [name for name, value in values.items() if not isinstance(value, int)]
-    if regions:
-        raise ValueError(f"RADA needs plain labels, and {', '.join(regions)} of dataset.json are regions")
+    require_plain_labels(values)
     _require_classes(overrides, values)
     kind = modality(channel_names, channel)
     article = "an" if kind == "MRI" else "a"

@@ -102,12 +102,7 @@ def open_raw(dataset: int | str) -> RawDataset:
     Raises:
         ValueError: there is none, or its dataset.json is missing or incomplete.
     """
-    if not nnUNet_raw.is_set():
-        raise ValueError("nnUNet_raw is not set; export nnUNet_raw=FOLDER_WITH_YOUR_DATASETS")
-    try:
-        folder = Path(nnUNet_raw) / maybe_convert_to_dataset_name(dataset)
-    except RuntimeError as error:
-        raise ValueError(f"dataset {dataset} is not (or not only once) in nnUNet_raw={Path(nnUNet_raw)}") from error
+    folder = folder_below("nnUNet_raw", dataset)
     try:
         content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         files = get_filenames_of_train_images_and_targets(str(folder), content)
@@ -119,6 +114,24 @@ def open_raw(dataset: int | str) -> RawDataset:
             "and labelsTr"
         ) from error
     return RawDataset(folder, content, files, reader)
+
+
+def folder_below(variable: str, dataset: int | str) -> Path:
+    """The folder of a dataset, named by id or name, below ``nnUNet_raw`` or ``nnUNet_preprocessed``.
+
+    Raises:
+        ValueError: the variable is not set, or no or several datasets have this id.
+    """
+    root = {"nnUNet_raw": nnUNet_raw, "nnUNet_preprocessed": nnUNet_preprocessed}[variable]
+    if not root.is_set():
+        raise ValueError(f"{variable} is not set; export {variable}=FOLDER as for nnUNetv2_train")
+    try:
+        return Path(root) / maybe_convert_to_dataset_name(dataset)
+    except RuntimeError as error:
+        raise ValueError(
+            f"dataset {dataset} is not, or not only once, in nnU-Net's folders ({variable}={Path(root)}): correct the "
+            f"id, or {variable}"
+        ) from error
 
 
 def require_free_id(dataset_id: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nnunetv2_ext.rada.cases import CaseSource, SparseCase
 from nnunetv2_ext.rada.clip_encoder import RegionEncoder
+from nnunetv2_ext.rada.planes import consecutive_runs
 from nnunetv2_ext.rada.slices import Region, encoder_input, in_plane, intensity_window, rescale
 
 Array = npt.NDArray[Any]
@@ -27,13 +28,7 @@ def representatives(planes: Sequence[int]) -> tuple[int, ...]:
     >>> representatives([3, 7, 8, 9])
     (3, 8)
     """
-    runs: list[list[int]] = []
-    for index in sorted(planes):
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return tuple(run[(len(run) - 1) // 2] for run in runs)
+    return tuple((first + last) // 2 for first, last in consecutive_runs(planes))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from nnunetv2_ext.core.settings import RESUMABLE, STRUCTURAL
+from nnunetv2_ext.core.settings import LOCAL_PATH, RESUMABLE, STRUCTURAL
+from nnunetv2_ext.rada.requirements import require_alpha
 
 
 class RADASettings(BaseModel):
@@ -105,9 +106,13 @@ class RADASettings(BaseModel):
         min_length=1,
         description="open_clip's tag of the weights (downloaded on first use), hf-hub: name, or a local file. "
         "Source: ours.",
+        json_schema_extra={**RESUMABLE, **LOCAL_PATH},  # where they are may change, what they are may not
     )
     alpha_weights: str | None = Field(
-        None, min_length=1, description="Local file with Alpha-CLIP's visual weights. Source: paper (which file: ours)."
+        None,
+        min_length=1,
+        description="Local file with Alpha-CLIP's visual weights. Source: paper (which file: ours).",
+        json_schema_extra={**RESUMABLE, **LOCAL_PATH},
     )
     region: Literal["auto", "alpha", "crop", "pool"] = Field(
         "auto",
@@ -165,8 +170,7 @@ class RADASettings(BaseModel):
         single = re.match(r"single:(\d)", self.infer)
         if single and int(single[1]) > self.num_networks:
             raise ValueError(f"infer ({self.infer}) names a network that num_networks ({self.num_networks}) lacks")
-        if self.region == "alpha" and self.alpha_weights is None:
-            raise ValueError("region=alpha needs alpha_weights, the file with Alpha-CLIP's weights; else use crop")
+        require_alpha(self.region, self.alpha_weights is not None)
         if self.semantics == "clip" and self.clip_weights is None:
             raise ValueError(
                 "semantics=clip needs clip_weights (a tag such as openai, or a file); else use semantics=learned or off"

@@ -11,21 +11,14 @@ from pydantic import BaseModel
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset, in_workers
 from nnunetv2_ext.rada.cases import CaseSource
-from nnunetv2_ext.rada.fingerprint import needs_fix
 from nnunetv2_ext.rada.preprocessed import cache_root, case_sources, plans_key
 from nnunetv2_ext.rada.propagate import propagate_cases
 from nnunetv2_ext.rada.settings import RADASettings
 from nnunetv2_ext.rada.split import clean_fold, recorded_subjects, write_split_if_absent
-from nnunetv2_ext.rada.survey import (
-    Annotation,
-    cache_path,
-    log_lines,
-    require_annotations,
-    survey_cases,
-    warnings,
-)
-from nnunetv2_ext.rada.survival import require_planes_survived
+from nnunetv2_ext.rada.survey import Annotation, log_lines
+from nnunetv2_ext.rada.survival import erased_annotations, require_planes_survived
 from nnunetv2_ext.rada.targets import supervised_target
+from nnunetv2_ext.rada.trainable import Preprocessed, require_trainable
 from nnunetv2_ext.rada.views import AXES, view_masks
 
 
@@ -33,6 +26,7 @@ class SparseTraining(ExtTrainer):
     """The part of RADATraining that knows the data.
 
     Attributes:
+        preprocessed: the dataset and configuration.
         annotations: of all cases of the dataset.
         labelled_cases: those with any annotated voxel.
         training_data: nnU-Net's dataset of the training cases.
@@ -50,6 +44,7 @@ class SparseTraining(ExtTrainer):
     training_data: Any = None
     plane_axes: tuple[int, ...] = ()
     masks: tuple[int, ...]
+    preprocessed: Preprocessed
     ignore_label: int
 
     @property
@@ -68,60 +63,28 @@ class SparseTraining(ExtTrainer):
 
     def _refuse_what_cannot_work(self) -> None:
         """Raises ValueError with the reason: 2-D, cascade, regions, no ignore label; NotImplementedError: DDP."""
-        name, configuration = self.plans_manager.dataset_name, self.configuration_name
         if self.is_ddp:
             raise NotImplementedError(
                 "nnUNetTrainerRADA runs on one GPU: its three networks are trained one after the other, each of which "
                 "would need its own DDP wrapper, and nnU-Net saves and loads exactly one. Train without -num_gpus"
             )
-        if len(self.configuration_manager.patch_size) != 3:
-            raise ValueError(
-                f"configuration {configuration} is 2-D, but RADA learns from planes along three axes of a volume: "
-                "use 3d_fullres or 3d_lowres"
-            )
-        if self.is_cascaded:
-            raise ValueError(
-                f"configuration {configuration} is a cascade; RADA has no place for a previous stage: "
-                "use 3d_fullres or 3d_lowres"
-            )
-        if self.label_manager.has_regions:
-            raise ValueError(
-                f"{name} has region-based labels; RADA compares classes by softmax and entropy: declare one integer "
-                "per class in dataset.json instead of lists"
-            )
-        if self.label_manager.ignore_label is None:
-            raise ValueError(
-                f"dataset.json of {name} declares no ignore label, so every voxel counts as annotated: mark what is "
-                'not annotated with the highest label and declare it as "ignore" (https://github.com/MIC-DKFZ/nnUNet/'
-                "blob/master/documentation/ignore_label.md), or simulate it with `nnUNetv2_ext sparsify`"
-            )
-        self.ignore_label = int(self.label_manager.ignore_label)
+        base = Path(self.preprocessed_dataset_folder_base)
+        self.preprocessed = require_trainable(base, self.plans_manager, self.configuration_name, self.dataset_json)
+        self.ignore_label = self.preprocessed.ignore
 
     # ---- who is labelled ---------------------------------------------------------------------------------------------
     def _survey(self) -> dict[str, Annotation]:
         """What is annotated in every case of the dataset; read once."""
         if self.annotations is None:
-            cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
-            cache = cache_path(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
-            found = survey_cases(self.preprocessed_dataset_folder, cases, self.ignore_label, cache)
-            require_annotations(found, self.label_manager.all_labels)
-            self.annotations = found
+            self.annotations = self.preprocessed.survey()
         return self.annotations
 
     def _check_planes(self, annotations: dict[str, Annotation]) -> None:
         """Log what was found; raises ValueError if preprocessing erased a plane."""
-        plans, base = self.plans_manager, Path(self.preprocessed_dataset_folder_base)
-        lines = [*log_lines(annotations), *warnings(annotations, self.dataset_json["labels"])]
-        if needs_fix(plans.plans, base):
-            lines.append(
-                "WARNING: these plans normalise CT by intensities of the whole image, because nnU-Net's fingerprint "
-                "counts the ignore label as foreground: run "
-                f"nnUNetv2_ext fix-fingerprint -d {plans.dataset_name} and preprocess again"
-            )
+        data = self.preprocessed
+        lines = [*log_lines(annotations), *data.warnings(annotations), *erased_annotations(data, annotations)]
         self.print_to_log_file("RADA found these planes (slices of the preprocessed arrays):\n" + "\n".join(lines))
-        require_planes_survived(
-            base, annotations, plans, self.configuration_manager, self.dataset_json, self.ignore_label
-        )
+        require_planes_survived(data, annotations)
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's: unlabelled cases train in every fold and validate in none (see `split.rada_splits`).

@@ -25,6 +25,7 @@ from nnunetv2_ext.rada.newdataset import (
 )
 from nnunetv2_ext.rada.planes import Array, Planes, on_planes
 from nnunetv2_ext.rada.raw import BLOCK, RawDataset, measure, open_raw, require_free_id, target_grids
+from nnunetv2_ext.rada.requirements import require_plain_labels
 from nnunetv2_ext.rada.split import write_split_for
 from nnunetv2_ext.rada.thickened import PlaneReport, thicken_case
 
@@ -116,8 +117,7 @@ def sparsify(source: int | str, target_id: int, options: SparsifyOptions, say: C
 def _require_dense(dataset: RawDataset) -> None:
     if dataset.ignore is not None:
         raise ValueError(f"{dataset.name} has an ignore label, so it is sparse already: use --thicken-only")
-    if "regions_class_order" in dataset.json or any(isinstance(v, list) for v in dataset.json["labels"].values()):
-        raise ValueError(f"{dataset.name} is trained on regions, which RADA does not support; declare plain labels")
+    require_plain_labels(dataset.json["labels"], dataset.name)
 
 
 def _draw(dataset: RawDataset, options: SparsifyOptions) -> tuple[set[str], set[str]]:

@@ -60,7 +60,7 @@ def survey_label(label: Array, ignore: int) -> Annotation:
 def survey_cases(
     folder: str | os.PathLike[str],
     identifiers: Iterable[str],
-    ignore_label: int | None,
+    ignore: int,
     cache_file: str | os.PathLike[str] | None = None,
 ) -> dict[str, Annotation]:
     """The annotation of cases of a preprocessed configuration folder, in sorted order.
@@ -68,13 +68,12 @@ def survey_cases(
     Args:
         folder: ``nnUNet_preprocessed/<Dataset>/<data_identifier>``.
         identifiers: Cases.
-        ignore_label: Of the dataset.
+        ignore: The ignore label.
         cache_file: See `cache_path`; used for cases whose label file kept its size and time. None: no cache.
 
     Raises:
-        ValueError: the dataset has no ignore label, or a case is missing or 2-D.
+        ValueError: a case is missing or 2-D.
     """
-    ignore = require_ignore_label(ignore_label)
     cases = sorted(set(identifiers))
     dataset = infer_dataset_class(str(folder))(str(folder), list(cases))
 
@@ -131,17 +130,6 @@ def survey_files(
 def cache_path(dataset_folder: str | os.PathLike[str], data_identifier: str, kind: str = "planes") -> Path:
     """``nnUNet_preprocessed/<Dataset>/nnunetv2_ext/rada/``: an extra file in a configuration folder breaks nnU-Net."""
     return Path(dataset_folder) / "nnunetv2_ext" / "rada" / f"{kind}_{data_identifier}.json"
-
-
-def require_ignore_label(ignore_label: int | None) -> int:
-    """The ignore label; ValueError without one."""
-    if ignore_label is None:
-        raise ValueError(
-            'the dataset has no ignore label, so nothing tells annotated planes from the rest: add "ignore" as the '
-            "highest label to dataset.json, set it in labelsTr wherever nothing is annotated, and preprocess again; or "
-            "make a dense dataset sparse with nnUNetv2_ext sparsify"
-        )
-    return ignore_label
 
 
 def require_annotations(annotations: Mapping[str, Annotation], label_values: Collection[int]) -> None:

@@ -1,8 +1,7 @@
-"""Whether every plane that was annotated in the raw labels is still a plane after nnU-Net's preprocessing."""
+"""Whether what was annotated in the raw labels is still there after nnU-Net's preprocessing: planes, and the rest."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_ext.rada.planes import THRESHOLD, Array, Planes
 from nnunetv2_ext.rada.survey import Annotation, cache_path, survey_files
+from nnunetv2_ext.rada.trainable import Preprocessed
 
 _TOLERANCE = 1.0 + 1e-6  # slices of the preprocessed array
+_SPARSIFY_DEFAULTS = {"-c": "3d_fullres", "-p": "nnUNetPlans"}  # of nnUNetv2_ext sparsify --thicken-only
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,7 @@ class Lost:
         )
 
 
-def raw_planes(
-    dataset_folder: str | os.PathLike[str],
-    identifiers: Iterable[str],
-    plans: PlansManager,
-    configuration: ConfigurationManager,
-    dataset_json: Mapping[str, Any],
-    ignore: int,
-) -> dict[str, Annotation]:
+def raw_planes(data: Preprocessed, identifiers: Iterable[str]) -> dict[str, Annotation]:
     """Annotation of the raw labels (``gt_segmentations``), transposed and cropped as preprocessing does; cached.
 
     Indices count slices of the cropped array. The crop is read from the properties of the preprocessed cases.
@@ -61,68 +54,46 @@ def raw_planes(
     Raises:
         ValueError: a label file is missing.
     """
-    base = Path(dataset_folder)
-    truth = base / "gt_segmentations"
-    files = {case: truth / f"{case}{dataset_json['file_ending']}" for case in sorted(set(identifiers))}
+    truth = data.base / "gt_segmentations"
+    files = {case: truth / f"{case}{data.dataset_json['file_ending']}" for case in sorted(set(identifiers))}
     missing = [str(file) for file in files.values() if not file.is_file()]
     if missing:
         raise ValueError(f"{missing[0]} is missing, which nnUNetv2_preprocess writes: preprocess the dataset again")
-    reader = plans.image_reader_writer_class()
+    reader, order = data.plans.image_reader_writer_class(), data.plans.transpose_forward
 
     def read(case: str) -> Array:
-        label = reader.read_seg(str(files[case]))[0][0].transpose(plans.transpose_forward)
-        return label[
-            tuple(slice(*bounds) for bounds in _properties(base, configuration, case)["bbox_used_for_cropping"])
-        ]
+        label = reader.read_seg(str(files[case]))[0][0].transpose(order)
+        return label[tuple(slice(*bounds) for bounds in _properties(data.folder, case)["bbox_used_for_cropping"])]
 
-    cache = cache_path(base, configuration.data_identifier, "raw_planes")
-    return survey_files(files, read, ignore, cache, "reading raw labels", str(list(plans.transpose_forward)))
+    cache = cache_path(data.base, data.configuration.data_identifier, "raw_planes")
+    return survey_files(files, read, data.ignore, cache, "reading raw labels", str(list(order)))
 
 
-def lost_planes(
-    dataset_folder: str | os.PathLike[str],
-    annotations: Mapping[str, Annotation],
-    plans: PlansManager,
-    configuration: ConfigurationManager,
-    dataset_json: Mapping[str, Any],
-    ignore: int,
-) -> list[Lost]:
+def lost_planes(data: Preprocessed, annotations: Mapping[str, Annotation]) -> list[Lost]:
     """The raw planes without a plane within one slice after preprocessing.
 
     Args:
-        dataset_folder: ``nnUNet_preprocessed/<Dataset>``.
-        annotations: Of the preprocessed cases, from `survey_cases`.
-        plans: Of the preprocessed data.
-        configuration: Of the preprocessed data.
-        dataset_json: Of the dataset.
-        ignore: The ignore label.
+        data: The preprocessed dataset.
+        annotations: Of its cases.
     """
-    folder = Path(dataset_folder) / configuration.data_identifier
-    raw = raw_planes(dataset_folder, annotations, plans, configuration, dataset_json, ignore)
+    order, target = data.plans.transpose_forward, data.configuration.spacing
     lost = []
-    for case, before in raw.items():
+    for case, before in raw_planes(data, annotations).items():
         if not before.planes:
             continue
-        properties = _properties(Path(dataset_folder), configuration, case)
+        properties = _properties(data.folder, case)
         old = properties["shape_after_cropping_and_before_resampling"]
-        spacing = [float(properties["spacing"][axis]) for axis in plans.transpose_forward]
-        new = compute_new_shape(old, spacing, configuration.spacing)
+        spacing = [float(properties["spacing"][axis]) for axis in order]
+        new = compute_new_shape(old, spacing, target)
         corner = [bounds[0] for bounds in properties["bbox_used_for_cropping"]]
         missing = unmatched(before.planes, annotations[case].planes, old, new)
         if missing:
             # planes of nothing but background where the image is zero are all -1 now: known, but nothing to learn
-            known = _known_slices(folder, case, ignore)
+            known = _known_slices(data.folder, case, data.ignore)
             missing = [plane for plane in missing if plane in unmatched(before.planes, known, old, new)]
         for axis, index in missing:
-            lost.append(
-                Lost(
-                    case,
-                    axis,
-                    int(plans.transpose_forward[axis]),
-                    int(index + corner[axis]),
-                    (spacing[axis], float(configuration.spacing[axis])),
-                )
-            )
+            before_and_after = spacing[axis], float(target[axis])
+            lost.append(Lost(case, axis, int(order[axis]), int(index + corner[axis]), before_and_after))
     return lost
 
 
@@ -138,26 +109,57 @@ def unmatched(before: Planes, after: Planes, old: Sequence[int], new: Sequence[i
     return missing
 
 
-def require_planes_survived(
-    dataset_folder: str | os.PathLike[str],
-    annotations: Mapping[str, Annotation],
-    plans: PlansManager,
-    configuration: ConfigurationManager,
-    dataset_json: Mapping[str, Any],
-    ignore: int,
-) -> None:
+def require_planes_survived(data: Preprocessed, annotations: Mapping[str, Annotation]) -> None:
     """Stop if preprocessing erased an annotated plane; arguments as `lost_planes`.
 
     Raises:
         ValueError: case, axis, raw slice, spacing before and after, and the command that mends it.
     """
-    lost = lost_planes(dataset_folder, annotations, plans, configuration, dataset_json, ignore)
+    lost = lost_planes(data, annotations)
     if lost:
-        number = Path(dataset_folder).name[7:10].lstrip("0")
         raise ValueError(
-            f"preprocessing erased {len(lost)} annotated planes, first in {lost[0]}: make planes thick enough with "
-            f"nnUNetv2_ext sparsify -d {number} -o NEW_ID --thicken-only, then plan and preprocess NEW_ID"
+            f"preprocessing erased {len(lost)} annotated planes, first in {lost[0]}: {thicken_remedy(data)}"
         )
+
+
+def thicken_remedy(data: Preprocessed) -> str:
+    """What to do about planes that preprocessing erased: the thickness they need follows configuration and plans."""
+    chosen = {"-c": data.configuration_name, "-p": data.plans.plans_name}
+    options = "".join(f" {name} {value}" for name, value in chosen.items() if value != _SPARSIFY_DEFAULTS[name])
+    return (
+        f"make them thick enough with nnUNetv2_ext sparsify -d {int(data.base.name[7:10])} -o NEW_ID "
+        f"--thicken-only{options}, then plan and preprocess NEW_ID"
+    )
+
+
+def erased_annotations(data: Preprocessed, annotations: Mapping[str, Annotation]) -> list[str]:
+    """Warnings about annotations on no plane (scribbles, incomplete slices) that did not survive preprocessing.
+
+    Lost planes stop a training; these are lost to it in silence: a case that has nothing else becomes an unlabelled
+    one, and a class that a case has nowhere else is missing there.
+
+    Args:
+        data: The preprocessed dataset.
+        annotations: Of its cases.
+    """
+    unlabelled = sum(not a.labelled for a in annotations.values())
+    remedy = "draw it thicker than the spacing of the plans, annotate whole slices, or train a finer configuration"
+    names = {int(value): name for name, value in data.dataset_json["labels"].items()}
+    found = []
+    for case, before in raw_planes(data, annotations).items():
+        after = annotations[case]
+        if before.labelled and not after.labelled:
+            found.append(
+                f"WARNING: {case} is annotated ({100 * before.share:.2g} % of the raw label), but preprocessing erased "
+                f"all of it: it counts as one of the {unlabelled} unlabelled cases; {remedy}"
+            )
+            continue
+        gone = [names.get(value, str(value)) for value in before.values if value > 0 and value not in after.values]
+        if gone:
+            found.append(
+                f"WARNING: preprocessing erased every annotated voxel of {', '.join(gone)} in {case}; {remedy}"
+            )
+    return found
 
 
 def _known_slices(folder: Path, case: str, ignore: int) -> Planes:
@@ -168,5 +170,5 @@ def _known_slices(folder: Path, case: str, ignore: int) -> Planes:
     return Planes((first, second, third))
 
 
-def _properties(base: Path, configuration: ConfigurationManager, case: str) -> dict[str, Any]:
-    return load_pickle(str(base / configuration.data_identifier / f"{case}.pkl"))
+def _properties(folder: Path, case: str) -> dict[str, Any]:
+    return load_pickle(str(folder / f"{case}.pkl"))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from skimage.transform import resize
 
-from nnunetv2_ext.rada.planes import THRESHOLD, Array, Planes
+from nnunetv2_ext.rada.planes import THRESHOLD, Array, Planes, consecutive_runs
 
 _EPSILON = 1e-6
 _MARGIN = 0.01  # of the share, for rounding
@@ -59,17 +59,6 @@ def thicken(label: Array, ignore: int, planes: Planes, new_shape: Sequence[int])
         free = views[0][target] == ignore
         views[0][target][free] = views[1][source][free]
     return result, slabs
-
-
-def consecutive_runs(indices: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last index of each run of neighbours among sorted `indices`."""
-    runs: list[tuple[int, int]] = []
-    for index in indices:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1] = (runs[-1][0], index)
-        else:
-            runs.append((index, index))
-    return runs
 
 
 def slab_for(first: int, last: int, old: int, new: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from nnunetv2_ext.rada.newdataset import (
 )
 from nnunetv2_ext.rada.planes import Array, Planes, find_planes
 from nnunetv2_ext.rada.raw import BLOCK, Grid, Target, measure, open_raw, require_free_id, target_grids
+from nnunetv2_ext.rada.requirements import require_ignore_label
 from nnunetv2_ext.rada.split import recorded_subjects, write_split_for
 from nnunetv2_ext.rada.thicken import Slab, thicken
 
@@ -98,12 +99,7 @@ def thicken_dataset(
     """
     dataset = open_raw(source)
     require_free_id(target_id)
-    ignore = dataset.ignore
-    if ignore is None:
-        raise ValueError(
-            f'{dataset.name} has no ignore label: declare "ignore" as the highest label in dataset.json if its '
-            "labels are sparse, or make dense labels sparse with --labelled"
-        )
+    ignore = require_ignore_label(dataset.ignore, dataset.name)
     measure(dataset, dataset.cases[0])  # 2-D data is refused before anything long starts
     grids, target = target_grids(dataset, dataset.cases, plans, configuration)
     report = PlaneReport()

@@ -30,6 +30,7 @@ class RADATraining(CoTraining):
     """Adds class vectors (`rada.semantics`) and propagated planes (`rada.registration`) to the co-trained networks."""
 
     _own_vectors: CaseVectors | None = None  # of the training cases, for semantics=clip
+    _weights_identity: dict[str, str] | None = None  # of the CLIP that made them; from the checkpoint when continuing
     _own: tuple[Tensor, Tensor, Tensor] | None = None  # of this step's samples: vectors, valid, which are used
 
     def get_tr_and_val_datasets(self) -> Any:
@@ -38,25 +39,26 @@ class RADATraining(CoTraining):
         if self.rada.semantics == "clip":
             embeddings = self._embed()
             self._own_vectors = own_vectors(embeddings)
-            self.rada_network.set_bank(self._own_vectors.mean().to(self.device), embeddings.text.to(self.device))
+            if not (self._is_resumed and self.rada_network.bank.is_filled):  # the checkpoint brings its own
+                self.rada_network.set_bank(self._own_vectors.mean().to(self.device), embeddings.text.to(self.device))
         return datasets
 
     def _embed(self) -> CaseEmbeddings:
-        settings, annotations = self.rada, self._survey()
-        planes = {case: annotations[case].planes for case in self.training_data.identifiers}
-        if not any(planes.values()):
+        settings, cases = self.rada, self.training_sources()
+        if not cases:
             raise ValueError(
                 f"no training case of fold {self.fold} has an annotated plane, so there is no slice to show to CLIP: "
                 "annotate whole slices, or set rada.semantics=learned or off"
             )
         channels = self.dataset_json.get("channel_names") or self.dataset_json.get("modality")
+        source = ClipSource(settings.clip_model, settings.clip_weights, settings.alpha_weights)
+        self._weights_identity = same_identity(source, self._weights_identity)
         return embed_preprocessed(
-            self.training_data,
-            planes,
+            cases,
             self.plans_manager.plans_name,
             self.configuration_manager.configuration,
             self.preprocessed_dataset_folder_base,
-            ClipSource(settings.clip_model, settings.clip_weights, settings.alpha_weights),
+            source,
             class_prompts(
                 self.dataset_json["labels"],
                 channels,
@@ -68,6 +70,7 @@ class RADATraining(CoTraining):
             settings.image_channel,
             self.device,
             log=self.print_to_log_file,
+            identity=self._weights_identity,
         )
 
     # ---- one step ----------------------------------------------------------------------------------------------------
@@ -78,6 +81,11 @@ class RADATraining(CoTraining):
             use = draw_own(valid.flatten(1).any(1), self.rada.own_embedding_p, self.generator)
             self._own = vectors, valid, use
         return super().loss_passes(batch)
+
+    def training_pass_teaches(self, batch: Batch, rows: list[int]) -> bool:
+        """Not of samples with vectors of their own: a teacher is conditioned on the bank's, as at prediction."""
+        own = self._own_vectors is not None and any(batch.keys[i] in self.labelled_cases for i in rows)
+        return not own and super().training_pass_teaches(batch, rows)
 
     def forward_member(self, k: int, batch: Batch) -> MemberOutput:
         """Network k, conditioned on the samples' own vectors or the bank's."""
@@ -110,6 +118,17 @@ class RADATraining(CoTraining):
             loss = propagated_loss(output.full_resolution, label, weight, self.ignore_label)
             terms["propagated"] = Term(loss, own_share)
         return terms
+
+    # ---- checkpoint --------------------------------------------------------------------------------------------------
+    def method_state(self) -> dict[str, Any]:
+        """Adds which CLIP made the vectors: `rada.clip_weights` may say another place when a training is continued."""
+        states = super().method_state()
+        return states | {"rada": states["rada"] | {"clip": self._weights_identity}}
+
+    def load_method_state(self, states: dict[str, Any]) -> None:
+        """Counterpart of `method_state`."""
+        super().load_method_state(states)
+        self._weights_identity = states.get("rada", {}).get("clip")
 
     # ---- epochs ------------------------------------------------------------------------------------------------------
     def epoch_figures(self) -> dict[str, float]:
@@ -152,6 +171,27 @@ class RADATraining(CoTraining):
             )
             for i, key in enumerate(batch.keys)
         ]
+
+
+def same_identity(source: ClipSource, before: dict[str, str] | None) -> dict[str, str]:
+    """What the weights are: as a continued training has them (`before`), or as `source` says.
+
+    Weights whose files are gone are not needed while the vectors they made are kept.
+
+    Raises:
+        ValueError: those at hand are others than before, or there is no before and a file is missing.
+    """
+    if before is None:
+        return source.identity()
+    changed = {name: now for name, now in source.known_identity().items() if before.get(name) != now}
+    if changed:
+        settings = {"model": "rada.clip_model", "weights": "rada.clip_weights", "alpha": "rada.alpha_weights"}
+        what = "; ".join(f"{settings[name]}: {before.get(name)} became {now}" for name, now in changed.items())
+        raise ValueError(
+            f"this training was started with vectors of other CLIP weights ({what}): give the same ones, whose place "
+            "may be another one, or start a new training without --c"
+        )
+    return before
 
 
 def own_vectors(embeddings: CaseEmbeddings) -> CaseVectors:

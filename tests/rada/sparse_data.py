@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +19,12 @@ from tests.conftest import TinyDataset, shrink
 DENSE_ID, SPARSE_ID = 1, 2
 
 
-def make_sparse_tiny(root: Path, labelled: int = 4, test_share: float = 0.2, **phantom: Any) -> TinyDataset:
+def make_sparse_tiny(
+    root: Path, labelled: int = 4, test_share: float = 0.2, lowres: float | None = None, **phantom: Any
+) -> TinyDataset:
     """Ten phantoms: `labelled` with three planes, two for testing, the others unlabelled; plans ``tiny``, 3d_fullres.
+
+    With `lowres` the planes are thick enough for a 3d_lowres of so many mm, which the plans then have too.
 
     The dense source is dataset 1 in the same raw folder. splits_final.json is the one sparsify wrote: fold k validates
     on one labelled case.
@@ -32,8 +38,17 @@ def make_sparse_tiny(root: Path, labelled: int = 4, test_share: float = 0.2, **p
     with pytest.MonkeyPatch.context() as patch:
         for key, value in environment.items():
             patch.setenv(key, value)
-        sparsify(DENSE_ID, SPARSE_ID, SparsifyOptions(labelled, test_share=test_share))
+        chosen = {}
+        if lowres is not None:
+            dense = dataset.preprocessed / f"Dataset{DENSE_ID:03d}_Phantom"
+            dense.mkdir(parents=True)
+            coarse = {"transpose_backward": [0, 1, 2], "configurations": {"3d_lowres": {"spacing": [lowres] * 3}}}
+            (dense / "coarse.json").write_text(json.dumps(coarse))
+            chosen = {"plans": "coarse", "configuration": "3d_lowres"}
+        sparsify(DENSE_ID, SPARSE_ID, SparsifyOptions(labelled, test_share=test_share, **chosen))
     plan_and_preprocess(dataset)
+    if lowres is not None:
+        add_lowres(dataset, lowres)
     return dataset
 
 
@@ -43,14 +58,9 @@ def plan_and_preprocess(dataset: TinyDataset) -> None:
     nnU-Net's own functions in this process, with threads for its spawned workers: those take ten times as long to start
     as all the work here.
     """
-    from nnunetv2.experiment_planning import plan_and_preprocess_api as api
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
-    environment = dataset.environment(dataset.root / "results") | {"nnUNet_n_proc_DA": "1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in environment.items():
-            patch.setenv(key, value)
-        patch.setattr(multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
+    with _in_this_process(dataset) as (api, patch):
         analyse = DatasetFingerprintExtractor.analyze_case
         # nnU-Net draws 1e8 intensities however small the dataset is: seconds and a gigabyte
         patch.setattr(DatasetFingerprintExtractor, "analyze_case", lambda *case: analyse(*case[:3], 1000))
@@ -60,3 +70,26 @@ def plan_and_preprocess(dataset: TinyDataset) -> None:
     base = dataset.preprocessed / dataset.name
     plans = json.loads((base / "nnUNetPlans.json").read_text())
     (base / "tiny.json").write_text(json.dumps(shrink(plans)))
+
+
+def add_lowres(dataset: TinyDataset, spacing: float) -> None:
+    """Give the plans ``tiny`` a 3d_lowres of so many mm, and preprocess it."""
+    plans = dataset.plans()
+    fullres = plans["configurations"]["3d_fullres"]
+    lowres = fullres | {"data_identifier": "tiny_3d_lowres", "spacing": [spacing] * 3}
+    plans["configurations"]["3d_lowres"] = lowres
+    (dataset.preprocessed / dataset.name / "tiny.json").write_text(json.dumps(plans))
+    with _in_this_process(dataset) as (api, _):
+        api.preprocess([dataset.dataset_id], "tiny", configurations=("3d_lowres",), num_processes=(1,))
+
+
+@contextmanager
+def _in_this_process(dataset: TinyDataset) -> Iterator[tuple[Any, pytest.MonkeyPatch]]:
+    from nnunetv2.experiment_planning import plan_and_preprocess_api as api
+
+    environment = dataset.environment(dataset.root / "results") | {"nnUNet_n_proc_DA": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        patch.setattr(multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
+        yield api, patch

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nnunetv2_ext.rada.align import alignment_loss
+from nnunetv2_ext.rada.planes import Planes
+from nnunetv2_ext.rada.views import view_map
 
 FEATURES, D, SHAPE = 5, 7, (6, 7, 8)
 
@@ -103,6 +105,26 @@ def test_it_equals_a_slow_loop(seed, B, C, view_axes, min_voxels, with_bank) -> 
     assert (got is None) == (expected is None)
     if got is not None:
         assert got.dtype == torch.float32 and got.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_scribble_counts_on_every_axis_that_has_a_vector() -> None:
+    given_ = make(B=1, C=2) | {"view_axes": (0, 2)}
+    label = np.full(SHAPE, 2)
+    label[1:3, 2, 3:5] = 1
+    given_["label"] = torch.from_numpy(label)[None]
+    given_["bits"] = torch.from_numpy(view_map(label, 2, Planes()))[None]
+
+    def loss(axes: tuple[int, ...], with_vectors: tuple[int, ...], min_voxels: int = 4) -> float | None:
+        valid = torch.zeros(1, 3, 2, dtype=torch.bool)
+        valid[:, list(with_vectors)] = True
+        found = alignment_loss(**given_ | {"view_axes": axes, "valid": valid, "min_voxels": min_voxels})
+        return None if found is None else found.item()
+
+    alone = loss((0,), (0, 2)), loss((2,), (0, 2))
+    assert None not in alone and alone[0] != alone[1]
+    assert loss((0, 2), (0, 2)) == pytest.approx(sum(alone) / 2)
+    assert loss((0, 2), (0,)) == pytest.approx(alone[0])
+    assert loss((0, 2), (1,)) is None and loss((0, 2), (0, 2), min_voxels=5) is None
 
 
 def test_it_falls_as_q_approaches_its_vector() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from nnunetv2_ext.cli.dispatch import main
 from nnunetv2_ext.rada.draw import AXIS_COLOURS, CaseView, draw_planes
-from nnunetv2_ext.rada.fingerprint import PROPERTIES
+from nnunetv2_ext.rada.fingerprint import MARK, PROPERTIES
 from nnunetv2_ext.rada.planes import find_planes
 from tests.conftest import TinyDataset
 
@@ -78,13 +78,27 @@ def test_ct_without_correction_and_a_stock_split_are_warned_about(base: Path, ca
     assert "4 of 8 validation cases have no annotation" in out
 
 
+def test_ct_preprocessed_before_the_correction_is_warned_about(base: Path, capsys) -> None:
+    plans = json.loads((base / "tiny.json").read_text())
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+    images = [p for p in (base / "nnUNetPlans_3d_fullres").glob("*.b2nd") if not p.name.endswith("_seg.b2nd")]
+    newest = max(p.stat().st_mtime for p in images)
+    for seconds, stale in ((newest + 1, True), (newest - 1e6, False)):
+        (base / "tiny.json").write_text(json.dumps(plans | {MARK: {"corrected_at": seconds}}))
+        assert main(["check", "-d", "2", "-p", "tiny", "--cases", "0"]) == 0
+        out = capsys.readouterr().out
+        assert (
+            "WARNING: 8 of 8 images" in out and "run nnUNetv2_preprocess -d Dataset002_Phantom again" in out
+        ) == stale
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["-d", "9"], "dataset 9"),
         (["-d", "2", "-p", "absent"], "absent.json is missing: run nnUNetv2_plan_and_preprocess"),
         (["-d", "2", "-c", "3d_lowres"], "not '3d_lowres'"),
-        (["-d", "2", "-c", "2d"], "2-D or a cascade"),
+        (["-d", "2", "-c", "2d"], "configuration 2d is 2-D"),
     ],
 )
 def test_what_cannot_be_checked(base: Path, capsys, arguments: list[str], message: str) -> None:

@@ -136,6 +136,12 @@ def test_bf16_is_close(tiny_clip, alpha_encoder, pictures):
     assert not torch.equal(found, alpha_encoder.encode_images(*pictures))
 
 
+def test_loading_leaves_the_random_stream_as_it_was(tiny_clip):
+    before = torch.get_rng_state()
+    load_encoder(ClipSource(tiny_clip.name, str(tiny_clip.weights), str(tiny_clip.alpha_weights)), **quiet)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_notices_are_printed(tiny_clip, said):
     lines, log = said
     load_encoder(ClipSource(tiny_clip.name, str(tiny_clip.weights), str(tiny_clip.alpha_weights)), log=log)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -39,10 +40,9 @@ def backward(trainer: Any, batch: dict[str, Any], number: int | None = None) -> 
     """Gradients of the passes of a step, or of network ``number``'s pass alone."""
     trainer.optimizer.zero_grad()
     for loss_pass in trainer.loss_passes(Batch.from_loader(batch, trainer.device)):
-        if number is None or loss_pass.name in ("teachers", f"network {number}"):
-            terms = loss_pass.compute().values()
-            if terms:
-                sum(value * weight for value, weight in terms).backward()
+        terms = loss_pass.compute().values()  # of every pass: the first network teaches from its own
+        if terms and (number is None or loss_pass.name == f"network {number}"):
+            sum(value * weight for value, weight in terms).backward()
 
 
 def without_bits(target: torch.Tensor) -> torch.Tensor:
@@ -178,26 +178,58 @@ def test_clipping_one_network_leaves_the_others_gradients_alone(started):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize(("passes", "clean_and_noisy"), [(0, 1), (2, 3)])
-def test_each_network_teaches_once_per_step_without_gradient(started, passes, clean_and_noisy):
-    trainer = started(f"rada.passes={passes}")
+def count_passes(trainer, monkeypatch):
+    """Records of every forward of a network: its number, with gradient, in training mode, samples."""
     calls: list[tuple[int, bool, bool, int]] = []
     for k, member in enumerate(trainer.rada_network.members):
-        original = member.forward
 
-        def counted(data, vectors=None, k=k, member=member, original=original):
+        def counted(data, vectors=None, k=k, member=member, original=member.forward):
             calls.append((k, torch.is_grad_enabled(), member.training, len(data)))
             return original(data, vectors)
 
-        member.forward = counted
+        monkeypatch.setattr(member, "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize(("passes", "by_network"), [(0, (0, 1, 1)), (2, (3, 3, 3))])
+def test_every_network_teaches_once_per_step_without_gradient(started, monkeypatch, passes, by_network):
+    trainer = started(f"rada.passes={passes}")
+    calls = count_passes(trainer, monkeypatch)
     keys = mixed_keys(trainer)
     trainer.train_step(sparse_batch(trainer, [keys[0], *keys]))
     for k in range(3):
         taught = [call for call in calls if call[0] == k and not call[1]]
         learnt = [call for call in calls if call[0] == k and call[1]]
-        assert taught == [(k, False, False, 1)] * clean_and_noisy  # eval mode, the unlabelled sample alone
+        # eval mode, the unlabelled sample alone; without noise the first network teaches from its training pass
+        assert taught == [(k, False, False, 1)] * by_network[k]
         assert learnt == [(k, True, True, 3)]
     assert trainer.rada_network.training
+
+
+@pytest.mark.parametrize("labelled_only", [False, True])
+def test_teaching_from_the_training_pass_is_teaching_from_a_pass_of_its_own(started, monkeypatch, labelled_only):
+    trainer = started("rada.gate_base=2")
+    keys = mixed_keys(trainer)
+    batch = Batch.from_loader(sparse_batch(trainer, [keys[0]] * 2 if labelled_only else keys), trainer.device)
+
+    def terms(teaches):
+        monkeypatch.setattr(type(trainer), "training_pass_teaches", lambda self, batch, rows: teaches)
+        found = {}
+        for one in trainer.loss_passes(batch):
+            found |= {name: float(term.value.detach()) for name, term in one.compute().items()}
+        return found | trainer._figures.read()
+
+    assert terms(True) == pytest.approx(terms(False), rel=1e-5)
+
+
+@pytest.mark.parametrize("module", [torch.nn.Dropout3d(), torch.nn.BatchNorm3d(1)])
+def test_a_network_that_acts_differently_in_training_teaches_in_eval_mode(started, monkeypatch, module):
+    trainer = started()
+    trainer.rada_network.members[0].add_module("further", module)
+    trainer.__dict__.pop("_depends_on_mode", None)
+    calls = count_passes(trainer, monkeypatch)
+    trainer.train_step(sparse_batch(trainer, mixed_keys(trainer)))
+    assert (0, False, False, 1) in calls
 
 
 def test_without_unlabelled_samples_the_unannotated_voxels_of_all_are_taught(started):
@@ -260,6 +292,58 @@ def test_the_networks_start_apart_and_share_nothing(started):
     assert not storages[0] & storages[1] and not storages[1] & storages[2] and not storages[0] & storages[2]
     first = [next(member.parameters()) for member in members]
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+
+
+def test_an_overflow_in_one_network_skips_the_step_of_all(started):
+    """As under AMP: one scaler over three sequential passes; the networks stay finite and together."""
+    trainer = started()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    plain = started()
+    batch = sparse_batch(trainer, mixed_keys(trainer))
+    before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    parameter = next(trainer.rada_network.members[1].parameters())
+    hook = parameter.register_hook(lambda gradient: gradient * float("inf"))
+    figures = trainer.train_step(batch)
+    hook.remove()
+    assert not np.isfinite(figures["grad_norm"]) and all(np.isfinite(figures[f"supervised_{k}"]) for k in (1, 2, 3))
+    assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
+    assert trainer.grad_scaler.get_scale() == 2.0**7 and trainer.global_step == 1
+    assert not any(momentum for momentum in trainer.optimizer.state.values())
+    trainer.global_step = 0  # the ramp of co-training counts skipped steps too; for the comparison it must not
+    figures, expected = trainer.train_step(batch), plain.train_step(batch)
+    # a power of two scales without rounding: the step that follows is the one without a scaler
+    assert figures["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6)
+    for one, other in zip(trainer.network.parameters(), plain.network.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+        assert bool(torch.isfinite(one).all())
+    assert any(not torch.equal(v, before[name]) for name, v in trainer.network.state_dict().items())
+
+
+@pytest.mark.parametrize("deep_supervision", ["pool", "off"])
+def test_a_compiled_training_is_the_plain_one(started, monkeypatch, deep_supervision):
+    """The branch nnU-Net takes on a GPU, with the compiler's front end and no code generation."""
+    settings = f"rada.deep_supervision={deep_supervision}"
+    plain = started(settings)
+    torch._dynamo.reset()
+    compiled: list[str] = []
+    original = torch.compile
+
+    def eager(model: Any, *args: Any, **options: Any) -> Any:
+        compiled.append(getattr(getattr(model, "__self__", model), "__class__", type(model)).__name__)
+        return original(model, *args, **options, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", eager)
+    monkeypatch.setattr(type(plain), "_may_compile", lambda self: True)
+    trainer = started(settings)
+    assert sorted(set(compiled)) == ["Member", "MemoryEfficientSoftDiceLoss"] and compiled.count("Member") == 3
+    assert list(trainer.network.state_dict()) == list(plain.network.state_dict())  # no _orig_mod in a checkpoint
+    batch = sparse_batch(trainer, mixed_keys(trainer))
+    for _ in range(2):
+        figures, expected = trainer.train_step(batch), plain.train_step(batch)
+        assert {k: float(v) for k, v in figures.items()} == pytest.approx({k: float(v) for k, v in expected.items()})
+    for one, other in zip(trainer.network.parameters(), plain.network.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("semantics", ["off", "clip"])

@@ -357,8 +357,7 @@ def folder(tmp_path, counter):
     def run(**changes):
         dataset.loaded.clear()
         arguments = {
-            "dataset": dataset,
-            "planes": planes,
+            "cases": preprocessed.case_sources(dataset, planes, plans["spacing"], changes.get("channel", 0)),
             "plans_name": "nnUNetPlans",
             "configuration": plans,
             "dataset_folder": base,
@@ -415,7 +414,7 @@ def test_region_auto(has_alpha, expected, said):
 
 
 def test_region_errors():
-    with pytest.raises(ValueError, match=r"needs rada\.alpha_weights"):
+    with pytest.raises(ValueError, match=r"rada\.region=alpha needs Alpha-CLIP's weights"):
         preprocessed.resolve_region("alpha", False)
     with pytest.raises(ValueError, match="choose auto, alpha, crop or pool"):
         preprocessed.resolve_region("box", True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunetv2_ext.rada.fingerprint import MARK, PROPERTIES, fix_fingerprint, measure_intensities, needs_fix, uses_ct
+from nnunetv2_ext.rada.fingerprint import (
+    MARK,
+    PROPERTIES,
+    fix_fingerprint,
+    measure_intensities,
+    needs_fix,
+    stale_intensities,
+    uses_ct,
+)
 from nnunetv2_ext.rada.raw import open_raw
 
 ORGAN, AIR = 110.0, -1000.0
@@ -110,10 +119,33 @@ def test_plans_made_again_from_the_corrected_fingerprint_are_fine(ct) -> None:
 
 def test_preprocessed_data_is_said_to_be_stale(ct) -> None:
     base = ct()
-    (base / "plans_3d").mkdir()
+    images = [_preprocessed(base / "plans_3d", case) for case in ("c0", "c1")]
     said: list[str] = []
     fix_fingerprint(1, said.append)
     assert "nnUNetv2_preprocess -d Dataset001_CT again" in said[-1]
+    for image in images[:1]:  # the other one was forgotten
+        os.utime(image)
+    plans, again = read(base / "nnUNetPlans.json"), "e.g. c1.b2nd) were preprocessed before"
+    (line,) = stale_intensities(plans, base, base / "plans_3d")
+    assert "WARNING: 1 of 2 images in plans_3d" in line and again in line
+    unmarked = {key: value for key, value in plans.items() if key != MARK}  # planned again
+    assert stale_intensities(unmarked, base, base / "plans_3d") == [line]
+    os.utime(images[1])
+    assert stale_intensities(plans, base, base / "plans_3d") == []
+    said.clear()
+    fix_fingerprint(1, said.append)  # a second correction changes nothing, so nothing has become older
+    assert stale_intensities(read(base / "nnUNetPlans.json"), base, base / "plans_3d") == []
+    assert not any("WARNING" in line for line in said)
+    assert read(base / "nnUNetPlans.json")[MARK] == plans[MARK]
+
+
+def _preprocessed(folder: Path, case: str) -> Path:
+    """Files as nnU-Net names them; returns the image's. The label's is not touched by a correction."""
+    folder.mkdir(exist_ok=True)
+    for name in (f"{case}.b2nd", f"{case}_seg.b2nd", f"{case}.pkl"):
+        (folder / name).touch()
+        os.utime(folder / name, (1e9, 1e9))
+    return folder / f"{case}.b2nd"
 
 
 def test_mr_is_left_alone(ct) -> None:

@@ -286,7 +286,7 @@ def test_training_with_an_empty_bank_is_an_error_but_predicting_is_not(make_rada
 
 
 def test_a_2d_configuration_is_refused(rada_architecture: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="3-D"):
+    with pytest.raises(ValueError, match=r"these plans is 2-D.*3d_fullres"):
         build_rada_network(None, rada_architecture(patch_size=(16, 16)), 1, 2, True, RADASettings())
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2_ext.rada.planes import Planes, annotated_share, find_planes, off_plane, on_planes
+from nnunetv2_ext.rada.planes import Planes, annotated_share, consecutive_runs, find_planes, off_plane, on_planes
 
 IGNORE = 3
 
@@ -83,6 +85,18 @@ def test_scribbles_are_off_plane() -> None:
 def test_two_dimensional_label_is_refused() -> None:
     with pytest.raises(ValueError, match="3-D configuration"):
         find_planes(np.zeros((4, 4)), IGNORE)
+
+
+@given(st.sets(st.integers(-5, 40)))
+def test_runs_of_neighbours(indices: set[int]) -> None:
+    runs = consecutive_runs(indices)
+    assert sorted(indices) == [i for first, last in runs for i in range(first, last + 1)]
+    assert all(last + 1 < first for (_, last), (first, _) in pairwise(runs))  # none of them can be joined
+
+
+def test_runs_by_hand() -> None:
+    assert consecutive_runs(()) == []
+    assert consecutive_runs((9, 1, 2, 5, 7, 8)) == [(1, 2), (5, 5), (7, 9)]
 
 
 def test_shifted_and_described_runs() -> None:

@@ -31,7 +31,7 @@ def test_on_off_two_and_none_arrive_as_the_words_they_are():
         ("rada.num_networks=2", "1 or 3"),
         ("rada.infer=single:4", "pattern"),
         ("rada.infer=single:2 rada.num_networks=1", "names a network that num_networks"),
-        ("rada.region=alpha", "region=alpha needs alpha_weights"),
+        ("rada.region=alpha", "rada.region=alpha needs Alpha-CLIP's weights"),
         ("rada.clip_weights=none", "semantics=clip needs clip_weights"),
         ("rada.semantics=on", "'clip', 'learned' or 'off'"),
         ("rada.passes=yes", "not true or false"),

@@ -14,6 +14,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_ext.core.fewshot import select_train_cases
+from nnunetv2_ext.rada.fingerprint import MARK
+from nnunetv2_ext.rada.views import AXES, INSIDE
 from nnunetv2_ext.trainers.nnUNetTrainerRADA import nnUNetTrainerRADA
 from tests.conftest import TinyDataset
 from tests.rada.trainers import IGNORE, log_of, mixed_keys, sparse_batch
@@ -79,7 +81,7 @@ def test_a_cascade_is_refused(make_rada, sparse_tiny):
 
 def test_a_dataset_without_ignore_label_is_refused(make_rada, copy):
     edit_dataset_json(copy, {"background": 0, "one": 1, "two": 2})
-    with pytest.raises(ValueError, match=r"declares no ignore label.*sparsify"):
+    with pytest.raises(ValueError, match=r"has no ignore label.*sparsify"):
         make_rada(dataset=copy).initialize()
 
 
@@ -87,7 +89,7 @@ def test_regions_are_refused(make_rada, copy):
     edit_dataset_json(copy, {"background": 0, "both": [1, 2], "one": [2], "ignore": IGNORE})
     file = base_of(copy) / "dataset.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"regions_class_order": [1, 2]}))
-    with pytest.raises(ValueError, match=r"region-based labels.*one integer per class"):
+    with pytest.raises(ValueError, match=r"declares regions \(both, one\).*one integer per class"):
         make_rada(dataset=copy).initialize()
 
 
@@ -237,6 +239,70 @@ def test_scribbles_supervise_all_networks_and_the_log_says_so(make_rada, copy):
     assert ((batch["target"][0, 1] & 7) == 7).any()
     figures = trainer.train_step(batch)
     assert all(float(figures[f"supervised_{k}"]) != -1 for k in (1, 2, 3))
+
+
+def test_planes_in_some_cases_and_scribbles_in_another(make_rada, copy):
+    looked_at: list[int] = []
+
+    def change(label: np.ndarray) -> np.ndarray:
+        if not (label != IGNORE).any():
+            return label
+        looked_at.append(1)
+        if len(looked_at) > 2:  # the first labelled case, preprocessed and raw, becomes one of scribbles
+            return label
+        changed = np.full_like(label, IGNORE)
+        changed[8:14, 10:20, 11] = 1
+        return changed
+
+    edit_labels(copy, change)
+    trainer = make_rada(dataset=copy, fold="all")
+    trainer.on_train_start()
+    log = log_of(trainer)
+    assert trainer.masks == (0b011, 0b101, 0b110)
+    assert "4 labelled and 4 unlabelled cases; planes axis0 3, axis1 3, axis2 3" in log
+    assert "2 patches" not in log and "1 patches of 4 labelled cases and 1 of 4 unlabelled cases" in log
+    (scribbled,) = [case for case, a in trainer._survey().items() if a.labelled and not a.planes]
+    assert f"{scribbled}  axis0 []  axis1 []  axis2 []" in log and "preprocessing erased" not in log
+    train, _ = trainer.get_tr_and_val_datasets()
+    whole = (slice(None), *map(slice, (99, 99, 99)))
+    found = {case: set(np.unique(train.load_case(case)[1][whole][1])) for case in train.identifiers}
+    assert found[scribbled] == {INSIDE, INSIDE | AXES}  # for all networks
+    assert all({INSIDE | 1, INSIDE | 2, INSIDE | 4} <= found[c] for c in trainer.labelled_cases - {scribbled})
+    trainer.on_train_epoch_start()
+    assert np.isfinite(float(trainer.train_step(next(trainer.dataloader_train))["loss"]))
+
+
+def test_annotations_that_preprocessing_erased_are_warned_about_by_name(make_rada, copy):
+    import SimpleITK as sitk
+
+    trainer = make_rada(dataset=copy)
+    trainer.initialize()
+    case = next(case for case, a in trainer._survey().items() if not a.labelled)
+    file = base_of(copy) / "gt_segmentations" / f"{case}.nii.gz"
+    image = sitk.ReadImage(str(file))
+    raw = sitk.GetArrayFromImage(image)
+    raw[8, :20, 10] = 1  # in the raw label only: it was too thin
+    changed = sitk.GetImageFromArray(raw)
+    changed.CopyInformation(image)
+    sitk.WriteImage(changed, str(file))
+    trainer.on_train_start()
+    log = log_of(trainer)
+    assert f"WARNING: {case} is annotated" in log and "it counts as one of the 4 unlabelled cases" in log
+    assert "4 labelled and 4 unlabelled cases" in log
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_ct_preprocessed_before_its_fingerprint_was_corrected_is_warned_about(make_rada, copy, stale):
+    file = base_of(copy) / "tiny.json"
+    images = base_of(copy).glob("nnUNetPlans_3d_fullres/*.b2nd")
+    times = [p.stat().st_mtime for p in images if not p.name.endswith("_seg.b2nd")]
+    plans = json.loads(file.read_text()) | {MARK: {"corrected_at": max(times) + 1 if stale else min(times) - 1}}
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+    file.write_text(json.dumps(plans))
+    trainer = make_rada(dataset=copy)
+    trainer.on_train_start()
+    said = "WARNING: 8 of 8 images in nnUNetPlans_3d_fullres" in log_of(trainer)
+    assert said == stale and "fix-fingerprint -d" not in log_of(trainer)
 
 
 def test_without_unlabelled_cases_all_samples_are_labelled(make_rada, copy):

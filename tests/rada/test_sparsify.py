@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from nnunetv2_ext.rada.survey import survey_cases
 from nnunetv2_ext.rada.survival import lost_planes, require_planes_survived
 from nnunetv2_ext.rada.thickened import thicken_dataset
 from tests.conftest import TinyDataset, run_command
-from tests.rada.sparse_data import plan_and_preprocess
+from tests.rada.sparse_data import add_lowres, plan_and_preprocess
 
 
 def read(file: Path) -> np.ndarray:
@@ -197,14 +199,47 @@ def test_erased_planes_are_reported_and_thicken_only_is_the_remedy(mixed: Path, 
         plan_and_preprocess(TinyDataset(mixed.parent, dataset_id, name))
         data = open_preprocessed(dataset_id, "3d_fullres")
         cases = cases_of(mixed / name / "labelsTr")
-        where = (data.plans, data.configuration, data.dataset_json, data.ignore)
         annotations = survey_cases(data.folder, cases, data.ignore)
-        lost[dataset_id] = lost_planes(data.base, annotations, *where)
+        lost[dataset_id] = lost_planes(data, annotations)
         if dataset_id == 3:
             with pytest.raises(ValueError, match=r"fine_000: axis .* spacing 0\.4 -> 1 mm.*--thicken-only"):
-                require_planes_survived(data.base, annotations, *where)
+                require_planes_survived(data, annotations)
             thicken_dataset(3, 4)
     assert {plane.case for plane in lost[3]} == {"fine_000"} and lost[4] == []
+
+
+def test_the_printed_remedy_mends_a_coarser_configuration(phantom, world: Path, capsys) -> None:
+    """As a user types it: ``check`` finds lost planes, its command is run, and what it wrote passes ``check``."""
+    phantom(num_train=3, vary_size=False, shape=(24, 26, 28))
+    sparse = sparsify(1, 2, SparsifyOptions(2))  # thick enough for the 1 mm of 3d_fullres
+    block = json.loads((sparse / "dataset.json").read_text())["nnunetv2_ext"]["sparsify"]
+    case = next(c for c in cases_of(sparse / "labelsTr") if c not in block["labelled"])
+    file = sparse / "labelsTr" / f"{case}.nii.gz"
+    image = sitk.ReadImage(str(file))
+    thin = np.full(read(file).shape, 3, dtype=np.uint8)
+    thin[8, 7, 4:20] = 1  # a scribble of one voxel's width
+    changed = sitk.GetImageFromArray(thin)
+    changed.CopyInformation(image)
+    sitk.WriteImage(changed, str(file))
+    check = ["check", "-c", "3d_lowres", "-p", "tiny", "--cases", "0", "-d"]
+    dataset = TinyDataset(world.parent, 2, sparse.name)
+    plan_and_preprocess(dataset)
+    add_lowres(dataset, 2.0)
+    assert main([*check[:2], "3d_fullres", *check[3:], "2"]) == 0
+    assert "preprocessing erased" not in capsys.readouterr().out
+    assert main([*check, "2"]) == 1
+    out = capsys.readouterr().out
+    assert f"WARNING: {case} is annotated" in out and "counts as one of the 1 unlabelled cases" in out
+    assert "total: 2 labelled and 1 unlabelled cases" in out
+    (command,) = re.findall(r"nnUNetv2_ext (sparsify .*?), then plan and preprocess NEW_ID", out)
+    assert main(shlex.split(command.replace("NEW_ID", "3"))) == 0
+    assert "nnUNetv2_plan_and_preprocess -d 3 -c 3d_lowres" in capsys.readouterr().out
+    mended = TinyDataset(world.parent, 3, "Dataset003_Phantom")
+    plan_and_preprocess(mended)
+    add_lowres(mended, 2.0)
+    assert main([*check, "3"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"all \d+ planes of the raw labels are found", out) and f"WARNING: {case} is annotated" in out
 
 
 def test_planes_stay_in_the_crop_of_nnunet(phantom, world: Path) -> None:

@@ -14,19 +14,19 @@ import pytest
 import SimpleITK as sitk
 
 from nnunetv2_ext.rada import survey
-from nnunetv2_ext.rada.check import Preprocessed, open_preprocessed
+from nnunetv2_ext.rada.check import open_preprocessed
 from nnunetv2_ext.rada.planes import Planes, find_planes
 from nnunetv2_ext.rada.survey import (
     Annotation,
     cache_path,
     log_lines,
     require_annotations,
-    require_ignore_label,
     survey_cases,
     survey_label,
     warnings,
 )
-from nnunetv2_ext.rada.survival import lost_planes, require_planes_survived, unmatched
+from nnunetv2_ext.rada.survival import erased_annotations, lost_planes, require_planes_survived, unmatched
+from nnunetv2_ext.rada.trainable import Preprocessed
 from tests.conftest import TinyDataset
 
 IGNORE = 3
@@ -53,7 +53,7 @@ def all_cases(data: Preprocessed) -> list[str]:
 
 
 def survey_all(data: Preprocessed) -> dict[str, Annotation]:
-    return survey_cases(data.folder, all_cases(data), data.ignore)
+    return data.survey()
 
 
 def test_planes_of_every_case_are_those_of_the_provenance(data: Preprocessed, labelled: list[str]) -> None:
@@ -94,19 +94,15 @@ def test_cache_is_used_until_a_label_changes(data: Preprocessed, monkeypatch: py
     assert sorted(p.name for p in data.folder.iterdir()) == listing  # an extra file there would break nnU-Net
 
 
-def test_missing_case_and_missing_ignore_label(data: Preprocessed) -> None:
+def test_missing_case(data: Preprocessed) -> None:
     with pytest.raises(ValueError, match=r"nobody is not in .* preprocess the dataset again"):
         survey_cases(data.folder, ["nobody"], data.ignore)
-    with pytest.raises(ValueError, match="no ignore label"):
-        survey_cases(data.folder, all_cases(data), None)
-    assert require_ignore_label(4) == 4
 
 
 def test_all_planes_survived(data: Preprocessed) -> None:
     annotations = survey_all(data)
-    where = (data.plans, data.configuration, data.dataset_json, data.ignore)
-    assert lost_planes(data.base, annotations, *where) == []
-    require_planes_survived(data.base, annotations, *where)
+    assert lost_planes(data, annotations) == []
+    require_planes_survived(data, annotations)
 
 
 def test_erased_plane_stops_with_case_slice_spacing_and_remedy(data: Preprocessed, labelled: list[str]) -> None:
@@ -116,7 +112,7 @@ def test_erased_plane_stops_with_case_slice_spacing_and_remedy(data: Preprocesse
     annotations[case] = replace(annotations[case], planes=Planes((planes.indices[0], (), planes.indices[2])))
     _spoil_label(data, case, planes.indices[1][0])
     with pytest.raises(ValueError) as caught:
-        require_planes_survived(data.base, annotations, data.plans, data.configuration, data.dataset_json, data.ignore)
+        require_planes_survived(data, annotations)
     message = str(caught.value)
     index = data.dataset_json["nnunetv2_ext"]["sparsify"]["labelled"][case]["planes"][1][0]
     assert f"{case}: axis 1, slice {index} of the raw label's axis 1 (y), spacing 1 -> 1 mm" in message
@@ -148,15 +144,36 @@ def test_plane_of_air_that_became_outside_is_not_lost(data: Preprocessed, labell
     sitk.WriteImage(changed, str(truth))
     volume, label, _, properties = nnUNetDatasetBlosc2(str(data.folder), [case]).load_case(case)
     volume, label = np.asarray(volume[:]), np.asarray(label[:]).copy()
-    where = (data.plans, data.configuration, data.dataset_json, data.ignore)
-    assert [lost.index for lost in lost_planes(data.base, survey_all(data), *where)] == [0]
+    assert [lost.index for lost in lost_planes(data, survey_all(data))] == [0]
     label[0, 0] = -1  # ... which nnU-Net marks as outside
     for suffix in (".b2nd", "_seg.b2nd", ".pkl"):
         (data.folder / f"{case}{suffix}").unlink()
     nnUNetDatasetBlosc2.save_case(volume, label, properties, str(data.folder / case))
     annotations = survey_all(data)
     assert 0 not in annotations[case].planes.indices[0]
-    assert lost_planes(data.base, annotations, *where) == []
+    assert lost_planes(data, annotations) == []
+
+
+def test_scribbles_and_classes_that_preprocessing_erased_are_named(data: Preprocessed, labelled: list[str]) -> None:
+    """Two annotated cases without planes, one of which lost everything, and one with planes that lost a class."""
+    annotations = survey_all(data)
+    assert erased_annotations(data, annotations) == []
+    gone, kept = [case for case in sorted(annotations) if case not in labelled][:2]
+    for case in (gone, kept):
+        truth = data.base / "gt_segmentations" / f"{case}.nii.gz"
+        image = sitk.ReadImage(str(truth))
+        raw = sitk.GetArrayFromImage(image)
+        raw[5, 5:9, 5:9] = 1
+        changed = sitk.GetImageFromArray(raw)
+        changed.CopyInformation(image)
+        sitk.WriteImage(changed, str(truth))
+    annotations[kept] = Annotation(Planes(), 0.01, 9, (1,))
+    annotations[labelled[0]] = replace(annotations[labelled[0]], values=(0, 1))
+    lines = erased_annotations(data, annotations)
+    assert all(line.startswith("WARNING: ") for line in lines) and len(lines) == 2
+    assert any(f"of organ_2 in {labelled[0]}" in line for line in lines)
+    assert any(gone in line and "all of it: it counts as one of the 3 unlabelled cases" in line for line in lines)
+    assert lost_planes(data, annotations) == []
 
 
 def test_transpose_crop_and_resampling_are_followed(data: Preprocessed, labelled: list[str]) -> None:
@@ -177,7 +194,7 @@ def test_transpose_crop_and_resampling_are_followed(data: Preprocessed, labelled
     # slice 11 - 4 = 7 of 36 half-millimetre slices becomes (7 + 0.5) / 2 - 0.5 = 3.25 of 18
     for found, lost in (((3,), []), ((4,), []), ((2,), [11]), ((5,), [11]), ((), [11])):
         annotations = {case: Annotation(Planes((found, (), ())), 0.1, 0, (1,))}
-        missing = lost_planes(data.base, annotations, data.plans, data.configuration, data.dataset_json, IGNORE)
+        missing = lost_planes(data, annotations)
         assert [(p.axis, p.raw_axis, p.index, p.spacing) for p in missing] == [(0, 2, i, (0.5, 1.0)) for i in lost]
 
 

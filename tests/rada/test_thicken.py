@@ -10,7 +10,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 
 from nnunetv2_ext.rada.planes import Planes, find_planes, on_planes
 from nnunetv2_ext.rada.survival import unmatched
-from nnunetv2_ext.rada.thicken import consecutive_runs, sample_positions, slab_for, thicken
+from nnunetv2_ext.rada.thicken import sample_positions, slab_for, thicken
 
 IGNORE = 3
 
@@ -132,4 +132,3 @@ def test_hand_computed_slabs() -> None:
     assert slab_for(3, 4, 6, 3) == (2, 5)
     assert slab_for(5, 5, 6, 6) == (5, 6)
     assert slab_for(0, 0, 10, 2) == (0, 5)  # samples 2 and 7
-    assert consecutive_runs((1, 2, 5, 7, 8, 9)) == [(1, 2), (5, 5), (7, 9)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -9,13 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
+from safetensors.torch import save_file
 
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
+from nnunetv2_ext.core.phantom import write_phantom_dataset
 from nnunetv2_ext.rada import training
 from nnunetv2_ext.rada.panel import AGREE, DISAGREE, DROPPED, pseudo_label_states
 from nnunetv2_ext.rada.propagate import plane_weight
+from tests.conftest import TinyDataset, run_command, shrink
 from tests.rada.trainers import log_of, mixed_keys, sparse_batch
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -236,26 +242,94 @@ def test_continuing_from_the_middle_of_an_epoch_equals_not_stopping(make_rada, t
     assert strip[0] == strip[1] and "rada/kept_share" in rows[0][0]
 
 
+def test_continuing_takes_the_bank_of_the_checkpoint_and_needs_no_weights(make_rada, tiny_clip, tmp_path, monkeypatch):
+    here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
+    shutil.copy(tiny_clip.weights, here)
+
+    def settings(weights: Path) -> str:
+        return f"{clip_settings(tiny_clip)} rada.clip_weights={weights}".replace(
+            f"rada.clip_weights={tiny_clip.weights} ", ""
+        )
+
+    first = started(make_rada(settings(here)))
+    first.train_step(sparse_batch(first, mixed_keys(first)))
+    first.rada_network.bank.image.copy_(first.rada_network.bank.image.flip(0))  # not what the cache would give
+    first.save_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
+
+    def continued(weights: Path) -> Any:
+        trainer = make_rada(settings(weights), continued=True)
+        trainer.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
+        trainer.on_train_start()
+        return trainer
+
+    def same(trainer: Any) -> bool:
+        keys = sorted(first.labelled_cases)
+        own = all(map(torch.equal, trainer._own_vectors.of(keys), first._own_vectors.of(keys)))
+        return own and torch.equal(trainer.rada_network.bank.image, first.rada_network.bank.image)
+
+    here.rename(there)
+    assert same(continued(here)) and same(continued(there))  # gone, and at another place
+    other = {name: tensor + 1 if "visual" in name else tensor for name, tensor in tiny_clip.state.items()}
+    save_file(other, here)
+    with pytest.raises(ValueError, match=r"other CLIP weights \(rada.clip_weights: sha256:\w+ became sha256"):
+        continued(here)
+    here.unlink()
+    monkeypatch.setattr("nnunetv2_ext.rada.preprocessed.cache_root", lambda folder: tmp_path / "no cache")
+    with pytest.raises(ValueError, match=r"rada.clip_weights: there is no file .*here.safetensors"):
+        continued(here)
+    assert same(continued(there))  # computed anew
+
+
+def test_alpha_weights_reach_the_encoder_of_a_training(make_rada, tiny_clip):
+    images = {}
+    for region, settings in (("crop", ""), ("alpha", f" rada.alpha_weights={tiny_clip.alpha_weights}")):
+        trainer = started(make_rada(clip_settings(tiny_clip) + settings))
+        assert f"rada.region: {region}" in log_of(trainer)
+        images[region] = trainer.rada_network.bank.image[:, 1:]
+        assert bool(trainer.rada_network.bank.is_filled)
+    assert "Alpha-CLIP" in log_of(trainer) and float((images["alpha"] - images["crop"]).abs().max()) > 0.01
+    figures = trainer.train_step(sparse_batch(trainer, mixed_keys(trainer)))
+    assert all(np.isfinite(float(figures[f"align_{k}"])) for k in (1, 2, 3))
+
+
 # ---- the real commands
 
 
-def test_train_and_predict_with_the_real_commands_without_open_clip(sparse_tiny, tmp_path):
-    from tests.conftest import run_command
+def test_the_real_commands_from_a_dense_dataset_to_a_score(tiny_clip, tmp_path):
+    """CLIP (random here, read as real ones are) for training; prediction without open_clip; better than chance."""
+    write_phantom_dataset(
+        tmp_path / "raw", 1, num_train=6, num_test=0, shape=(24, 32, 24), num_organs=1, bias_field=0, noise=0.01
+    )
+    dataset = TinyDataset(tmp_path, 2, "Dataset002_Phantom")
+    iterations = "num_epochs=1 num_iterations_per_epoch=40 num_val_iterations_per_epoch=1 panel_every=1 seed=1"
+    environment = dataset.environment(
+        tmp_path / "results", f"{iterations} rada.clip_model={tiny_clip.local_dir} rada.min_voxels=4"
+    )
 
+    def run(command: str, **changes: str) -> str:
+        return run_command(shlex.split(command), environment | changes, tmp_path).stdout
+
+    said = run("nnUNetv2_ext sparsify -d 1 -o 2 --labelled 3 --test-share 0.34")
+    assert "3 labelled and 1 unlabelled cases, 2 for testing" in said
+    run("nnUNetv2_plan_and_preprocess -d 2 -c 3d_fullres -np 1 -npfp 1", nnUNet_n_proc_DA="1")
+    plans = json.loads((dataset.preprocessed / dataset.name / "nnUNetPlans.json").read_text())
+    (dataset.preprocessed / dataset.name / "tiny.json").write_text(json.dumps(shrink(plans)))
+    assert "all 9 planes of the raw labels are found" in run("nnUNetv2_ext check -d 2 -p tiny -c 3d_fullres")
+    assert (dataset.preprocessed / dataset.name / "nnunetv2_ext" / "rada" / "planes_tiny_3d_fullres.png").is_file()
+    model = "-p tiny -tr nnUNetTrainerRADA -device cpu"
+    run(f"nnUNetv2_train 2 3d_fullres 0 {model}")
+    fold = next((tmp_path / "results").rglob("fold_0"))
+    assert (fold / "panel_epoch_0000.png").is_file() and (fold / "validation" / "summary.json").is_file()
+    assert "align_1" in (fold / "epochs.csv").read_text()
     blocked = tmp_path / "blocked" / "open_clip"
     blocked.mkdir(parents=True)
     (blocked / "__init__.py").write_text("raise ImportError('blocked by the test')\n")
-    results = tmp_path / "results"
-    settings = "num_epochs=1 num_iterations_per_epoch=12 num_val_iterations_per_epoch=1 panel_every=1 seed=1"
-    environment = sparse_tiny.environment(results, f"{settings} rada.semantics=learned rada.infer=single:2")
-    environment |= {"PYTHONPATH": str(tmp_path / "blocked")}
-    dataset = str(sparse_tiny.dataset_id)
-    model = ["-p", "tiny", "-tr", "nnUNetTrainerRADA"]
-    run_command(["nnUNetv2_train", dataset, "3d_fullres", "0", *model, "-device", "cpu"], environment, tmp_path)
-    fold = next(results.rglob("fold_0"))
-    assert (fold / "panel_epoch_0000.png").is_file() and (fold / "validation" / "summary.json").is_file()
-    command = ["nnUNetv2_predict", "-d", dataset, "-c", "3d_fullres", "-f", "0", *model, "-device", "cpu"]
-    options = ["-i", str(sparse_tiny.images_ts), "-o", str(tmp_path / "out"), "--disable_tta", "-npp", "1", "-nps", "1"]
-    run_command([*command, *options], environment | {"nnUNet_ext_settings": ""}, tmp_path)
-    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == len(list(sparse_tiny.images_ts.glob("*.nii.gz"))) > 0
-    shutil.rmtree(results)
+    predict = f"nnUNetv2_predict -d 2 -c 3d_fullres -f 0 {model} -i {dataset.images_ts} -o {tmp_path / 'out'}"
+    run(f"{predict} --disable_tta -npp 1 -nps 1", PYTHONPATH=str(tmp_path / "blocked"), nnUNet_ext_settings="")
+    truth = dataset.raw / dataset.name / "labelsTs"
+    run(f"nnUNetv2_ext evaluate {tmp_path / 'out'} {truth} -d 2 --metrics dice -o {tmp_path / 'scores'}")
+    scores = json.loads((tmp_path / "scores" / "evaluation.json").read_text())
+    assert len(scores["metric_per_case"]) == 2
+    shares = [(sitk.GetArrayFromImage(sitk.ReadImage(str(file))) == 1).mean() for file in truth.glob("*.nii.gz")]
+    everything = float(np.mean([2 * share / (1 + share) for share in shares]))  # Dice of calling all voxels organ
+    assert scores["foreground_mean"]["Dice"] > everything + 0.1

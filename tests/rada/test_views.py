@@ -81,31 +81,59 @@ def test_propagated_planes_are_six_further_channels():
     assert (empty[2:5] == IGNORE).all() and (empty[5:] == 255).all()
 
 
-def test_mirroring_and_rotation_carry_the_bits_and_keep_intersections():
+def test_mirroring_carries_the_bits_and_keeps_intersections():
     planes = Planes(((8,), (10,), (6,)))
     bits = torch.from_numpy(view_map(sparse_label((16, 20, 12), planes), IGNORE, planes))
     assert bits[8, 10, 6] == INSIDE | AXES and bits[8, 10, 0] == INSIDE | 3 and bits[0, 0, 6] == INSIDE | 4
     mirrored = MirrorTransform(allowed_axes=(0,))._apply_to_segmentation(bits[None], axes=[0])
     assert torch.equal(mirrored[0], bits.flip(0))
-    torch.manual_seed(0)
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Intersection over union of two masks."""
+    return float((one & other).sum() / (one | other).sum())
+
+
+@pytest.mark.parametrize(
+    ("rotation", "scaling"), [((0.4, 0.5), (0.8, 0.9)), ((0.4, 0.5), (1.2, 1.3)), ((-0.5, -0.4), (1, 1))]
+)
+def test_rotation_and_scaling_carry_label_and_bits_to_where_the_planes_go(rotation, scaling):
+    """Both channels in one call, as in training, against the voxels whose origin lies on the plane by arithmetic."""
+    shape, at = (32, 40, 28), (18, 15, 12)
+    planes = Planes(((at[0],), (at[1],), (at[2],)))
+    label = sparse_label(shape, planes)
+    label[label != IGNORE] = 1  # at class borders two labels compete, which says nothing about where the plane is
+    target = torch.from_numpy(np.stack([label, view_map(label, IGNORE, planes)]).astype(np.int16))
     np.random.seed(0)
     turn = SpatialTransform(
-        (16, 20, 12),
+        shape,
         patch_center_dist_from_border=0,
         random_crop=False,
         p_rotation=1,
-        rotation=(0.4, 0.5),
+        rotation=rotation,
         p_scaling=1,
-        scaling=(0.8, 0.9),
+        scaling=scaling,
         p_synchronize_scaling_across_axes=1,
         bg_style_seg_sampling=False,
         border_mode_seg="constant",
         padding_value_seg=-1,
     )
-    turned = turn(image=torch.zeros(1, 16, 20, 12), segmentation=bits[None])["segmentation"][0]
-    assert set(turned.unique().tolist()) <= {-1, *bits.unique().tolist()}
-    for bit in (1, 2, 4):
-        assert (turned.clamp_min(0) & bit).any()
+    drawn = turn.get_parameters(image=torch.zeros(1, *shape))
+    label, bits = turn.apply({"segmentation": target}, **drawn)["segmentation"].numpy()
+    assert set(np.unique(bits)) <= {-1, *target[1].unique().tolist()}  # no sum of two masks, no mixture
+    centre = (np.array(shape) - 1) / 2
+    voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    origin = (voxels - centre) @ drawn["affine"].T + centre
+    inside = ((origin > -0.5) & (origin < np.array(shape) - 0.5)).all(-1)
+    assert ((bits != -1) == inside).mean() > 0.99
+    everywhere = np.zeros(shape, bool)
+    for axis in range(3):
+        expected = inside & (np.abs(origin[..., axis] - at[axis]) < 0.5)
+        assert expected.sum() > 400
+        assert overlap(expected, (bits > 0) & ((bits & 1 << axis) != 0)) >= 0.97
+        everywhere |= expected
+    assert overlap(everywhere, label == 1) >= 0.97
+    assert overlap((bits > 0) & ((bits & AXES) != 0), label == 1) >= 0.97
 
 
 @pytest.mark.parametrize(
