@@ -35,6 +35,17 @@ class Planes:
     def __bool__(self) -> bool:
         return self.count > 0
 
+    @property
+    def neighbours(self) -> Planes:
+        """The slices beside the planes that are none themselves (the last may lie behind the volume's end).
+
+        Where a plane is several slices thick, resampling may leave a part of its outermost slice there.
+        """
+        first, second, third = (
+            tuple(sorted({n for i in ii for n in (i - 1, i + 1) if n >= 0} - set(ii))) for ii in self.indices
+        )
+        return Planes((first, second, third))
+
     def shifted(self, offset: Sequence[int]) -> Planes:
         """The same planes with `offset` added to the indices of each axis."""
         first, second, third = (tuple(i + o for i in ii) for ii, o in zip(self.indices, offset))
@@ -94,13 +105,19 @@ def on_planes(shape: tuple[int, ...], planes: Planes) -> Mask:
     """(X, Y, Z) mask of the voxels on any plane."""
     mask = np.zeros(shape, dtype=bool)
     for axis in range(3):
-        mask[(slice(None),) * axis + (list(planes.indices[axis]),)] = True
+        inside = [index for index in planes.indices[axis] if index < shape[axis]]
+        mask[(slice(None),) * axis + (inside,)] = True
     return mask
 
 
 def off_plane(label: Array, ignore: int, planes: Planes) -> Mask:
-    """(X, Y, Z) mask of the labelled voxels that lie on no plane: scribbles and single blocks."""
+    """(X, Y, Z) mask of the labelled voxels that lie on no plane: scribbles, single blocks, rests beside a plane."""
     return (label != ignore) & (label != OUTSIDE) & ~on_planes(label.shape, planes)
+
+
+def scribbled(label: Array, ignore: int, planes: Planes) -> Mask:
+    """(X, Y, Z) mask of the labelled voxels that lie neither on a plane nor beside one."""
+    return off_plane(label, ignore, planes) & ~on_planes(label.shape, planes.neighbours)
 
 
 _OTHERS = ((1, 2), (0, 2), (0, 1))

@@ -14,7 +14,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunetv2_ext.core.files import atomic_write_text
 from nnunetv2_ext.core.progress import progress_bar
-from nnunetv2_ext.rada.planes import OUTSIDE, THRESHOLD, Array, Planes, annotated_share, find_planes, off_plane
+from nnunetv2_ext.rada.planes import OUTSIDE, THRESHOLD, Array, Planes, annotated_share, find_planes, scribbled
 
 _VERSION = 1
 
@@ -54,7 +54,7 @@ def survey_label(label: Array, ignore: int) -> Annotation:
     """The annotation of one (X, Y, Z) label."""
     planes = find_planes(label, ignore)
     values = tuple(int(v) for v in np.unique(label) if v not in (ignore, OUTSIDE))
-    return Annotation(planes, annotated_share(label, ignore), int(off_plane(label, ignore, planes).sum()), values)
+    return Annotation(planes, annotated_share(label, ignore), int(scribbled(label, ignore, planes).sum()), values)
 
 
 def survey_cases(

@@ -17,16 +17,34 @@ INSIDE = 0b1000  # inside the image; padding has no bit at all
 NOTHING = "nothing propagated"  # for `LazyTarget`
 
 
-def view_map(label: Array, ignore: int, planes: Planes) -> npt.NDArray[np.int16]:
+def view_map(label: Array, ignore: int, planes: Planes, beside: Planes | None = None) -> npt.NDArray[np.int16]:
     """Bits of the voxels of ``label``, (X, Y, Z) int16.
 
-    Bit a = on a plane of array axis a; bits 0 to 2 together for labelled voxels on no plane; bit 3 everywhere.
+    Bit a = on a plane of array axis a; bits 0 to 2 together for labelled voxels on no plane; bit 3 everywhere. Labelled
+    voxels in the slice beside a plane are that plane's, frayed by resampling: they have its bit, or a network that must
+    not see the plane would see its edge.
+
+    Args:
+        label: (X, Y, Z).
+        ignore: the ignore label.
+        planes: of this part of the volume.
+        beside: the slices beside planes; None: ``planes.neighbours``. A plane may lie just outside of this part.
     """
     bits = np.full(label.shape, INSIDE, dtype=np.int16)
-    for axis in range(3):
-        bits[(slice(None),) * axis + (list(planes.indices[axis]),)] |= 1 << axis
-    bits[off_plane(label, ignore, planes)] |= AXES
+    _mark(bits, planes)
+    loose = off_plane(label, ignore, planes)
+    if loose.any():
+        edges = np.zeros_like(bits)
+        _mark(edges, planes.neighbours if beside is None else beside)
+        bits[loose] |= np.where(edges[loose] > 0, edges[loose], AXES).astype(np.int16)
     return bits
+
+
+def _mark(bits: npt.NDArray[np.int16], planes: Planes) -> None:
+    """Set bit a on the slices of axis a that lie in the array."""
+    for axis in range(3):
+        inside = [index for index in planes.indices[axis] if index < bits.shape[axis]]
+        bits[(slice(None),) * axis + (inside,)] |= 1 << axis
 
 
 class LazyTarget:
@@ -49,6 +67,7 @@ class LazyTarget:
 
     def __init__(self, label: Any, ignore: int, planes: Planes, propagated: Any = None) -> None:
         self._label, self._ignore, self._planes, self._propagated = label, ignore, planes, propagated
+        self._beside = planes.neighbours
         channels = 2 if propagated is None else 8
         self.shape: tuple[int, ...] = (channels, *label.shape[1:])
         self.ndim = len(self.shape)
@@ -57,21 +76,26 @@ class LazyTarget:
         """All channels of the crop; a slice for the channels, which is not looked at, and one of step 1 per axis."""
         slices = crop[1:]
         bounds = [part.indices(length)[:2] for part, length in zip(slices, self.shape[1:], strict=True)]
-        inside = [
-            tuple(index - first for index in indices if first <= index < last)
-            for indices, (first, last) in zip(self._planes.indices, bounds, strict=True)
-        ]
         here = (0, *slices)
         label = np.asarray(self._label[here])
         target = np.empty((self.shape[0], *label.shape), dtype=np.int16)
         target[0] = label
-        target[1] = view_map(label, self._ignore, Planes((inside[0], inside[1], inside[2])))
+        target[1] = view_map(label, self._ignore, *(_within(planes, bounds) for planes in (self._planes, self._beside)))
         if self._propagated is NOTHING:
             target[2:5], target[5:8] = self._ignore, NONE
         elif self._propagated is not None:
             all_of = (slice(None), slice(None), *slices)
             target[2:] = np.asarray(self._propagated[all_of]).reshape(6, *label.shape)
         return target
+
+
+def _within(planes: Planes, bounds: list[tuple[int, int]]) -> Planes:
+    """The slices inside a crop, counted from its corner."""
+    first, second, third = (
+        tuple(index - low for index in indices if low <= index < high)
+        for indices, (low, high) in zip(planes.indices, bounds, strict=True)
+    )
+    return Planes((first, second, third))
 
 
 def view_masks(axes: tuple[int, ...], num_networks: int) -> tuple[int, ...]:

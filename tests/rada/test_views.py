@@ -34,9 +34,21 @@ def slow_map(label: np.ndarray, planes: Planes) -> np.ndarray:
     bits = np.zeros(label.shape, np.int16)
     for voxel in np.ndindex(*label.shape):
         on = [1 << axis for axis in range(3) if voxel[axis] in planes.indices[axis]]
-        scribble = not on and label[voxel] not in (IGNORE, -1)
-        bits[voxel] = INSIDE + sum(on) + (AXES if scribble else 0)
+        if not on and label[voxel] not in (IGNORE, -1):
+            near = ({voxel[axis] - 1, voxel[axis] + 1} & set(planes.indices[axis]) for axis in range(3))
+            on = [1 << axis for axis, found in enumerate(near) if found] or [AXES]
+        bits[voxel] = INSIDE + sum(on)
     return bits
+
+
+def test_a_frayed_edge_of_a_slab_belongs_to_its_axis_also_where_the_crop_ends_between_them():
+    label = sparse_label((8, 8, 8), Planes(((3, 4), (), ())))
+    label[5, 2:4, 2:4] = 1
+    label[7, 0, 0] = 1
+    bits = LazyTarget(label[None], IGNORE, Planes(((3, 4), (), ())))[:, :, :, :][1]
+    assert set(bits[5].ravel()) == {INSIDE, INSIDE | 1} and bits[7, 0, 0] == INSIDE | AXES
+    part = LazyTarget(label[None], IGNORE, Planes(((3, 4), (), ())))[:, 5:8, :, :][1]
+    assert (part == bits[5:]).all()
 
 
 indices = st.lists(st.integers(0, 5), max_size=2, unique=True).map(sorted).map(tuple)
