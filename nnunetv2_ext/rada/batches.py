@@ -58,13 +58,16 @@ class ViewDataset:
         return self.load_case(identifier)
 
 
-def number_labelled(batch_size: int, labelled_share: float, has_unlabelled: bool) -> int:
-    """Labelled samples in a batch: the share, rounded up; below a share of 1 at least one unlabelled sample stays.
+def number_labelled(batch_size: int, labelled_share: float, min_labelled: int, has_unlabelled: bool) -> int:
+    """Labelled samples in a batch: the share, rounded up, and no less than ``min_labelled``.
+
+    A batch that is no larger than ``min_labelled`` is all labelled; in a larger one, below a share of 1, at least one
+    unlabelled sample stays.
 
     Raises:
         ValueError: a batch of one sample cannot hold both streams.
     """
-    if not has_unlabelled or labelled_share == 1:
+    if not has_unlabelled or labelled_share == 1 or batch_size <= min_labelled > 1:
         return batch_size
     if batch_size < 2:
         raise ValueError(
@@ -72,7 +75,7 @@ def number_labelled(batch_size: int, labelled_share: float, has_unlabelled: bool
             "the plans say 1: set batch_size=2, or rada.labelled_share=1 to leave the unlabelled cases out"
         )
     # 0.1 * 10 must not become 2
-    return min(math.ceil(batch_size * labelled_share - 1e-9), batch_size - 1)
+    return min(max(min_labelled, math.ceil(batch_size * labelled_share - 1e-9)), batch_size - 1)
 
 
 class TwoStreamLoader(nnUNetDataLoader):
@@ -85,15 +88,16 @@ class TwoStreamLoader(nnUNetDataLoader):
     Args:
         data: with both kinds of cases, or with labelled ones alone.
         labelled_share: of each batch.
+        min_labelled: labelled samples a batch has at least.
         others: of `nnUNetDataLoader`, by name.
     """
 
     _data: ViewDataset
     has_ignore: bool
 
-    def __init__(self, data: ViewDataset, labelled_share: float, **others: Any) -> None:
+    def __init__(self, data: ViewDataset, labelled_share: float, min_labelled: int, **others: Any) -> None:
         super().__init__(data, probabilistic_oversampling=True, **others)
-        self.number_labelled = number_labelled(self.batch_size, labelled_share, bool(data.unlabelled))
+        self.number_labelled = number_labelled(self.batch_size, labelled_share, min_labelled, bool(data.unlabelled))
 
     def get_indices(self) -> np.ndarray:
         """Case ids of a batch, each stream drawn with replacement."""

@@ -65,6 +65,13 @@ class RADASettings(BaseModel):
     labelled_share: float = Field(
         0.5, gt=0, le=1, description="Share of each batch drawn from labelled cases, rounded up. Source: SGTC (2 + 2)."
     )
+    min_labelled: int = Field(
+        2,
+        ge=1,
+        description="Labelled patches a batch has at least; a batch that is no larger is all labelled, and a larger "
+        "batch_size takes the unlabelled cases in. Source: measured (one labelled patch a step loses more than "
+        "unlabelled ones bring).",
+    )
     deep_supervision: Literal["pool", "off"] = Field(
         "pool",
         description="Targets of the lower resolutions: pool (a block is annotated if any of its voxels is, with their "

@@ -187,7 +187,12 @@ class SparseTraining(ExtTrainer):
             "oversample_foreground_percent": self.oversample_foreground_percent,
         }
         train_loader = TwoStreamLoader(
-            train, self.rada.labelled_share, patch_size=initial_patch_size, transforms=train_transforms, **sampling
+            train,
+            self.rada.labelled_share,
+            self.rada.min_labelled,
+            patch_size=initial_patch_size,
+            transforms=train_transforms,
+            **sampling,
         )
         self._describe_streams(train, train_loader)
         validation_loader = nnUNetDataLoader(
@@ -204,7 +209,14 @@ class SparseTraining(ExtTrainer):
         if rest:
             text += f" and {rest} of {len(train.unlabelled)} unlabelled cases"
         elif train.unlabelled:
-            text += f"; the {len(train.unlabelled)} unlabelled cases are left out (rada.labelled_share=1)"
+            text += f"; the {len(train.unlabelled)} unlabelled cases are left out ("
+            if self.rada.labelled_share == 1:
+                text += "rada.labelled_share=1)"
+            else:
+                text += (
+                    f"a batch keeps rada.min_labelled={self.rada.min_labelled} labelled patches; a larger batch_size "
+                )
+                text += "takes the unlabelled cases in)"
         else:
             text += "; there are no unlabelled cases, the networks teach each other on what is not annotated in these"
         self.print_to_log_file(f"RADA draws for each batch {text}.")

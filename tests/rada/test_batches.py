@@ -56,6 +56,7 @@ def loader(data: ViewDataset, batch_size: int = 2, patch: tuple[int, ...] = (8, 
     return TwoStreamLoader(
         data,
         options.pop("labelled_share", 0.5),
+        options.pop("min_labelled", 1),
         batch_size=batch_size,
         patch_size=options.pop("initial", patch),
         final_patch_size=patch,
@@ -67,13 +68,23 @@ def loader(data: ViewDataset, batch_size: int = 2, patch: tuple[int, ...] = (8, 
 
 @given(batch_size=st.integers(2, 40), share=st.floats(0.01, 1))
 def test_the_labelled_share_is_rounded_up_and_both_streams_stay(batch_size, share):
-    number = number_labelled(batch_size, share, has_unlabelled=True)
+    number = number_labelled(batch_size, share, 1, has_unlabelled=True)
     if share == 1:
         assert number == batch_size
     else:
         assert 1 <= number <= batch_size - 1
         assert number == batch_size - 1 or batch_size * share <= number + 1e-6 < batch_size * share + 1.00001
-    assert number_labelled(batch_size, share, has_unlabelled=False) == batch_size
+    assert number_labelled(batch_size, share, 1, has_unlabelled=False) == batch_size
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "least", "labelled"),
+    [(1, 0.5, 2, 1), (2, 0.5, 2, 2), (3, 0.5, 2, 2), (4, 0.5, 2, 2), (8, 0.5, 2, 4), (8, 0.1, 2, 2), (4, 0.5, 9, 4)],
+)
+def test_a_batch_keeps_two_labelled_samples_before_it_takes_unlabelled_ones(size, share, least, labelled):
+    assert number_labelled(size, share, least, has_unlabelled=True) == labelled
+    keys = loader(views(MemoryDataset()), size, labelled_share=share, min_labelled=least).get_indices()
+    assert sum(key.startswith("full") for key in keys) == labelled and len(keys) == size
 
 
 @pytest.mark.parametrize(("size", "labelled"), [(2, 1), (3, 2), (4, 2), (5, 3), (8, 4), (9, 5)])

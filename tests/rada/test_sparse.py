@@ -221,6 +221,21 @@ def test_with_planes_on_fewer_axes_the_views_follow_and_training_works(make_rada
     assert np.isfinite(float(trainer.train_step(next(trainer.dataloader_train))["loss"]))
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("rada.min_labelled=2", "a larger batch_size takes the unlabelled cases in"),
+        ("rada.labelled_share=1", "are left out (rada.labelled_share=1)"),
+    ],
+)
+def test_a_batch_without_unlabelled_cases_says_so(make_rada, settings, said):
+    trainer = make_rada(settings)
+    trainer.on_train_start()
+    assert said in log_of(trainer)
+    trainer.on_train_epoch_start()
+    assert set(next(trainer.dataloader_train)["keys"]) <= set(trainer.labelled_cases)
+
+
 def test_scribbles_supervise_all_networks_and_the_log_says_so(make_rada, copy):
     def scribble(label: np.ndarray) -> np.ndarray:
         if not (label != IGNORE).any():

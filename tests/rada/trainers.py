@@ -18,11 +18,13 @@ IGNORE = 3
 
 @pytest.fixture
 def make_rada(make_trainer, sparse_tiny: TinyDataset) -> Callable[..., Any]:
-    """``make_rada("key=value ...", **make_trainer's options)``: semantics off and seed 3 unless given."""
+    """``make_rada("key=value ...", **make_trainer's options)``: semantics off, seed 3, both kinds of cases."""
 
     def make(settings: str = "", cls: type = nnUNetTrainerRADA, **options: Any) -> Any:
         keys = {pair.split("=")[0] for pair in settings.split()}
-        base = " ".join(pair for pair in ("rada.semantics=off", "seed=3") if pair.split("=")[0] not in keys)
+        base = " ".join(
+            pair for pair in ("rada.semantics=off", "rada.min_labelled=1", "seed=3") if pair.split("=")[0] not in keys
+        )
         return make_trainer(cls, f"{base} {settings}", **{"dataset": sparse_tiny, **options})
 
     return make
