@@ -19,7 +19,8 @@ from nnunetv2_ext.compare.collect import Scores
 from nnunetv2_ext.evaluate.metrics import METRICS
 
 RESAMPLES = 9999
-FEW_CASES = 10
+FEW_CASES = 10  # fewer: the interval is rough
+TOO_FEW_CASES = 5  # fewer: it is little more than the cases' own range
 _TIE = 1e-9
 
 BETTER, WORSE, UNCLEAR, EQUAL = "better", "worse", "unclear", "equal"
@@ -208,6 +209,8 @@ def verdict(difference: Difference, name: str, first: str) -> str:
 
 
 def _conclusion(d: Difference) -> str:
+    if d.n < TOO_FEW_CASES:
+        return f"**Too few cases to conclude anything**: {d.n}; score at least {TOO_FEW_CASES}."
     few = f" With {d.n} cases the interval is itself rough." if d.n < FEW_CASES else ""
     if d.direction == EQUAL:
         return "**Equal in every case.**"

@@ -15,7 +15,8 @@ from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.configured import method_settings_in
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.core.trainer import ExtTrainer
-from nnunetv2_ext.jras.build import draw_bank, read_patch
+from nnunetv2_ext.jras.bank import OUTSIDE
+from nnunetv2_ext.jras.build import BankContent, draw_bank, read_patch
 from nnunetv2_ext.jras.contrastive import flip
 from nnunetv2_ext.jras.groups import group_ids, new_group_key, subject_of
 from nnunetv2_ext.jras.network import Exclusion, JRASNetwork, excluding
@@ -24,6 +25,9 @@ from nnunetv2_ext.jras.settings import JRASSettings
 from nnunetv2_ext.jras.size import checkpoint_growth
 from nnunetv2_ext.jras.start import load_backbone
 from nnunetv2_ext.jras.strip import plain_weights, stock_shapes, without_bank, without_groups
+
+
+MIN_ANNOTATED = 0.05  # of the guides' cells, below which the log warns
 
 
 class BankTraining(ExtTrainer):
@@ -121,10 +125,11 @@ class BankTraining(ExtTrainer):
                 f"{', '.join(sorted(set(self._bank_state['cases']) - set(cases)))}; restore the "
                 "split, or start a new training without --c"
             )
+        assert self._bank_state is not None
         growth = checkpoint_growth(network, self.my_init_kwargs)
         self.print_to_log_file(
-            f"J-RAS: {len(network.bank)} guides of {len(cases)} cases, index {self.jras.index} "
-            f"({network.bank.backend}), {growth.parameters:,} further parameters. {growth.describe()} PRIVACY: every "
+            f"J-RAS: {len(network.bank)} guides of {len(set(self._bank_state['cases']))} cases, index "
+            f"{self.jras.index} ({network.bank.backend}), {growth.parameters:,} further parameters. {growth.describe()} PRIVACY: every "
             "checkpoint and exported zip holds these image patches of training cases, "
             f"{growth.guides / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model without them."
         )
@@ -170,11 +175,28 @@ class BankTraining(ExtTrainer):
                 "WARNING: no guide contains any foreground, so they can teach nothing about shape; "
                 "raise jras.fg_share or jras.bank_size."
             )
+        self._describe_labels(content)
         network.bank.fill(content.images, content.labels, content.groups, content.lut)
         self._bank_state = {"group_key": key, "cases": content.cases, "coordinates": content.coordinates}
         self._bank_state["mirrored"] = content.mirrored
         self._bank_state |= self._geometry()
         self._refresh(network)
+
+    def _describe_labels(self, content: BankContent) -> None:
+        """With an ignore label: how much the guides' masks know; a cell counts if half of it is annotated."""
+        if not self.label_manager.has_ignore_label:
+            return
+        share = float((content.labels != OUTSIDE).float().mean())
+        missing = [value for value in self.label_manager.all_labels if value and not (content.labels == value).any()]
+        text = f"{100 * share:.2g} % of the guides' cells are annotated"
+        if missing:
+            text += f", none with the label {', '.join(map(str, missing))}"
+        if share < MIN_ANNOTATED or missing:
+            text = (
+                f"WARNING: {text}: such guides say little about shape, and retrieval can hardly learn from them. "
+                "jras.store_stride=1 keeps more of thin annotation, at more memory"
+            )
+        self.print_to_log_file(f"{text}.")
 
     def _from_first_rank(self, value: Any) -> Any:
         values = [value]

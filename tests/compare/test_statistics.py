@@ -131,7 +131,8 @@ def test_conclusions_tell_the_kinds_of_chance_apart() -> None:
         [cases] * 2, [cases - 0.02, cases + 0.2 + small]
     )
     assert "Equal in every case" in conclusion([cases], [cases])
-    assert "itself rough" in conclusion([cases[:4]], [cases[:4] + 0.1 + small[:4]])
+    assert "itself rough" in conclusion([cases[:6]], [cases[:6] + 0.1 + small[:6]])
+    assert "Too few cases to conclude anything**: 4" in conclusion([cases[:4]], [cases[:4] + 0.1])
     assert "single case" in conclusion([cases[:1]], [cases[:1] + 0.1])
     nothing = np.full((1, 3), math.nan)
     assert "nothing can be said" in conclusion(nothing, nothing)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -413,11 +414,23 @@ def batch_of_guides(trainer: Any, rows: list[int]) -> dict:
     return {"data": data, "target": target, "keys": np.array(cases)}
 
 
+def test_guides_that_hardly_know_a_label_are_warned_of(make_jras):
+    trainer = make_jras()
+    trainer.label_manager = SimpleNamespace(has_ignore_label=True, all_labels=[0, 1, 2])
+    labels = torch.full((4, 8, 8), 255, dtype=torch.uint8)
+    labels[0, 0, 0] = 1
+    trainer._describe_labels(SimpleNamespace(labels=labels))
+    assert "WARNING: 0.39 % of the guides' cells are annotated, none with the label 2" in log(trainer)
+    trainer._describe_labels(SimpleNamespace(labels=torch.ones_like(labels) + (labels < 255)))
+    assert log(trainer).count("WARNING") == 1  # nothing more: all cells are known
+
+
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
 def test_a_patch_finds_itself_only_where_exclusion_is_switched_off(make_jras, configuration):
     rows = [0, 7, 13, 23]
     for cls, leaks in ((LeakyJRAS, True), (nnUNetTrainerJRAS, False)):
-        trainer = make_jras("jras.warmup_fraction=0", cls, configuration=configuration)
+        # as they lie on disk, or the batch would have to be mirrored as its guides are
+        trainer = make_jras("jras.warmup_fraction=0 jras.mirror_guides=false", cls, configuration=configuration)
         trainer.on_train_start()
         trainer.on_train_epoch_start()
         batch = batch_of_guides(trainer, rows)
@@ -637,10 +650,12 @@ def test_the_bottlenecks_keys_are_of_the_patches_on_disk_and_renewed_every_fifth
     trainer = make_jras("num_epochs=12 jras.retriever_encoder=bottleneck")
     trainer.on_train_start()
     network, state, patch = trainer.network, trainer._bank_state, trainer.configuration_manager.patch_size
-    row = 7
+    row = int(state["mirrored"].any(1).nonzero()[0])  # a mirrored one
     image = read_patch(trainer._datasets[0], state["cases"][row], state["coordinates"][row], patch)[0]
-    expected = network.embed(image[None])[0]
+    axes = [axis + 1 for axis in state["mirrored"][row].nonzero().flatten().tolist()]
+    expected = network.embed(image.flip(axes)[None])[0]
     assert torch.allclose(network.bank.keys[row], expected, atol=1e-5)
+    assert not torch.allclose(network.bank.keys[row], network.embed(image[None])[0], atol=1e-5)
     trainer.on_train_epoch_start()
     outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
     renewed = []
