@@ -26,7 +26,6 @@ from nnunetv2_ext.jras.size import checkpoint_growth
 from nnunetv2_ext.jras.start import load_backbone
 from nnunetv2_ext.jras.strip import plain_weights, stock_shapes, without_bank, without_groups
 
-
 MIN_ANNOTATED = 0.05  # of the guides' cells, below which the log warns
 
 
@@ -129,8 +128,8 @@ class BankTraining(ExtTrainer):
         growth = checkpoint_growth(network, self.my_init_kwargs)
         self.print_to_log_file(
             f"J-RAS: {len(network.bank)} guides of {len(set(self._bank_state['cases']))} cases, index "
-            f"{self.jras.index} ({network.bank.backend}), {growth.parameters:,} further parameters. {growth.describe()} PRIVACY: every "
-            "checkpoint and exported zip holds these image patches of training cases, "
+            f"{self.jras.index} ({network.bank.backend}), {growth.parameters:,} further parameters. "
+            f"{growth.describe()} PRIVACY: every checkpoint and exported zip holds these image patches of training cases, "
             f"{growth.guides / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model without them."
         )
 
