@@ -129,8 +129,8 @@ class BankTraining(ExtTrainer):
         self.print_to_log_file(
             f"J-RAS: {len(network.bank)} guides of {len(set(self._bank_state['cases']))} cases, index "
             f"{self.jras.index} ({network.bank.backend}), {growth.parameters:,} further parameters. "
-            f"{growth.describe()} PRIVACY: every checkpoint and exported zip holds these image patches of training cases, "
-            f"{growth.guides / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model without them."
+            f"{growth.describe()} PRIVACY: every checkpoint and exported zip holds these image patches of training "
+            f"cases, {growth.guides / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model without them."
         )
 
     def _warn_of_shared_subjects(self, cases: Sequence[str], validation: Sequence[str]) -> None:
