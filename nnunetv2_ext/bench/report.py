@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ MEMORY_NAMES = {
 
 def as_text(report: Report) -> str:
     """Head, one table per batch kind, prediction, memory, the parts of a step, and what failed."""
-    blocks = [_head(report)]
+    blocks = [_head(report), _answer(report)]
     blocks += [_step_table(report, kind) for kind in report.options["batches"]]
     blocks += [_predict_table(report), _memory_table(report), _parts_table(report), _notes(report)]
     blocks.append(_failures(report))
@@ -50,6 +51,36 @@ def _head(report: Report) -> str:
             f"{o['rounds']} rounds x {o['steps_per_round']} steps after {o['warm_up']} warm-up steps, trainers in turn",
             "Figures are medians (lowest .. highest round); a ratio is taken to plain nnUNetTrainer in the same round.",
         ]
+    )
+
+
+def _answer(report: Report) -> str:
+    """What a trainer costs beside plain nnU-Net, in words, and whether it keeps what its method promises."""
+    device, kind = report.machine["device"], report.options["batches"][0]
+    clock = "cpu" if device == "cpu" else "wall"  # processor time, which other work on the machine disturbs least
+    plain = report.baseline.steps.get(kind)
+    lines = []
+    for r in _measured(report):
+        step = report.step_ratio(r, kind, clock)
+        if r is report.baseline or step is None or plain is None:
+            continue
+        promise = promised_step_ratio(r.label, device)
+        kept = (
+            ""
+            if promise is None
+            else f" (promised {promise:g}: {'kept' if round(step.median, 2) <= promise else 'MISSED here'})"
+        )
+        hours = (statistics.median(t.wall) * 250_000 / 3600 for t in (r.steps[kind], plain))
+        lengths = " instead of ".join(f"{h:.3g} h" for h in hours)
+        predict = report.predict_ratio(r, clock)
+        then = "" if predict is None else f"; prediction takes {predict.median:.2f} times as long"
+        lines.append(
+            f"- {r.label}: a step takes {step.median:.2f} times as long as plain nnU-Net's{kept}{then}; {lengths}."
+        )
+    if not lines:
+        return ""
+    return "\n".join(
+        ["In short (hours: of 1000 epochs of 250 such steps, without validation and waiting for data)", *lines]
     )
 
 

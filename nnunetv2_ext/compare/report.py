@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from nnunetv2_ext import __version__
 from nnunetv2_ext.compare.collect import COMMON_RULE, Scores
 from nnunetv2_ext.compare.curves import training_hours
@@ -64,13 +66,48 @@ def as_text(report: Report) -> str:
         f"# {report.title}",
         head,
         f"## Answer ({primary}, {column}; the rest is detail)",
-        "\n".join(f"- {answer}" for answer in answers),
+        "\n".join(f"- {answer}" for answer in answers + cautions(scores)),
     ]
     if report.notes:
         parts += ["\n".join(f"- Note: {note}." for note in report.notes)]
     parts += ["## Scores (mean ± SD over cases, each averaged over repeats)", _scores_table(report)]
     parts += ["## Paired differences", _difference_table(report)]
     return "\n\n".join(parts)
+
+
+def cautions(scores: Scores) -> list[str]:
+    """What a reader of the answer alone must know: structures that were never found, unequal settings, sparse truth."""
+    lines = []
+    metric = scores.source.rules.metrics[0]
+    if METRICS[metric].higher_is_better:
+        for c, structure in enumerate(scores.structures):
+            found = [np.nanmax(scores.case_scores(metric, a)[:, c], initial=0) > 0 for a in range(len(scores.arms))]
+            never = [arm.name for arm, yes in zip(scores.arms, found) if not yes]
+            if never:
+                lines.append(
+                    f"**{structure.name} was found in no case by {', '.join(never)}**: trainings that have not learned "
+                    "a structure yet say little about methods; train longer."
+                )
+    unequal = [key for key in differing_facts(scores.arms) if key in _OUGHT_TO_BE_EQUAL]
+    if unequal:
+        lines.append(f"The trainings differ in {', '.join(unequal)} as well, which may explain a difference (below).")
+    if scores.source.labels.ignore is not None:
+        lines.append(
+            "Voxels that the truth marks as ignore were not scored; --predictions with a dense --truth scores all."
+        )
+    return lines
+
+
+# beside the method: what a fair comparison keeps the same
+_OUGHT_TO_BE_EQUAL = (
+    "num_epochs",
+    "num_iterations_per_epoch",
+    "batch_size",
+    "initial_lr",
+    "weight_decay",
+    "oversample_foreground_percent",
+    "mirroring",
+)
 
 
 def primary_differences(report: Report) -> list[Difference]:

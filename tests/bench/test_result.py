@@ -56,6 +56,11 @@ def test_the_text_answers_what_it_costs(report: Report) -> None:
     row = next(line for line in text.splitlines() if line.strip().startswith(MED))
     assert all(cell in row for cell in ("400.0 ms", "(200.0 .. 900.0)", "2.00", "2.40", "<= 2.4", " 5"))
     assert "FAILED nnUNetTrainerBig: out of memory: 8 GiB" in text
+    short = next(line for line in text.splitlines() if line.startswith(f"- {MED}: "))
+    assert "a step takes 2.40 times as long as plain nnU-Net's (promised 2.4: kept)" in short
+    assert short.endswith("prediction takes 1.00 times as long; 27.8 h instead of 13.9 h.")
+    report.results[1].steps["real"].cpu[:] = [0.3] * 3
+    assert "3.00 times as long as plain nnU-Net's (promised 2.4: MISSED here)" in as_text(report)
     assert "teacher" in text and "30.0 ms  14%" in text
     assert "patch 16 x 24 x 16, batch size 2, 1.50 M parameters, precision float32, compiled: none" in text
     assert "load 3.0 on 2 CPUs" in text and "slower algorithm" in text

@@ -179,6 +179,30 @@ def test_other_training_cases_need_to_be_allowed(world: World, no_plots, capsys)
     assert "Note: the training cases differ" in report and "| train_cases" in report
 
 
+def test_the_answer_names_structures_never_found_and_unequal_settings(world: World, no_plots, capsys) -> None:  # noqa: F811
+    world.train("nnUNetTrainerA", settings={"mirroring": True})
+    world.train("nnUNetTrainerB", missed=["c0", "c1", "c2", "c3"], settings={"mirroring": False})
+    command = [
+        "compare",
+        "-d",
+        "5",
+        "-c",
+        "3d_fullres",
+        "-f",
+        "0",
+        "-tr",
+        "nnUNetTrainerA",
+        "nnUNetTrainerB",
+        "-o",
+        "out",
+    ]
+    assert dispatch.main(command) == 0
+    answer = Path("out/report.md").read_text().split("## Scores")[0]
+    assert "**b was found in no case by nnUNetTrainerB**" in answer and "a was found" not in answer
+    assert "The trainings differ in mirroring as well" in answer
+    assert "Too few cases to conclude anything**: 4" in answer
+
+
 def test_no_truth(trained: World, monkeypatch, capsys) -> None:
     monkeypatch.delenv("nnUNet_preprocessed")
     assert dispatch.main(["compare", *TWO, "--results", "r0"]) == 2
