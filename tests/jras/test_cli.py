@@ -143,9 +143,9 @@ def test_the_stock_command_predicts_with_the_folder_of_a_stripped_export(model, 
         "cpu",
         "--disable_tta",
         "-npp",
-        "0",
+        "1",
         "-nps",
-        "0",
+        "1",
     ]
     run_command(command, tiny.environment(tmp_path / "no_results"), tmp_path)
     predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
