@@ -14,7 +14,7 @@ import numpy as np
 from nnunetv2_ext import __version__
 from nnunetv2_ext.compare.collect import COMMON_RULE, Scores
 from nnunetv2_ext.compare.curves import training_hours
-from nnunetv2_ext.compare.runs import differing_facts
+from nnunetv2_ext.compare.runs import TRAINING_FACTS, differing_facts
 from nnunetv2_ext.compare.statistics import RESAMPLES, Difference, Interval, signed, verdict
 from nnunetv2_ext.evaluate.metrics import INVENTED, METRICS, MISSED
 from nnunetv2_ext.evaluate.table import definitions, grid, number, summarise
@@ -99,15 +99,7 @@ def cautions(scores: Scores) -> list[str]:
 
 
 # beside the method: what a fair comparison keeps the same
-_OUGHT_TO_BE_EQUAL = (
-    "num_epochs",
-    "num_iterations_per_epoch",
-    "batch_size",
-    "initial_lr",
-    "weight_decay",
-    "oversample_foreground_percent",
-    "mirroring",
-)
+_OUGHT_TO_BE_EQUAL = (*TRAINING_FACTS, "mirroring")
 
 
 def primary_differences(report: Report) -> list[Difference]:

@@ -15,7 +15,7 @@ from nnunetv2_ext.compare.find import Model
 from nnunetv2_ext.evaluate.pairs import case_files, listed
 
 SETTINGS_FILE = "nnunetv2_ext_settings.yaml"
-_FACTS = (
+TRAINING_FACTS = (
     "num_epochs",
     "num_iterations_per_epoch",
     "batch_size",
@@ -176,7 +176,7 @@ def _facts(folder: Path) -> dict[str, str]:
         content = json.loads((folder / "debug.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {key: str(content[key]) for key in _FACTS if key in content}
+    return {key: str(content[key]) for key in TRAINING_FACTS if key in content}
 
 
 def make_arm(name: str, parts: Sequence[tuple[Model, Sequence[str]]], ending: str, prefix: str = "") -> Arm:
@@ -318,7 +318,7 @@ def _facts_of(arm: Arm) -> dict[str, str]:
     found: dict[str, set[str]] = {}
     for run in arm.runs():
         values = {"trainer": arm.trainer or "?", **run.facts}
-        values |= {k: str(v) for k, v in run.settings.items() if k not in (*_SILENT, *_FACTS)}
+        values |= {k: str(v) for k, v in run.settings.items() if k not in (*_SILENT, *TRAINING_FACTS)}
         values |= {} if run.fold == "test" else {"train_cases": run.train_cases}
         for key, value in values.items():
             found.setdefault(key, set()).add(value)
