@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunetv2_ext import installed_trainers
+
+if TYPE_CHECKING:
+    from nnunetv2_ext.core.export_edit import ExportEdit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,29 +29,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="student (the trained network, default), teacher (MedContext's moving average), or one of RADA's three "
         "networks (net1, net2, net3)",
     )
-    bank = parser.add_mutually_exclusive_group()
-    bank.add_argument(
-        "--strip-bank",
-        action="store_true",
-        help="write a J-RAS model without patients' patches; it predicts with this package, on the plain path",
-    )
-    bank.add_argument(
-        "--blank-groups",
-        action="store_true",
-        help="write a J-RAS model that keeps its guides, and with them patients' patches, but not the numbers of their "
-        "subjects; it predicts as before, with this package",
-    )
     parser.add_argument(
         "--best",
         action="store_true",
         help="also export checkpoint_best.pth of each fold; it was chosen by the trained network's pseudo Dice",
     )
-    parser.add_argument(
-        "--drop-semantics",
-        action="store_true",
-        help="leave out the semantic head of a RADA network, which plain nnU-Net cannot compute: predictions change, "
-        "so validate the exported model",
-    )
+    for name, edit in _export_edits().items():
+        parser.add_argument(f"--{name}", dest="edits", action="append_const", const=name, help=edit.description)
+
+
+def _export_edits() -> dict[str, ExportEdit]:
+    """What the installed trainers let one take out of their models, by the name of the option."""
+    edits: dict[str, ExportEdit] = {}
+    for name, module in installed_trainers().items():
+        try:
+            trainer = getattr(importlib.import_module(module), name)
+        except ImportError:  # its optional dependency is missing; its models say so themselves
+            continue
+        edits.update(trainer.all_export_edits())
+    return edits
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,15 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
     from nnunetv2_ext.core.export import export_model
 
-    written = export_model(
-        args.model_folder,
-        args.output,
-        args.weights,
-        args.strip_bank,
-        args.drop_semantics,
-        args.blank_groups,
-        args.best,
-    )
+    chosen = args.edits or []
+    written = export_model(args.model_folder, args.output, args.weights, chosen, args.best)
     for path in written:
         print(f"wrote {path}")
     names = {path.name for path in written}
@@ -70,8 +66,10 @@ def run(args: argparse.Namespace) -> int:
     command = ["nnUNetv2_predict_from_modelfolder", "-i", "INPUT", "-o", "OUTPUT", "-m", str(args.output), "-f", *folds]
     command += [] if name == "checkpoint_final.pth" else ["-chk", name]
     command += [] if torch.cuda.is_available() else ["-device", "cpu"]
-    needs = "with" if args.strip_bank or args.blank_groups else "without"
-    if args.blank_groups:
-        print("PRIVACY: these checkpoints hold image patches of training cases; --strip-bank leaves them out")
+    edits = [edit for name, edit in _export_edits().items() if name in chosen]
+    for edit in edits:
+        if edit.notice:
+            print(edit.notice)
+    needs = "with" if any(edit.keeps_trainer for edit in edits) else "without"
     print(f"Predict {needs} this package: {shlex.join(command)}")
     return 0

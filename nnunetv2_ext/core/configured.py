@@ -35,6 +35,14 @@ def method_settings_in(plans: dict[str, Any], method: str, model: type[Model]) -
     return model.model_validate(block[method])
 
 
+def merged_over_bases(cls: type, attribute: str) -> dict[str, Any]:
+    """A class-level dictionary, with the entries of the same dictionary of all base classes; the subclass's win."""
+    merged: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        merged.update(vars(base).get(attribute, {}))
+    return merged
+
+
 class ConfiguredTrainer(nnUNetTrainer):
     """The part of ExtTrainer that knows the settings.
 
@@ -81,10 +89,7 @@ class ConfiguredTrainer(nnUNetTrainer):
     @classmethod
     def settings_model(cls) -> type[ext_settings.CommonSettings]:
         """The pydantic model of this trainer's settings: the common keys and a block per method it inherits from."""
-        methods: dict[str, type[BaseModel]] = {}
-        for base in reversed(cls.__mro__):
-            methods.update(vars(base).get("method_settings", {}))
-        return ext_settings.settings_model(cls.__name__, methods)
+        return ext_settings.settings_model(cls.__name__, merged_over_bases(cls, "method_settings"))
 
     def _apply_settings(self, resolved: ext_settings.Resolved) -> None:
         s = resolved.settings

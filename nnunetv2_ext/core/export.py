@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
+from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.core.files import atomic_torch_save, atomic_write_text, require_writable
 from nnunetv2_ext.core.settings import PLANS_KEY, without_local_paths
 from nnunetv2_ext.core.trainer import ExtTrainer
@@ -32,9 +33,7 @@ def export_model(
     model_folder: Path,
     output: Path,
     weights: str = "student",
-    strip_bank: bool = False,
-    drop_semantics: bool = False,
-    blank_groups: bool = False,
+    edits: Collection[str] = (),
     best: bool = False,
     tell: Callable[[str], None] = print,
 ) -> list[Path]:
@@ -54,11 +53,8 @@ def export_model(
         model_folder: holds plans.json, dataset.json and the fold folders.
         output: must not exist; nothing is left there if something goes wrong.
         weights: which network, see the trainer's ``export_weights``.
-        strip_bank: instead of a stock model write one of the same trainer that holds no patients' patches
-            (``without_patient_data``); it needs this package to predict.
-        drop_semantics: leave out what plain nnU-Net cannot compute (``without_semantics``); predictions change.
-        blank_groups: instead of a stock model write one of the same trainer that keeps its guides, but not the numbers
-            of their subjects (``without_subjects``).
+        edits: names of the trainer's ``export_edits``, what is to be taken out. One that keeps the trainer makes the
+            result a model of that trainer, which needs this package to predict.
         best: take every fold's checkpoint_best.pth along; it was chosen by the trained network's pseudo Dice.
         tell: gets one line if the validation result was left out.
 
@@ -66,7 +62,8 @@ def export_model(
         The checkpoints written.
 
     Raises:
-        ValueError: no model folder, output exists, not one of our trainers, no such weights, or no best checkpoint.
+        ValueError: no model folder, output exists, not one of our trainers, no such weights or edit, edits that exclude
+            each other, or no best checkpoint.
     """
     missing = [name for name in ("plans.json", "dataset.json") if not (model_folder / name).is_file()]
     files = _checkpoints(model_folder, best)
@@ -87,13 +84,14 @@ def export_model(
         for file in files:
             checkpoint = read(file)
             trainer = _trainer_of(checkpoint, file)
-            ours = trainer if strip_bank or blank_groups else None
-            exported = _exported(checkpoint, trainer, weights, strip_bank, drop_semantics, blank_groups)
+            chosen = _chosen(trainer, edits, weights)
+            ours = trainer if any(edit.keeps_trainer for edit in chosen) else None
+            exported = _exported(checkpoint, trainer, weights, chosen)
             target = partial / file.relative_to(model_folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             atomic_torch_save(exported, target)
-            # without the numbers of the subjects it predicts as before
-            validated.append(blank_groups or _same_weights(checkpoint, exported))
+            as_before = bool(chosen) and all(edit.same_predictions for edit in chosen)
+            validated.append(as_before or _same_weights(checkpoint, exported))
         plans = _shareable_plans(json.loads((model_folder / "plans.json").read_text()), ours)
         atomic_write_text(partial / "plans.json", json.dumps(plans, indent=2))
         dataset_json = _without_file_lists(json.loads((model_folder / "dataset.json").read_text()))
@@ -125,26 +123,38 @@ def _checkpoints(model_folder: Path, best: bool) -> list[Path]:
     return sorted(chosen)
 
 
+def _chosen(trainer: type[ExtTrainer], edits: Collection[str], weights: str) -> list[ExportEdit]:
+    available = trainer.all_export_edits()
+    for name in edits:
+        if name not in available:
+            has = ", ".join(f"--{name}" for name in available) or "nothing of the kind"
+            raise ValueError(
+                f"models of {trainer.__name__} have nothing that --{name} could take out (they know {has}); "
+                f"export without --{name}"
+            )
+    chosen = {name: edit for name, edit in available.items() if name in edits}
+    keep = [f"--{name}" for name, edit in chosen.items() if edit.keeps_trainer]
+    if len(keep) > 1:
+        raise ValueError(f"{' and '.join(keep)} exclude each other; choose one of them")
+    if keep and weights != "student":
+        raise ValueError(
+            f"{keep[0]} writes a model of {trainer.__name__}, with the network that was trained; "
+            f"leave out --weights {weights}"
+        )
+    return list(chosen.values())
+
+
 def _exported(
-    checkpoint: dict[str, Any],
-    trainer: type[ExtTrainer],
-    weights: str,
-    strip_bank: bool,
-    drop_semantics: bool,
-    blank_groups: bool,
+    checkpoint: dict[str, Any], trainer: type[ExtTrainer], weights: str, edits: Sequence[ExportEdit]
 ) -> dict[str, Any]:
-    if strip_bank:
-        checkpoint = trainer.without_patient_data(checkpoint)
-    if blank_groups:
-        checkpoint = trainer.without_subjects(checkpoint)
-    if drop_semantics:
-        checkpoint = trainer.without_semantics(checkpoint)
+    for edit in edits:
+        checkpoint = edit.apply(checkpoint)
     exported: dict[str, Any] = {
         key: value
         for key, value in checkpoint.items()
         if key not in (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")
     }
-    ours = strip_bank or blank_groups
+    ours = any(edit.keeps_trainer for edit in edits)
     if not ours:
         exported["network_weights"] = trainer.export_weights(checkpoint, weights)
         exported["trainer_name"] = STOCK_TRAINER

@@ -32,7 +32,7 @@ class ExtTrainer(ResumableTrainer):
     """Base of all our trainers: nnUNetTrainer with loss passes, settings, exact resume, logs and clean interruption.
 
     Further *method hooks* are ``method_settings`` and ``default_settings`` (core/configured.py), ``method_state``,
-    ``load_method_state`` and ``export_weights`` (core/resumable.py).
+    ``load_method_state``, ``export_weights`` and ``export_edits`` (core/checkpointed.py).
     """
 
     last_batch: dict | None = None  # the loader's, on the CPU, for pictures

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.configured import method_settings_in
+from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.jras.bank import OUTSIDE
@@ -24,7 +25,7 @@ from nnunetv2_ext.jras.search import check_index
 from nnunetv2_ext.jras.settings import JRASSettings
 from nnunetv2_ext.jras.size import checkpoint_growth
 from nnunetv2_ext.jras.start import load_backbone
-from nnunetv2_ext.jras.strip import plain_weights, stock_shapes, without_bank, without_groups
+from nnunetv2_ext.jras.strip import EXPORT_EDITS, plain_weights, stock_shapes
 
 MIN_ANNOTATED = 0.05  # of the guides' cells, below which the log warns
 
@@ -37,6 +38,7 @@ class BankTraining(ExtTrainer):
     """
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"jras": JRASSettings}
+    export_edits: ClassVar[dict[str, ExportEdit]] = EXPORT_EDITS
 
     _datasets: tuple[Any, Any] | None = None  # training, validation -> get_tr_and_val_datasets
     _bank_state: dict[str, Any] | None = None  # group key, cases, coordinates, patch size and spacing of the guides
@@ -304,28 +306,6 @@ class BankTraining(ExtTrainer):
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
         """Plain nnU-Net's weights: the bank and what belongs to it are left behind."""
         return plain_weights(super().export_weights(checkpoint, weights), stock_shapes(checkpoint["init_args"]))
-
-    @classmethod
-    def without_subjects(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """The same network and guides, without the numbers of their subjects, for `nnUNetv2_ext export --blank-groups`.
-
-        Raises:
-            ValueError: trained without a bank (`retriever=none`).
-        """
-        if "bank.groups" not in checkpoint["network_weights"]:
-            raise ValueError("this model has no guide bank (jras.retriever=none); export it without --blank-groups")
-        return without_groups(checkpoint)
-
-    @classmethod
-    def without_patient_data(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """The same network with an empty bank, for `nnUNetv2_ext export --strip-bank`; it predicts on the plain path.
-
-        Raises:
-            ValueError: trained without a bank (`retriever=none`).
-        """
-        if "bank.keys" not in checkpoint["network_weights"]:
-            raise ValueError("this model has no guide bank (jras.retriever=none); export it without --strip-bank")
-        return without_bank(checkpoint)
 
 
 def _times(numbers: Sequence[float]) -> str:

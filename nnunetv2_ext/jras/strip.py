@@ -15,6 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY
+from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.jras.bank import PER_GUIDE
 
 _BACKBONE, _BANK = "backbone.", "bank."
@@ -72,7 +73,11 @@ def without_bank(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint with every guide removed, and with what names the guides' cases; it predicts on the plain path.
 
     The optimiser's state goes as well: such a model is for predicting.
+
+    Raises:
+        ValueError: trained without a bank (`retriever=none`).
     """
+    _require_bank(checkpoint, "strip-bank")
     stripped = {k: v for k, v in checkpoint.items() if k not in (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")}
     stripped["network_weights"] = empty_bank(checkpoint["network_weights"])
     return stripped
@@ -88,10 +93,37 @@ def empty_bank(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_groups(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint with the guides but without the numbers of their subjects, their cases' names and places."""
+    """The checkpoint with the guides but without the numbers of their subjects, their cases' names and places.
+
+    Raises:
+        ValueError: trained without a bank (`retriever=none`).
+    """
+    _require_bank(checkpoint, "blank-groups")
     stripped = {k: v for k, v in checkpoint.items() if k not in (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")}
     stripped["network_weights"] = {
         name: torch.zeros_like(value) if name == f"{_BANK}groups" else value
         for name, value in checkpoint["network_weights"].items()
     }
     return stripped
+
+
+def _require_bank(checkpoint: Mapping[str, Any], option: str) -> None:
+    if f"{_BANK}keys" not in checkpoint["network_weights"]:
+        raise ValueError(f"this model has no guide bank (jras.retriever=none); export it without --{option}")
+
+
+EXPORT_EDITS = {
+    "strip-bank": ExportEdit(
+        "write a J-RAS model without patients' patches; it predicts with this package, on the plain path",
+        without_bank,
+        keeps_trainer=True,
+    ),
+    "blank-groups": ExportEdit(
+        "write a J-RAS model that keeps its guides, and with them patients' patches, but not the numbers of their "
+        "subjects; it predicts as before, with this package",
+        without_groups,
+        keeps_trainer=True,
+        same_predictions=True,
+        notice="PRIVACY: these checkpoints hold image patches of training cases; --strip-bank leaves them out",
+    ),
+}

@@ -11,6 +11,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
 from nnunetv2_ext.core.configured import method_settings_in
+from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.core.step import Batch, LossPass, Term
 from nnunetv2_ext.rada.cotraining import (
     Lesson,
@@ -23,7 +24,7 @@ from nnunetv2_ext.rada.cotraining import (
     teach,
     teacher_weight,
 )
-from nnunetv2_ext.rada.export import export_network, without_semantics
+from nnunetv2_ext.rada.export import EXPORT_EDITS, export_network
 from nnunetv2_ext.rada.figures import EpochMeans
 from nnunetv2_ext.rada.network import MemberOutput, RADANet, build_rada_network
 from nnunetv2_ext.rada.settings import RADASettings
@@ -39,6 +40,8 @@ from nnunetv2_ext.rada.targets import (
 
 class CoTraining(SparseTraining):
     """Adds the networks and the passes of a step: one without gradient, then one per network."""
+
+    export_edits: ClassVar[dict[str, ExportEdit]] = EXPORT_EDITS
 
     strides: list[list[int]]  # of the resolutions that have a loss, highest first
     # the networks are called one by one, not as one module
@@ -306,8 +309,3 @@ class CoTraining(SparseTraining):
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
         """One network's, ``net1`` to ``net3``; ValueError if its semantic head is active."""
         return export_network(checkpoint["network_weights"], weights)
-
-    @classmethod
-    def without_semantics(cls, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """The checkpoint with every gate closed; ValueError if it has no semantic heads."""
-        return checkpoint | {"network_weights": without_semantics(checkpoint["network_weights"])}

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core.export import export_model
+from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
 
@@ -308,6 +310,62 @@ def test_a_checkpoint_without_teacher_says_so(make_trainer, tmp_path):
 
 def test_only_a_model_with_a_bank_can_be_stripped_of_it(make_trainer, tmp_path):
     folder = save_model(make_trainer(nnUNetTrainerMedContext))
-    with pytest.raises(ValueError, match="keep no guide bank; export without --strip-bank"):
-        export_model(folder, tmp_path / "out", strip_bank=True)
+    with pytest.raises(ValueError, match=r"nothing that --strip-bank could take out .*; export without --strip-bank"):
+        export_model(folder, tmp_path / "out", edits=["strip-bank"])
     assert not (tmp_path / "out").exists()
+
+
+class Signed(nnUNetTrainerMedContext):
+    """A method that leaves its name in the weights, and lets one take it out."""
+
+    export_edits: ClassVar[dict[str, ExportEdit]] = {
+        "initial": ExportEdit("the first letter of the name", lambda c: c | {"name": c["name"][0]}),
+        "unsign": ExportEdit("without the name", lambda c: {k: v for k, v in c.items() if k != "name"}, True, True),
+        "erase": ExportEdit("without any weight", lambda c: c | {"network_weights": {}}, True),
+    }
+
+
+@pytest.fixture
+def signed(make_trainer, monkeypatch) -> Path:
+    folder = save_model(make_trainer(nnUNetTrainerMedContext))
+    path = folder / "fold_0" / "checkpoint_final.pth"
+    torch.save(read(path) | {"name": "Ada"}, path)
+    monkeypatch.setattr("nnunetv2_ext.core.export.recursive_find_trainer_class_by_name", lambda name: Signed)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("edits", "trainer_name", "name"),
+    [
+        ([], "nnUNetTrainer", "Ada"),
+        (["initial"], "nnUNetTrainer", "A"),
+        (["unsign"], "nnUNetTrainerMedContext", None),
+        (["unsign", "initial"], "nnUNetTrainerMedContext", None),
+    ],
+)
+def test_a_method_names_what_can_be_taken_out_of_its_models(signed, tmp_path, edits, trainer_name, name):
+    (written,) = export_model(signed, tmp_path / "out", edits=edits)
+    checkpoint = read(written)
+    assert checkpoint["trainer_name"] == trainer_name and checkpoint.get("name") == name
+    assert read(signed / "fold_0" / "checkpoint_final.pth")["name"] == "Ada"
+
+
+@pytest.mark.parametrize(
+    ("weights", "edits", "message"),
+    [
+        ("student", ["unsign", "erase"], "--unsign and --erase exclude each other; choose one of them"),
+        ("teacher", ["unsign"], "--unsign writes a model of Signed, .*leave out --weights teacher"),
+        ("student", ["rename"], r"--rename could take out \(they know --initial, --unsign, --erase\)"),
+    ],
+)
+def test_edits_that_cannot_be_applied_are_refused(signed, tmp_path, weights, edits, message):
+    with pytest.raises(ValueError, match=message):
+        export_model(signed, tmp_path / "out", weights, edits)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_validation_result_goes_along_only_with_what_predicts_the_same(signed, tmp_path):
+    assert (signed / "fold_0" / "progress.png").is_file()
+    for edit, kept in (("unsign", True), ("erase", False)):
+        export_model(signed, tmp_path / edit, edits=[edit])
+        assert (tmp_path / edit / "fold_0" / "progress.png").exists() == kept

@@ -128,7 +128,7 @@ def test_the_exported_model_is_plain_and_predicts_like_the_stripped_one(model, t
 
 
 def test_the_stock_command_predicts_with_the_folder_of_a_stripped_export(model, tiny, tmp_path):
-    export_model(model, tmp_path / "stripped", strip_bank=True)
+    export_model(model, tmp_path / "stripped", edits=["strip-bank"])
     export_model(model, tmp_path / "plain")
     case = tmp_path / "in" / image_of(tiny).name
     case.parent.mkdir()

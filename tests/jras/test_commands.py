@@ -213,8 +213,8 @@ def test_groups_can_be_blanked_without_changing_a_prediction(commands, tmp_path,
         assert len(checkpoint["network_weights"]["bank.images"]) > 0 and EXTENSION_KEY not in checkpoint
     expected = commands.predict(tmp_path / "expected", "3d_fullres", ["0"])
     assert same(expected, commands.predict(tmp_path / "out", "3d_fullres", ["0"], results=tmp_path / "results"))
-    with pytest.raises(SystemExit):
-        ext_main(["export", str(blank), str(tmp_path / "x"), "--blank-groups", "--strip-bank"])
+    assert ext_main(["export", str(blank), str(tmp_path / "x"), "--blank-groups", "--strip-bank"]) == 2
+    assert "--strip-bank and --blank-groups exclude each other" in capsys.readouterr().err
 
 
 def test_a_model_without_guides_has_no_groups_to_blank(commands, tmp_path, capsys):

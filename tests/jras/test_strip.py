@@ -60,7 +60,7 @@ def test_an_unknown_kind_of_weights_is_refused(trained):
 def test_a_stripped_checkpoint_holds_no_image_and_predicts_on_the_plain_path(trained, tmp_path, cls):
     trainer, path = trained(cls)
     stripped = tmp_path / "stripped.pth"
-    torch.save(cls.without_patient_data(read(path)), stripped)
+    torch.save(cls.all_export_edits()["strip-bank"].apply(read(path)), stripped)
     content = stripped.read_bytes()
     for row in range(24):  # torch's files are not compressed, so an image's bytes would be found
         piece = trainer.network.bank.images[row].contiguous().numpy().tobytes()

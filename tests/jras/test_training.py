@@ -370,7 +370,7 @@ def test_continuing_does_not_read_the_plain_model_again(make_trainer, make_jras,
         make_jras(f"jras.init_from={source}", continued=True).on_train_start()
 
 
-@pytest.mark.parametrize("kind", ["strip_bank", "blank_groups"])
+@pytest.mark.parametrize("kind", ["strip-bank", "blank-groups"])
 def test_an_export_does_not_name_the_plain_model(make_trainer, make_jras, tmp_path, kind):
     plain = make_trainer(nnUNetTrainer, configuration="2d", results=tmp_path / "plain")
     plain.initialize()
@@ -381,7 +381,7 @@ def test_an_export_does_not_name_the_plain_model(make_trainer, make_jras, tmp_pa
     trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     folder = Path(trainer.output_folder_base)
     assert str(source) in (folder / "plans.json").read_text()
-    export_model(folder, tmp_path / "out", **{kind: True})
+    export_model(folder, tmp_path / "out", edits=[kind])
     for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
         assert str(tmp_path).encode() not in path.read_bytes(), path
     block = json.loads((tmp_path / "out" / "plans.json").read_text())["nnunetv2_ext"]

@@ -19,7 +19,6 @@ from nnunetv2_ext.rada.export import (
     without_semantics,
 )
 from nnunetv2_ext.rada.network import RADANet
-from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
 
 SEMANTICS = ("clip", "learned", "off")
 
@@ -93,8 +92,3 @@ def test_other_models_and_networks_are_refused(make_rada_net: Callable[..., RADA
         without_semantics(weights)
     with pytest.raises(ValueError, match="not those of a RADA model"):
         number_of_networks({"encoder.weight": torch.zeros(1)})
-
-
-def test_trainers_without_heads_say_so() -> None:
-    with pytest.raises(ValueError, match="nnUNetTrainerMedContext have no semantic heads"):
-        nnUNetTrainerMedContext.without_semantics({})

@@ -120,7 +120,7 @@ def test_an_export_names_no_local_file_and_predicts_without_this_package(model, 
     paths = str(tiny_clip.weights).encode(), str(tmp_path).encode()
     for file in ("plans.json", f"fold_0/{FINAL}"):
         assert paths[0] in (model / file).read_bytes()
-    written = export_model(model, tmp_path / "out", "net2", drop_semantics=True)
+    written = export_model(model, tmp_path / "out", "net2", edits=["drop-semantics"])
     assert len(written) == 2
     for file in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
         assert not any(path in file.read_bytes() for path in paths), file
