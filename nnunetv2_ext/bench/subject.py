@@ -18,7 +18,7 @@ from nnunetv2_ext.bench.candidates import Candidate, check_settings, find_traine
 from nnunetv2_ext.bench.parts import other_networks
 from nnunetv2_ext.bench.plan import Target
 from nnunetv2_ext.core.checkpoint import unwrap
-from nnunetv2_ext.core.settings import ENVIRONMENT_VARIABLE
+from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE
 
 
 @contextlib.contextmanager

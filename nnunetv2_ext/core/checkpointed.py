@@ -19,6 +19,7 @@ from nnunetv2_ext.core.configured import ConfiguredTrainer, merged_over_bases
 from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.core.files import atomic_torch_save
 from nnunetv2_ext.core.logs import EpochLog
+from nnunetv2_ext.core.resolve import resume
 
 
 class CheckpointedTrainer(ConfiguredTrainer):
@@ -133,9 +134,7 @@ class CheckpointedTrainer(ConfiguredTrainer):
         if extension is not None:
             checkpoints.require_known_format(extension, path)
             model = type(self.settings)
-            self._apply_settings(
-                ext_settings.resume(model, extension["settings"], self.resolved, strict=self.is_continued)
-            )
+            self._apply_settings(resume(model, extension["settings"], self.resolved, strict=self.is_continued))
         if not self.was_initialized:
             self.initialize()
         checkpoints.check_weights(checkpoint["network_weights"], self.network, path)

@@ -16,6 +16,8 @@ from nnunetv2_ext.core import settings as ext_settings
 from nnunetv2_ext.core.compat import require_supported_nnunet
 from nnunetv2_ext.core.fewshot import select_train_cases
 from nnunetv2_ext.core.files import atomic_write_text, require_writable
+from nnunetv2_ext.core.resolve import Resolved, resolve
+from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -69,7 +71,7 @@ class ConfiguredTrainer(nnUNetTrainer):
     ) -> None:
         require_supported_nnunet()
         self.is_continued = bool(plans.get("continue_training"))
-        resolved = ext_settings.resolve(
+        resolved = resolve(
             self.settings_model(), trainer_defaults=self.default_settings, plans=plans.get(ext_settings.PLANS_KEY)
         )
         try:
@@ -91,7 +93,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         """The pydantic model of this trainer's settings: the common keys and a block per method it inherits from."""
         return ext_settings.settings_model(cls.__name__, merged_over_bases(cls, "method_settings"))
 
-    def _apply_settings(self, resolved: ext_settings.Resolved) -> None:
+    def _apply_settings(self, resolved: Resolved) -> None:
         s = resolved.settings
         self.resolved, self.settings = resolved, s
         self.num_epochs = s.num_epochs
@@ -177,10 +179,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         if self.settings.seed is not None:
             torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         if self.local_rank == 0:
-            header = (
-                f"# {type(self).__name__}, fold {self.fold}. "
-                f"To repeat: {ext_settings.ENVIRONMENT_VARIABLE}=<this file>\n"
-            )
+            header = f"# {type(self).__name__}, fold {self.fold}. To repeat: {ENVIRONMENT_VARIABLE}=<this file>\n"
             content = yaml.safe_dump(ext_settings.flatten(self.settings), sort_keys=False)
             atomic_write_text(Path(self.output_folder) / "nnunetv2_ext_settings.yaml", header + content)
 

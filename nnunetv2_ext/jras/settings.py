@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from nnunetv2_ext.core.settings import LOCAL_PATH, STRUCTURAL
+from nnunetv2_ext.core.settings import LOCAL_PATH, STRUCTURAL, Settings
 
 Width = Annotated[int, Field(ge=1)]
 
 
-class JRASSettings(BaseModel):
+class JRASSettings(Settings):
     """Settings of `nnUNetTrainerJRAS`, given as `jras.NAME`.
 
     total = L(decoder(fuse(encoder(x), guides, w))) + `contrastive_weight` L_con, the second on every
     `contrastive_every`-th step.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # ---- what is part of the network
     retriever: Literal["joint", "frozen", "random", "none"] = Field(
@@ -169,14 +167,6 @@ class JRASSettings(BaseModel):
         "starts from. Source: ours.",
         json_schema_extra=LOCAL_PATH,
     )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic reads True as 1
-        if isinstance(value, bool) and info.field_name not in ("detach_keys", "mirror_guides"):
-            raise ValueError("expected a value, not true or false")
-        return value
 
     @field_validator("retriever", mode="before")
     @classmethod

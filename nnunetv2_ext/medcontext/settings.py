@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
+
+from nnunetv2_ext.core.settings import Settings
 
 Edge = Annotated[int, Field(ge=1)]
 
 
-class MedContextSettings(BaseModel):
+class MedContextSettings(Settings):
     """Settings of `nnUNetTrainerMedContext`, given as `medcontext.NAME`.
 
     total = a L(s(x)) + a' L(s(m(x))) + beta ramp(t) L_cons(teacher(x), s(m(x))), a = `supervised_weight`,
@@ -22,8 +24,6 @@ class MedContextSettings(BaseModel):
     A `preset` is a set of other defaults (`PRESETS`): whoever reads the user's settings puts it beneath the keys that
     were given explicitly; the model itself does not merge.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # the released sum with its errors corrected: both passes are supervised alike
@@ -159,28 +159,6 @@ class MedContextSettings(BaseModel):
         description="Masked pass on every n-th step; the teacher follows at every step. The average weight of the "
         "masked terms becomes 1/n. Source: ours.",
     )
-
-    @field_validator(
-        "supervised_weight",
-        "masked_supervised_weight",
-        "mask_warmup",
-        "beta",
-        "ramp_fraction",
-        "mask_ratio",
-        "mask_block",
-        "ema_base",
-        "ema_final",
-        "masked_fraction",
-        "masked_every",
-        mode="before",
-    )
-    @classmethod
-    def _no_bool(cls, value: Any) -> Any:
-        # pydantic reads True as 1, which would turn "mask_ratio: yes" of a YAML file into an all-hidden input
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(v, bool) for v in values):
-            raise ValueError("expected a number, not true or false")
-        return value
 
     @model_validator(mode="after")
     def _momentum_rises(self) -> MedContextSettings:

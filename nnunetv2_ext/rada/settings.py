@@ -9,20 +9,18 @@ from __future__ import annotations
 import re
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from nnunetv2_ext.core.settings import LOCAL_PATH, RESUMABLE, STRUCTURAL
+from nnunetv2_ext.core.settings import LOCAL_PATH, RESUMABLE, STRUCTURAL, Settings
 from nnunetv2_ext.rada.requirements import require_alpha
 
 
-class RADASettings(BaseModel):
+class RADASettings(Settings):
     """Settings of `nnUNetTrainerRADA`, given as `rada.NAME`.
 
     For network k: total = (1 - n lambda) L_sup + lambda (sum of L_u over the n other networks) + `mu_align` L_align,
     lambda(t) = `lambda_max` exp(-5 (1 - t)^2), t = finished share of the training.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # what a digest by others says of the paper; the paper itself could not be read in full
@@ -163,14 +161,6 @@ class RADASettings(BaseModel):
     @classmethod
     def _two_is_a_name(cls, value: Any) -> Any:
         return "2" if value == 2 and not isinstance(value, bool) else value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic reads True as 1
-        if isinstance(value, bool) and info.field_name not in ("deep_supervision", "semantics", "registration"):
-            raise ValueError("expected a value, not true or false")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> RADASettings:

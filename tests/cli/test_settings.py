@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from typing import Annotated, Any, Literal, Optional, Union
 import pytest
 from pydantic import BaseModel, Field
 
+from nnunetv2_ext import installed_trainers
 from nnunetv2_ext.cli import main
 from nnunetv2_ext.cli.settings import type_name
-from nnunetv2_ext.core.settings import CommonSettings, fields_by_key, from_environment, resolve
+from nnunetv2_ext.core.resolve import resolve
+from nnunetv2_ext.core.settings import CommonSettings, fields_by_key
+from nnunetv2_ext.core.sources import from_environment
 from nnunetv2_ext.medcontext.settings import MedContextSettings
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
 
@@ -137,3 +141,20 @@ def test_the_real_command_without_any_nnunet_folder_prints_only_its_list(tmp_pat
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith("nnUNetTrainerMedContext:\n\nnum_epochs = 1000    [int, >= 1]\n")
+
+
+@pytest.mark.parametrize("trainer", sorted(installed_trainers()))
+def test_a_number_is_never_true(trainer):
+    """pydantic reads true as 1: no key of any trainer that holds numbers may take it."""
+    model = getattr(importlib.import_module(f"nnunetv2_ext.trainers.{trainer}"), trainer).settings_model()
+    numbers = [
+        key
+        for key, field in fields_by_key(model).items()
+        if not {"bool", "str"} & set(re.findall(r"\w+", str(field.annotation)))
+        and "Literal" not in str(field.annotation)
+    ]
+    assert len(numbers) > 8
+    for key in numbers:
+        for value in ("true", "[true, 1]"):
+            with pytest.raises(ValueError, match=re.escape(key)):
+                resolve(model, environment=f"'{key}={value}'")

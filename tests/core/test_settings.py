@@ -12,20 +12,18 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
+from nnunetv2_ext.core.resolve import resolve, resume
 from nnunetv2_ext.core.settings import (
-    ENVIRONMENT_VARIABLE,
     LOCAL_PATH,
     STRUCTURAL,
     describe,
     fields_by_key,
     flatten,
-    from_environment,
     is_marked,
-    resolve,
-    resume,
     settings_model,
     without_local_paths,
 )
+from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE, from_environment
 from nnunetv2_ext.medcontext.settings import MedContextSettings
 
 

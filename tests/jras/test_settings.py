@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from nnunetv2_ext.core.settings import fields_by_key, is_marked, resolve
+from nnunetv2_ext.core.resolve import resolve
+from nnunetv2_ext.core.settings import fields_by_key, is_marked
 from nnunetv2_ext.jras import network as network_module
 from nnunetv2_ext.jras.banked import BankTraining
 from nnunetv2_ext.jras.settings import JRASSettings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from nnunetv2_ext.core import resolve as core_resolve
 from nnunetv2_ext.core import settings as ext_settings
 from nnunetv2_ext.rada.settings import RADASettings
 
@@ -12,7 +13,7 @@ MODEL = ext_settings.settings_model("T", {"rada": RADASettings})
 
 
 def resolve(text: str) -> RADASettings:
-    return ext_settings.resolve(MODEL, environment=text).settings.rada
+    return core_resolve.resolve(MODEL, environment=text).settings.rada
 
 
 def test_on_off_two_and_none_arrive_as_the_words_they_are():

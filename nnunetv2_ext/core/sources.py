@@ -1,0 +1,85 @@
+"""Where a user writes settings: the environment variable ``nnUNet_ext_settings``, or the YAML file it names."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ENVIRONMENT_VARIABLE = "nnUNet_ext_settings"
+
+
+def from_environment(text: str | None) -> dict[str, Any]:
+    """Parse the value of ``nnUNet_ext_settings``: the path of a YAML file, or ``key=value`` pairs separated by blanks.
+
+    Values are YAML scalars, ``none``, or flow lists (``train_cases=[case_1,case_2]``); quote a value that contains
+    blanks.
+
+    Raises:
+        ValueError: missing or unreadable file, something that is not YAML, or a part that is not ``key=value``.
+    """
+    text = (text or "").strip()
+    if not text:
+        return {}
+    if "=" not in text or _is_file(text):
+        return _from_file(Path(text))
+    pairs: dict[str, Any] = {}
+    try:
+        parts = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} cannot be read ({error}): close the quotes in {text!r}") from error
+    for part in parts:
+        key, separator, value = part.partition("=")
+        if not separator or not key:
+            raise ValueError(
+                f"{ENVIRONMENT_VARIABLE}: {part!r} is not of the form key=value; write for example "
+                f'{ENVIRONMENT_VARIABLE}="num_epochs=250 seed=1", without blanks around "="'
+            )
+        if key in pairs:
+            raise ValueError(f"{ENVIRONMENT_VARIABLE} sets {key!r} twice; keep one of the two")
+        try:
+            pairs[key] = None if value.lower() == "none" else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{ENVIRONMENT_VARIABLE}: the value of {key!r} cannot be read: {value!r}") from error
+    return pairs
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key may come once; PyYAML keeps the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+        if twice:
+            raise yaml.constructor.ConstructorError(problem=f"{twice[0]!r} is set twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than a file name can be: a list of cases, for example
+        return False
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    if not _is_file(str(path)):
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE} names the settings file {str(path)!r}, which does not exist; "
+            "give the path of a YAML file or key=value pairs"
+        )
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the settings file {str(path)!r} cannot be read as YAML ({reason}); "
+            f"mend it or unset {ENVIRONMENT_VARIABLE}"
+        ) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"the settings file {str(path)!r} must hold key: value lines, not a {type(content).__name__}")
+    return content
