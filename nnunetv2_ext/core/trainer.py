@@ -27,6 +27,8 @@ from nnunetv2_ext.core.step import Batch, LossPass, Term, backward_passes
 MAX_NONFINITE_UNDER_AMP = 20
 MIN_SCALE = 2.0**-10
 
+DIVERGED = 10  # times the first epoch's training loss
+
 
 class ExtTrainer(ResumableTrainer):
     """Base of all our trainers: nnUNetTrainer with loss passes, settings, exact resume, logs and clean interruption.
@@ -157,9 +159,18 @@ class ExtTrainer(ResumableTrainer):
         per_rank = self._gather(means)
         averaged = {name: float(np.mean([rank[name] for rank in per_rank if name in rank])) for name in means}
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
+        self._warn_of_divergence(self.logger.get_value("train_losses", step=None))
         if self.epoch_log is not None:
             self.epoch_log.without_weight = {f"loss/{name}" for name, w in self._term_weights.items() if w == 0}
             self.epoch_log.add(averaged | self._try_epoch_figures(), self.current_epoch)
+
+    def _warn_of_divergence(self, losses: list[float]) -> None:
+        # nnU-Net's loss starts at a few units and falls towards -1; a finite explosion passes _require_finite
+        if losses[-1] > DIVERGED * max(1.0, losses[0]):
+            self.print_to_log_file(
+                f"WARNING: the training loss is {losses[-1]:.3g}, in the first epoch it was {losses[0]:.3g}: the "
+                "training diverges; stop it and start again with a lower initial_lr"
+            )
 
     def _try_epoch_figures(self) -> dict[str, float]:
         try:

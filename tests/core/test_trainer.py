@@ -292,6 +292,19 @@ def test_a_batch_of_ignored_voxels_has_a_finite_loss_and_leaves_finite_weights(t
     assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
 
 
+@pytest.mark.parametrize(
+    ("losses", "diverges"),
+    [([1.5, 0.3, -0.6], False), ([1.5, 14.9], False), ([1.5, 15.1], True), ([-0.8, 9.9], False), ([-0.8, 5e4], True)],
+)
+def test_a_loss_that_explodes_and_stays_finite_is_warned_of(make_trainer, losses, diverges):
+    trainer = make_trainer(ExtTrainer, "seed=1", configuration="2d")
+    for trainer.current_epoch, loss in enumerate(losses):
+        step = {"loss": np.float32(loss), "supervised": np.float32(loss), "grad_norm": np.float32(1)}
+        trainer.on_train_epoch_end([step, step])
+    text = Path(trainer.log_file).read_text()
+    assert ("diverges; stop it and start again with a lower initial_lr" in text) == diverges
+
+
 # ---- what is refused
 
 
