@@ -95,6 +95,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (QuickstartError, ValueError) as error:
         print(f"\nquickstart stopped: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        print("\nquickstart stopped: the program that read its output has ended", file=sys.stderr)
+        return 1
+    except OSError as error:
+        # the second name is the one written to; a write to an open file, as on a full disk, names none
+        file = error.filename2 or error.filename or options.output
+        print(
+            f"\nquickstart stopped: {file}: {error.strerror or error}. Make room or correct the rights there, or "
+            "choose another folder with --output",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("\nquickstart interrupted", file=sys.stderr)
         return 130
@@ -114,6 +126,14 @@ def run(options: argparse.Namespace) -> float:
     """All steps; returns the mean Dice on unseen cases."""
     device = choose_device(options.device)
     output = options.output.resolve()
+    splits: list[dict[str, list[str]]] = []
+    splits_path: Path | None = None
+    if options.dataset is not None:  # read first: a mistake in it must not cost an earlier run that is to be replaced
+        source = options.dataset.resolve()
+        read_description(source)
+        if os.environ.get("nnUNet_preprocessed"):
+            splits_path = Path(os.environ["nnUNet_preprocessed"]) / source.name / "splits_final.json"
+            splits = read_splits(splits_path)
     prepare_output(output, options.overwrite, options.dataset)
     folders = {f"nnUNet_{kind}": str(output / f"nnUNet_{kind}") for kind in ("raw", "preprocessed", "results")}
     for folder in folders.values():
@@ -139,8 +159,6 @@ def run(options: argparse.Namespace) -> float:
 
     steps.announce("Data")
     raw = output / "nnUNet_raw"
-    splits: list[dict[str, list[str]]] = []
-    splits_path: Path | None = None
     if options.dataset is None:
         dataset = write_phantom_dataset(
             raw,
@@ -153,10 +171,6 @@ def run(options: argparse.Namespace) -> float:
         )
         print(f"    {options.num_train} synthetic patients (T1 and T2) to train on and {options.num_test} unseen ones")
     else:
-        source = options.dataset.resolve()
-        if os.environ.get("nnUNet_preprocessed"):
-            splits_path = Path(os.environ["nnUNet_preprocessed"]) / source.name / "splits_final.json"
-            splits = read_splits(splits_path)
         dataset = adopt_dataset(source, raw, splits, splits_path)
     print(f"    {dataset}")
     number = str(int(dataset.name[7:10]))

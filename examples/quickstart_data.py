@@ -10,6 +10,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+# what dataset.json must hold, with examples (nnU-Net, documentation/dataset_format.md); adopt_dataset sets numTraining
+REQUIRED_KEYS = {
+    "channel_names": '{"0": "T1"}',
+    "labels": '{"background": 0, "liver": 1}',
+    "file_ending": '".nii.gz"',
+}
+
 
 class QuickstartError(Exception):
     """A step failed; the text says which and what to do."""
@@ -19,14 +26,14 @@ def read_splits(path: Path) -> list[dict[str, list[str]]]:
     """nnU-Net's splits_final.json; an empty list if there is none.
 
     Raises:
-        QuickstartError: the file holds something else.
+        QuickstartError: the file holds something else or cannot be read.
     """
     if not path.is_file():
         return []
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))
         return [{part: [str(case) for case in split[part]] for part in ("train", "val")} for split in splits]
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise QuickstartError(
             f"{path} is no split file of nnU-Net ({type(error).__name__}: {error}): mend it, or unset "
             "nnUNet_preprocessed to hold out cases by name"
@@ -88,18 +95,19 @@ def adopt_dataset(
         splits_path: where they were read, for messages.
 
     Raises:
-        QuickstartError: `source` is not a raw dataset, or has fewer than two labelled cases.
+        QuickstartError: `source` is not a raw dataset, has no labelled case to train on or none to hold out, or lists
+            a file that is not there.
     """
-    if not re.fullmatch(r"Dataset\d{3}_.+", source.name) or not (source / "dataset.json").is_file():
-        raise QuickstartError(
-            f"--dataset {source} is no nnU-Net raw dataset: expected DatasetXXX_Name with a dataset.json"
-        )
     description = read_description(source)
     ending = description["file_ending"]
     training, unseen = (labelled_cases(source, split, description) for split in ("Tr", "Ts"))
+    needed = 1 if unseen else 2  # one to train on, one to hold out
+    if len(training) < needed:
+        raise QuickstartError(
+            f"--dataset {source} has {len(training)} labelled training case(s): it needs at least {needed}, "
+            f"each with imagesTr/CASE_0000{ending} and labelsTr/CASE{ending}"
+        )
     if not unseen:
-        if len(training) < 2:
-            raise QuickstartError(f"--dataset {source} has {len(training)} labelled case(s): at least 2 are needed")
         unseen = hold_out(training, splits or [], splits_path)
 
     folder = raw / source.name
@@ -120,10 +128,22 @@ def adopt_dataset(
 
 
 def labelled_cases(dataset: Path, split: str, description: dict[str, Any]) -> dict[str, list[Path]]:
-    """Case -> its images in the order of the channels, then its label; cases without one of both are left out."""
+    """Case -> its images in the order of the channels, then its label; cases without one of both are left out.
+
+    Raises:
+        QuickstartError: dataset.json lists its files in another form than nnU-Net's.
+    """
     if split == "Tr" and "dataset" in description:  # an explicit list, relative to the dataset's folder
-        listed = description["dataset"].items()
-        return {c: [dataset / os.path.expandvars(f) for f in (*files["images"], files["label"])] for c, files in listed}
+        try:
+            return {
+                case: [dataset / os.path.expandvars(file) for file in (*files["images"], files["label"])]
+                for case, files in description["dataset"].items()
+            }
+        except (AttributeError, KeyError, TypeError) as error:
+            raise QuickstartError(
+                f'the "dataset" of {dataset / "dataset.json"} is no list of files ({type(error).__name__}: {error}): '
+                'give each case its files as {"CASE": {"images": [...], "label": "..."}}, or remove "dataset"'
+            ) from error
     ending, cases = description["file_ending"], {}
     images = sorted((dataset / f"images{split}").glob(f"*{ending}"))
     for label in sorted((dataset / f"labels{split}").glob(f"*{ending}")):
@@ -136,7 +156,13 @@ def labelled_cases(dataset: Path, split: str, description: dict[str, Any]) -> di
 
 
 def link(source: Path, target: Path) -> None:
-    """Symbolic link, or a copy where the system refuses links (Windows without developer mode)."""
+    """Symbolic link, or a copy where the system refuses links (Windows without developer mode).
+
+    Raises:
+        QuickstartError: there is no file `source`, to which a link could be made all the same.
+    """
+    if not source.is_file():
+        raise QuickstartError(f"{source} is not there: put it back, or take its case out of the dataset")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         target.symlink_to(source.resolve())
@@ -145,5 +171,32 @@ def link(source: Path, target: Path) -> None:
 
 
 def read_description(dataset: Path) -> dict[str, Any]:
-    """The contents of a dataset's dataset.json."""
-    return json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
+    """The contents of a dataset's dataset.json.
+
+    Raises:
+        QuickstartError: `dataset` is not a raw dataset, or its dataset.json cannot be read or lacks what nnU-Net needs.
+    """
+    path = dataset / "dataset.json"
+    if not re.fullmatch(r"Dataset\d{3}_.+", dataset.name) or not path.is_file():
+        raise QuickstartError(
+            f"--dataset {dataset} is no nnU-Net raw dataset: expected DatasetXXX_Name with a dataset.json"
+        )
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QuickstartError(f"{path} cannot be read as JSON ({error}): mend it") from error
+    if not isinstance(description, dict):
+        raise QuickstartError(f"{path} holds a {type(description).__name__} instead of a JSON object: mend it")
+    channels = description.get("channel_names", description.get("modality"))  # nnU-Net still reads the old name
+    labels, ending = description.get("labels"), description.get("file_ending")
+    fits = {
+        "channel_names": isinstance(channels, dict) and channels,
+        "labels": isinstance(labels, dict) and "background" in labels,  # nnU-Net v1 had them the other way round
+        "file_ending": isinstance(ending, str) and ending.startswith("."),
+    }
+    wrong = [f'"{key}" (such as {example})' for key, example in REQUIRED_KEYS.items() if not fits[key]]
+    if wrong:
+        raise QuickstartError(
+            f"{path} has no valid {', '.join(wrong)}: add what nnU-Net's documentation/dataset_format.md asks for"
+        )
+    return description

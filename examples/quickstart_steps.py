@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -156,8 +158,12 @@ def choose_device(name: str) -> str:
 
 
 def prepare_output(folder: Path, overwrite: bool, dataset: Path | None) -> None:
-    """Make an empty output folder; remove an old one only on request, and only if an earlier quickstart made it."""
-    if folder.exists() and any(folder.iterdir()):
+    """Make an empty output folder; remove an old one only on request, and only if an earlier quickstart made it.
+
+    Raises:
+        QuickstartError: the folder may not be replaced, or cannot be made.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise QuickstartError(
                 f"{folder} exists: choose another folder with --output or replace it with --overwrite"
@@ -169,8 +175,13 @@ def prepare_output(folder: Path, overwrite: bool, dataset: Path | None) -> None:
                 f"--dataset lies in {folder}, which --overwrite would remove: choose another --output"
             )
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / LOG_NAME).touch()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOG_NAME).touch()
+    except OSError as error:
+        raise QuickstartError(
+            f"--output {folder} cannot be made ({error.strerror}): choose a folder that you may write to"
+        ) from error
 
 
 def reduce_plans(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
@@ -199,10 +210,22 @@ def reduce_plans(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
 
 
 def reader_for(dataset: Path, file: Path) -> BaseReaderWriter:
-    """The reader nnU-Net uses for `dataset`; its arrays are (channel, Z, Y, X)."""
+    """The reader nnU-Net uses for `dataset`; its arrays are (channel, Z, Y, X).
+
+    Raises:
+        QuickstartError: no reader opens `file`.
+    """
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-    return determine_reader_writer_from_dataset_json(read_description(dataset), str(file), verbose=False)()
+    description = read_description(dataset)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # nnU-Net prints a traceback for each reader that it tries
+            return determine_reader_writer_from_dataset_json(description, str(file), verbose=False)()
+    except RuntimeError as error:
+        raise QuickstartError(
+            f"{file.resolve()} cannot be opened by any reader of nnU-Net: replace the file if it is broken, or correct "
+            f"the file_ending {description['file_ending']} in dataset.json"
+        ) from error
 
 
 def is_volume(dataset: Path) -> bool:

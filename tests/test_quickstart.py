@@ -1,5 +1,6 @@
 """examples/quickstart.py: its parts on tiny data, and one reduced run of the whole through the real commands."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -165,6 +166,51 @@ def test_adopted_dataset_may_list_its_files(data, tmp_path):
     assert "dataset" not in json.loads((folder / "dataset.json").read_text())
 
 
+def test_a_listed_file_that_is_missing_or_a_list_of_another_form_is_refused(data, tmp_path):
+    source = write_phantom_dataset(tmp_path / "user", 12, num_train=2, num_test=0, **TINY)
+    description = json.loads((source / "dataset.json").read_text())
+    files = {"images": ["imagesTr/phantom_000_0000.nii.gz"], "label": "labelsTr/gone.nii.gz"}
+    for listed, text in (
+        ({"a": files, "b": files}, r"labelsTr.gone\.nii\.gz is not there"),
+        ({"a": {}}, r'the "dataset" of .*dataset\.json is no list of files \(KeyError'),
+        ([files], "is no list of files"),
+        ({"a": {"images": None, "label": ""}}, "is no list of files"),
+    ):
+        (source / "dataset.json").write_text(json.dumps({**description, "dataset": listed}))
+        with pytest.raises(data.QuickstartError, match=text):
+            data.adopt_dataset(source, tmp_path / "raw")
+
+
+def test_a_description_needs_no_count_and_may_use_the_old_name_of_channels(data, tmp_path):
+    source = write_phantom_dataset(tmp_path / "user", 12, num_train=2, num_test=0, **TINY)
+    description = json.loads((source / "dataset.json").read_text())
+    description["modality"] = description.pop("channel_names")
+    del description["numTraining"]
+    (source / "dataset.json").write_text(json.dumps(description))
+    folder = data.adopt_dataset(source, tmp_path / "raw")
+    assert data.read_description(folder) == {**description, "numTraining": 1}
+
+
+def test_test_cases_alone_are_not_enough(data, tmp_path):
+    source = write_phantom_dataset(tmp_path / "user", 12, num_train=1, num_test=1, **TINY)
+    (source / "labelsTr" / "phantom_000.nii.gz").unlink()
+    with pytest.raises(
+        data.QuickstartError, match=r"has 0 labelled training .* at least 1, each with imagesTr/CASE_0000"
+    ):
+        data.adopt_dataset(source, tmp_path / "raw")
+
+
+def test_an_image_that_no_reader_opens_is_named_without_tracebacks(data, steps, tmp_path, capsys):
+    source = write_phantom_dataset(tmp_path / "user", 12, num_train=2, num_test=0, **TINY)
+    broken = source / "imagesTr" / "phantom_001_0000.nii.gz"
+    broken.write_text("not an image")
+    folder = data.adopt_dataset(source, tmp_path / "raw")  # phantom_001 is held out
+    with pytest.raises(steps.QuickstartError, match="cannot be opened by any reader of nnU-Net") as error:
+        steps.is_volume(folder)
+    assert str(error.value).startswith(str(broken.resolve()))  # the user's file, not our link to it
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_what_is_no_dataset_is_refused(data, tmp_path):
     (tmp_path / "Dataset001_Empty").mkdir()
     for folder in (tmp_path / "Dataset001_Empty", tmp_path / "missing"):
@@ -323,6 +369,66 @@ def test_mistakes_end_with_one_line_and_status_1(quickstart, tmp_path, capsys):
     assert "phantom shape must be" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         quickstart.main(["--epochs", "0"])
+
+
+def _stopped(quickstart, capsys, *arguments):
+    """The one line on stderr with which the script stops with status 1."""
+    assert quickstart.main([*map(str, arguments), "--device", "cpu"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("quickstart stopped: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"file_ending": None}, 'no valid "file_ending" (such as ".nii.gz")'),
+        ({"file_ending": "nii.gz"}, 'no valid "file_ending"'),
+        ({"channel_names": None}, 'no valid "channel_names" (such as {"0": "T1"})'),
+        ({"channel_names": ["T1"]}, 'no valid "channel_names"'),
+        ({"labels": None}, 'no valid "labels" (such as {"background": 0, "liver": 1})'),
+        ({"labels": {"0": "background", "1": "liver"}}, 'no valid "labels"'),
+        ({"labels": None, "file_ending": None}, '1}), "file_ending"'),
+        ("{oops", "cannot be read as JSON (Expecting property name"),
+        (b"\xff\xfe", "cannot be read as JSON ('utf-8' codec"),
+        ("[1]", "holds a list instead of a JSON object"),
+    ],
+)
+def test_a_mistake_in_dataset_json_is_named_before_anything_is_touched(quickstart, tmp_path, capsys, change, cause):
+    description = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
+    if isinstance(change, dict):
+        change = json.dumps({key: value for key, value in {**description, **change}.items() if value is not None})
+    path = tmp_path / "Dataset001_User" / "dataset.json"
+    path.parent.mkdir()
+    path.write_bytes(change if isinstance(change, bytes) else change.encode())
+    before = path.read_bytes()
+    earlier = tmp_path / "out"
+    earlier.mkdir()
+    (earlier / "quickstart.log").write_text("of an earlier run")
+    line = _stopped(quickstart, capsys, "--dataset", path.parent, "--output", earlier, "--overwrite")
+    assert str(path) in line and cause in line
+    assert (earlier / "quickstart.log").read_text() == "of an earlier run" and path.read_bytes() == before
+
+
+def test_a_file_is_no_output_folder_nor_has_one_below_it(quickstart, tmp_path, capsys):
+    file = tmp_path / "thesis.tex"
+    file.write_text("precious")
+    for output in (file, file / "out"):
+        line = _stopped(quickstart, capsys, "--output", output, "--overwrite")
+        assert f"--output {output} cannot be made" in line and "choose a folder" in line
+    assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("names", "named"), [((), "out"), (("file",), "file"), (("from", None, "to"), "to")], ids=["open", "one", "two"]
+)
+def test_a_full_disk_is_named_with_its_file(quickstart, monkeypatch, tmp_path, capsys, names, named):
+    def write(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", *(name and str(tmp_path / name) for name in names))
+
+    monkeypatch.setattr(quickstart, "write_phantom_dataset", write)
+    line = _stopped(quickstart, capsys, "--output", tmp_path / "out")
+    assert f"stopped: {tmp_path / named}: No space left on device" in line and "--output" in line
 
 
 @pytest.mark.parametrize(("dice", "status"), [(0.81, 0), (0.79, 1), (float("nan"), 1)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from nnunetv2_ext.core.devices import check_device
+from nnunetv2_ext.core.files import read_json
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Target:
 
     def plans(self) -> dict[str, Any]:
         """A fresh copy of the plans; trainers change theirs."""
-        return json.loads((self.folder / f"{self.plans_name}.json").read_text(encoding="utf-8"))
+        return read_json(self.folder / f"{self.plans_name}.json")
 
     def dataset_json(self) -> dict[str, Any]:
         """A fresh copy of dataset.json."""
-        return json.loads((self.folder / "dataset.json").read_text(encoding="utf-8"))
+        return read_json(self.folder / "dataset.json")
 
 
 def preprocessed_folder() -> Path:

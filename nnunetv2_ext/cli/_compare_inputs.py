@@ -8,8 +8,9 @@ import os
 from pathlib import Path
 
 from nnunetv2_ext.compare import find, runs
+from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.evaluate import structures
-from nnunetv2_ext.evaluate.datasets import find_dataset_json, read_json
+from nnunetv2_ext.evaluate.datasets import find_dataset_json, read_object
 from nnunetv2_ext.evaluate.folder import Source
 from nnunetv2_ext.evaluate.metrics import Rules
 
@@ -98,7 +99,7 @@ def _known_dataset(args: argparse.Namespace) -> str | None:
 
 def _source(args: argparse.Namespace, dataset_json: Path) -> Source:
     """What is scored, by the dataset.json of the trainings."""
-    content = read_json(dataset_json)
+    content = read_object(dataset_json)
     labels = structures.from_dataset_json(content, str(dataset_json))
     tolerance = structures.tolerances(args.tolerance, labels.structures)
     rules = Rules(tuple(dict.fromkeys(args.metrics)), tolerance, args.empty)
@@ -107,9 +108,9 @@ def _source(args: argparse.Namespace, dataset_json: Path) -> Source:
 
 
 def _require_same_labels(first: Path, files: list[Path]) -> None:
-    labels = read_json(first).get("labels")
+    labels = read_object(first).get("labels")
     for file in files:
-        others = read_json(file).get("labels")
+        others = read_object(file).get("labels")
         if others != labels:
             raise ValueError(
                 f"the label sets differ: {first} has {json.dumps(labels)}, {file} has {json.dumps(others)}; compare "
@@ -123,7 +124,7 @@ def _split(dataset: str) -> dict[str, list[str]] | None:
     file = Path(base) / dataset / "splits_final.json" if base else None
     if file is None or not file.is_file():
         return None
-    return {str(i): list(fold["val"]) for i, fold in enumerate(json.loads(file.read_text(encoding="utf-8")))}
+    return {str(i): list(fold["val"]) for i, fold in enumerate(read_json(file))}
 
 
 def truth_folder(args: argparse.Namespace, dataset: str) -> tuple[Path, bool]:

@@ -58,6 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return int(args.run(args))
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk, a missing right; its text names the file
         print(f"nnUNetv2_ext {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

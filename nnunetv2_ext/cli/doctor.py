@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from nnunetv2_ext import __version__
-from nnunetv2_ext.cli import _check_discovery, _check_machine, _check_software
+from nnunetv2_ext.cli import _check_discovery, _check_machine, _check_settings, _check_software
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 
 Check = Callable[[], Iterable[Finding]]
@@ -24,6 +24,7 @@ SECTIONS: dict[str, tuple[Check, ...]] = {
     ),
     "Machine": (_check_machine.devices, _check_machine.memory, _check_machine.shared_memory, _check_machine.workers),
     "Folders": (_check_machine.nnunet_folders,),
+    "Settings": (_check_settings.environment,),
 }
 
 

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 def source_of(args: argparse.Namespace) -> Any:
     """The ``Source`` that the arguments describe."""
     from nnunetv2_ext.evaluate import structures
-    from nnunetv2_ext.evaluate.datasets import file_ending, read_json
+    from nnunetv2_ext.evaluate.datasets import file_ending, read_object
     from nnunetv2_ext.evaluate.folder import Source
     from nnunetv2_ext.evaluate.metrics import Rules
 
@@ -104,7 +104,7 @@ def source_of(args: argparse.Namespace) -> Any:
         labels, ending, reader = structures.from_values(args.labels, args.ignore), file_ending(args.truth), None
     else:
         file = dataset_json_file(args)
-        dataset_json = read_json(file)
+        dataset_json = read_object(file)
         labels = structures.from_dataset_json(dataset_json, str(file))
         ending = dataset_json.get("file_ending") or file_ending(args.truth)
         reader = dataset_json.get("overwrite_image_reader_writer")

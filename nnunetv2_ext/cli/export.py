@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunetv2_ext import installed_trainers
+from nnunetv2_ext.cli._trainers import load_trainer
 
 if TYPE_CHECKING:
     from nnunetv2_ext.core.export_edit import ExportEdit
@@ -41,12 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _export_edits() -> dict[str, ExportEdit]:
     """What the installed trainers let one take out of their models, by the name of the option."""
     edits: dict[str, ExportEdit] = {}
-    for name, module in installed_trainers().items():
-        try:
-            trainer = getattr(importlib.import_module(module), name)
-        except ImportError:  # its optional dependency is missing; its models say so themselves
-            continue
-        edits.update(trainer.all_export_edits())
+    for name in installed_trainers():
+        with suppress(ImportError):  # its optional dependency is missing; its models say so themselves
+            edits.update(load_trainer(name).all_export_edits())
     return edits
 
 

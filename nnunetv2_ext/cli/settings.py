@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
 import textwrap
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from nnunetv2_ext import installed_trainers
+from nnunetv2_ext.cli._trainers import load_trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         defaults: dict[str, Any] = {}
         print(textwrap.fill(f"Common to all trainers ({', '.join(known)}):", width=100))
     elif args.trainer in known:
-        trainer = getattr(importlib.import_module(f"nnunetv2_ext.trainers.{args.trainer}"), args.trainer)
+        trainer = load_trainer(args.trainer)
         model = trainer.settings_model()
         defaults = trainer.default_settings
         presets = {name: getattr(f.annotation, "PRESETS", {}) for name, f in model.model_fields.items()}

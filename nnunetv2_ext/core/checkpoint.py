@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,17 @@ def read(path: Path) -> dict[str, Any]:
     nnU-Net's checkpoints hold numpy scalars, which ``weights_only=True`` refuses: open files of people you trust only.
 
     Raises:
-        ValueError: the file is missing, truncated, or no nnU-Net checkpoint.
+        ValueError: the file is missing, truncated, damaged, or no nnU-Net checkpoint.
     """
     try:
+        # torch looks at the directory at the end only: a damaged tensor would fail later, or not at all
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(str(path), map_location="cpu", weights_only=False, mmap=True)
     except FileNotFoundError as error:
         raise ValueError(f"the checkpoint {path} does not exist; train first, or name another one") from error
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, zipfile.BadZipFile) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"the checkpoint {path} is broken or cut short ({reason}); delete it and use another one"

@@ -95,13 +95,16 @@ class CheckpointedTrainer(ConfiguredTrainer):
         distributed.all_gather_object(values, value)
         return values
 
-    def _checkpoint(self, completed_epochs: int, random_states: list[dict[str, Any]] | None) -> dict[str, Any]:
+    def _checkpoint(
+        self, completed_epochs: int, random_states: list[dict[str, Any]] | None, global_step: int | None = None
+    ) -> dict[str, Any]:
         # nnU-Net writes its dictionary straight to the file, so its keys are repeated here; a test compares them with
         # upstream's
         return {
             "network_weights": checkpoints.unwrap(self.network).state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            # an epoch that is not finished has logged its learning rate and start already
             "logging": {name: values[:completed_epochs] for name, values in self.logger.get_checkpoint().items()},
             "_best_ema": self._best_ema,
             "current_epoch": completed_epochs,
@@ -111,7 +114,7 @@ class CheckpointedTrainer(ConfiguredTrainer):
             checkpoints.EXTENSION_KEY: {
                 "format": checkpoints.FORMAT,
                 "settings": ext_settings.flatten(self.settings),
-                "global_step": self.global_step,
+                "global_step": self.global_step if global_step is None else global_step,
                 "epochs_without_improvement": self.epochs_without_improvement,
                 "train_cases": self._train_cases,
                 "partial_epoch": self._partial_epoch,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -15,7 +15,7 @@ from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core import settings as ext_settings
 from nnunetv2_ext.core.compat import require_supported_nnunet
 from nnunetv2_ext.core.fewshot import select_train_cases
-from nnunetv2_ext.core.files import atomic_write_text, require_writable
+from nnunetv2_ext.core.files import atomic_write_text, read_json, require_writable
 from nnunetv2_ext.core.resolve import Resolved, resolve
 from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE
 
@@ -70,6 +70,11 @@ class ConfiguredTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008  # nnUNetTrainer's signature; it fails on any other
     ) -> None:
         require_supported_nnunet()
+        if not os.environ.get("nnUNet_results"):
+            raise ValueError(
+                "nnUNet_results is not set, so there is no place for the results: export nnUNet_results=FOLDER "
+                "(`nnUNetv2_ext doctor` looks at all three of nnU-Net's folders)"
+            )
         self.is_continued = bool(plans.get("continue_training"))
         resolved = resolve(
             self.settings_model(), trainer_defaults=self.default_settings, plans=plans.get(ext_settings.PLANS_KEY)
@@ -190,7 +195,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         if not others or not plans_file.is_file():
             return
         # not as YAML, which reads JSON's 1e-05 as a string
-        block = json.loads(plans_file.read_text(encoding="utf-8")).get(ext_settings.PLANS_KEY) or {}
+        block = read_json(plans_file).get(ext_settings.PLANS_KEY) or {}
         theirs, ours = ext_settings.flatten_layer(block, type(self.settings)), ext_settings.flatten(self.settings)
         for key, field in ext_settings.fields_by_key(type(self.settings)).items():
             if ext_settings.is_marked(field, "structural") and key in theirs and theirs[key] != ours[key]:

@@ -16,7 +16,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
 from nnunetv2_ext.core.export_edit import ExportEdit
-from nnunetv2_ext.core.files import atomic_torch_save, atomic_write_text, require_writable
+from nnunetv2_ext.core.files import atomic_torch_save, atomic_write_text, read_json, require_writable
 from nnunetv2_ext.core.settings import PLANS_KEY, without_local_paths
 from nnunetv2_ext.core.trainer import ExtTrainer
 
@@ -92,9 +92,9 @@ def export_model(
             atomic_torch_save(exported, target)
             as_before = bool(chosen) and all(edit.same_predictions for edit in chosen)
             validated.append(as_before or _same_weights(checkpoint, exported))
-        plans = _shareable_plans(json.loads((model_folder / "plans.json").read_text()), ours)
+        plans = _shareable_plans(read_json(model_folder / "plans.json"), ours)
         atomic_write_text(partial / "plans.json", json.dumps(plans, indent=2))
-        dataset_json = _without_file_lists(json.loads((model_folder / "dataset.json").read_text()))
+        dataset_json = _without_file_lists(read_json(model_folder / "dataset.json"))
         atomic_write_text(partial / "dataset.json", json.dumps(dataset_json, indent=2))
         _copy(model_folder, partial, _COMPANIONS)
         if all(validated):
@@ -192,7 +192,7 @@ def _copy_results(checkpoint: Path, target: Path) -> None:
         not source.is_file() or checkpoint.name != "checkpoint_final.pth"
     ):  # an unfinished fold's is of an older training
         return
-    summary = json.loads(source.read_text())
+    summary = read_json(source)
     for case in summary["metric_per_case"]:
         for key in ("prediction_file", "reference_file"):
             if key in case:

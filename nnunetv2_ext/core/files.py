@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import time
@@ -76,6 +77,18 @@ def atomic_torch_save(obj: Any, path: str | os.PathLike[str]) -> None:
             raise
 
     atomic_write(path, write)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is missing, cannot be read or is not JSON; one line that names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from error
 
 
 def require_writable(folder: str | os.PathLike[str]) -> Path:

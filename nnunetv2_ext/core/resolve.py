@@ -1,7 +1,8 @@
 """From the sources of settings to validated ones, and what a continued training may change.
 
-Sources, later wins: the field's default < the trainer's own default < a method's preset < ``plans["nnunetv2_ext"]`` <
-the environment variable ``nnUNet_ext_settings``.
+Sources, later wins: the field's default < the trainer's own default < ``plans["nnunetv2_ext"]`` < the environment
+variable ``nnUNet_ext_settings``. A method's preset stands for keys of the source that names it, beneath those that the
+same source gives itself.
 """
 
 from __future__ import annotations
@@ -60,11 +61,9 @@ def resolve(
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for source, layer in layers:
-        values.update(layer)
-        sources.update(dict.fromkeys(layer, source))
-    for key, value in _presets(model, values, sources).items():
-        if sources.get(key, "trainer") == "trainer":
-            values[key], sources[key] = value, "preset"
+        for origin, given in (("preset", _presets(model, layer, source)), (source, layer)):
+            values.update(given)
+            sources.update(dict.fromkeys(given, origin))
     return Resolved(_validate(model, values, sources), sources)
 
 
@@ -107,18 +106,16 @@ def _flatten_unique(layer: Any, model: type[BaseModel], source: str) -> dict[str
     return flat
 
 
-def _presets(model: type[BaseModel], values: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
+def _presets(model: type[BaseModel], layer: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What the presets that a source names stand for, by dotted key."""
     chosen: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         presets = getattr(field.annotation, "PRESETS", None)
-        preset = values.get(f"{name}.preset")
+        preset = layer.get(f"{name}.preset")
         if presets is None or preset is None:
             continue
-        if preset not in presets:
-            raise ValueError(
-                f"{name}.preset={preset!r} (from {sources[f'{name}.preset']}) does not exist; "
-                f"there is {', '.join(presets)}"
-            )
+        if not isinstance(preset, str) or preset not in presets:
+            raise ValueError(f"{name}.preset={preset!r} (from {source}) does not exist; there is {', '.join(presets)}")
         chosen.update({f"{name}.{key}": value for key, value in presets[preset].items()})
     return chosen
 
@@ -127,6 +124,11 @@ def _validate(model: type[CommonSettings], values: Mapping[str, Any], sources: M
     fields = fields_by_key(model)
     nested: dict[str, Any] = {}
     for key, value in values.items():
+        if any(known.startswith(f"{key}.") for known in fields):
+            raise ValueError(
+                f"{key}={value!r} (from {sources[key]}): {key} is a method with settings of its own; write them as "
+                f"{key}.NAME=VALUE"
+            )
         if key not in fields:
             near = _nearest(key, list(fields))
             hint = f"did you mean {' or '.join(near)}? " if near else ""

@@ -77,7 +77,8 @@ class CommonSettings(Settings):
         None,
         ge=0,
         lt=2**31,
-        description="random seed; with nnUNet_n_proc_DA=0 on CPU two runs are then identical bit for bit",
+        description="random seed; with nnUNet_n_proc_DA=0 and one thread on a CPU two runs are then identical bit for "
+        "bit",
     )
     train_cases: Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
@@ -102,6 +103,14 @@ class CommonSettings(Settings):
         description='also log to TensorBoard; needs pip install "nnunetv2-ext[tensorboard]"',
         json_schema_extra=RESUMABLE,
     )
+
+    @field_validator("train_cases", mode="before")
+    @classmethod
+    def _case_ids(cls, value: Any) -> Any:
+        # an id of digits reads as a number; the order means nothing, and --c compares
+        if isinstance(value, list) and all(type(v) in (str, int) for v in value):
+            return sorted({str(v) for v in value})
+        return value
 
 
 def settings_model(name: str, methods: Mapping[str, type[BaseModel]]) -> type[CommonSettings]:

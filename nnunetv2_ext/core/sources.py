@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,34 @@ from typing import Any
 import yaml
 
 ENVIRONMENT_VARIABLE = "nnUNet_ext_settings"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: each key once, numbers as they look, and ``none`` for nothing.
+
+    PyYAML follows YAML 1.1 and keeps the last of two equal keys. There 010 is 8, 12:30 is 750, on and off are booleans,
+    and 1e-3 is text.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        merged = "tag:yaml.org,2002:merge"  # <<: may come with keys that the mapping gives itself
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merged]
+        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+        if twice:
+            raise yaml.constructor.ConstructorError(problem=f"{twice[0]!r} is set twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", "~|null|Null|NULL|none|None|NONE|", ["~", "n", "N", ""]),
+    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", "[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),  # 001 is text: a case's name may look so
+    ("float", r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+    ("merge", "<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def from_environment(text: str | None) -> dict[str, Any]:
@@ -40,21 +69,10 @@ def from_environment(text: str | None) -> dict[str, Any]:
         if key in pairs:
             raise ValueError(f"{ENVIRONMENT_VARIABLE} sets {key!r} twice; keep one of the two")
         try:
-            pairs[key] = None if value.lower() == "none" else yaml.safe_load(value)
+            pairs[key] = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"{ENVIRONMENT_VARIABLE}: the value of {key!r} cannot be read: {value!r}") from error
     return pairs
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key may come once; PyYAML keeps the last one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
-        if twice:
-            raise yaml.constructor.ConstructorError(problem=f"{twice[0]!r} is set twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _is_file(text: str) -> bool:
@@ -71,7 +89,7 @@ def _from_file(path: Path) -> dict[str, Any]:
             "give the path of a YAML file or key=value pairs"
         )
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -109,7 +109,8 @@ class ExtTrainer(ResumableTrainer):
         return {name: np.asarray(value) for name, value in zip(values, host, strict=True)}
 
     def _require_finite(self, figures: dict[str, np.ndarray], batch: Batch) -> None:
-        broken = [name for name, value in figures.items() if not np.isfinite(value)]
+        # a term of weight 0 is only logged; nothing learns from it
+        broken = [n for n, value in figures.items() if not np.isfinite(value) and self._term_weights.get(n, 1) != 0]
         self._nonfinite_steps = self._nonfinite_steps + 1 if broken else 0
         if not broken:
             return
@@ -120,14 +121,18 @@ class ExtTrainer(ResumableTrainer):
             what += f" (NaN or infinite intensities in {', '.join(sick)})"
         elif self.grad_scaler is not None:  # it has skipped this step
             if broken != ["grad_norm"]:
-                self.print_to_log_file(f"WARNING: step skipped, not finite: {what}")
+                skipped = "step skipped, " if "grad_norm" in broken else ""
+                self.print_to_log_file(f"WARNING: {skipped}not finite: {what}")
             if self._nonfinite_steps <= MAX_NONFINITE_UNDER_AMP and self.grad_scaler.get_scale() >= MIN_SCALE:
                 return
         path = Path(self.output_folder) / "checkpoint_before_nan.pth"
         kept = "no checkpoint was written (--disable_checkpointing)"
         if not self.disable_checkpointing:  # by any rank: another one may not have met the broken batch
-            kept = f"the weights from before this step are in {path}"
-            atomic_torch_save(self._checkpoint(completed_epochs=self.current_epoch, random_states=None), path)
+            kept = f"the weights from before this step are in {path}; renamed to checkpoint_latest.pth, --c starts the "
+            kept += "epoch again with them"
+            started = self.current_epoch * self.num_iterations_per_epoch
+            state = self._checkpoint(completed_epochs=self.current_epoch, random_states=None, global_step=started)
+            atomic_torch_save(state, path)
         message = f"not finite: {what}; {kept}. Check these cases for NaN or extreme intensities; else lower initial_lr"
         self.print_to_log_file(f"ERROR: {message}")
         raise ValueError(message)

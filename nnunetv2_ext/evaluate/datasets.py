@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from nnunetv2_ext.core.files import read_json
 
 
 def find_dataset_json(name_or_id: str) -> Path:
@@ -36,12 +37,9 @@ def file_ending(folder: Path) -> str:
     return best
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
     """A JSON object; ValueError names the file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error})") from error
+    content = read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object")
     return content

@@ -103,7 +103,7 @@ def _diagnose(trainer: MedContextTraining, student: torch.nn.Module, sample: Bat
             share = float(disagreement(teacher, masked.detach(), labels.has_regions))
         if teacher is not None and compare:
             weight = s.beta * ramp(max(0, trainer.global_step - 1), trainer.total_steps, s.ramp_fraction)
-            consistency = weight * trainer.consistency(teacher, masked, sample)
+            consistency = weight * trainer.consistency(teacher, masked, trainer.valid_voxels(sample))
             ratio = _gradient_norm(consistency, parameters, trainer) / max(supervised, 1e-12)
     return Diagnosis(
         case=sample.keys[0],

@@ -21,8 +21,8 @@ class MedContextSettings(Settings):
     total = a L(s(x)) + a' L(s(m(x))) + beta ramp(t) L_cons(teacher(x), s(m(x))), a = `supervised_weight`,
     a' = `masked_supervised_weight`.
 
-    A `preset` is a set of other defaults (`PRESETS`): whoever reads the user's settings puts it beneath the keys that
-    were given explicitly; the model itself does not merge.
+    A `preset` stands for some of the keys below (`PRESETS`): whoever reads a source of settings puts it beneath the
+    keys that the same source gives itself; the model does not merge.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -86,6 +86,7 @@ class MedContextSettings(Settings):
     cons_on_ignored: bool = Field(
         False,
         description="Count the consistency also on voxels with the ignore label (learning from unlabelled voxels). "
+        "What nnU-Net's rotation and padding bring in from outside the image counts as annotated background. "
         "Source: ours.",
     )
     mask_ratio: float = Field(
@@ -161,7 +162,11 @@ class MedContextSettings(Settings):
     )
 
     @model_validator(mode="after")
-    def _momentum_rises(self) -> MedContextSettings:
+    def _consistent(self) -> MedContextSettings:
+        if self.supervised_weight == 0 and not self.masked_supervised_weight and self.beta == 0:
+            raise ValueError(
+                "with supervised_weight, masked_supervised_weight and beta at 0 nothing is learned: raise one of them"
+            )
         if self.ema_final < self.ema_base:
             raise ValueError(
                 f"ema_final ({self.ema_final}) must not be below ema_base ({self.ema_base}): lower ema_base as well"

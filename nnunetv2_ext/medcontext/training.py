@@ -181,6 +181,7 @@ class MedContextTraining(ExtTrainer):
 
     def _masked_terms(self, batch: Batch) -> dict[str, Term]:
         s = self.medcontext
+        valid = self.valid_voxels(batch)  # before any loss sees the target
         masked = batch.with_data(self.hide(batch.data, self.draw_mask(batch.data.shape)))
         # the teacher first: its activations are gone before the student's are kept
         seen = None if self.teacher is None else self.forward(batch, self.teacher)
@@ -190,14 +191,20 @@ class MedContextTraining(ExtTrainer):
         if seen is not None:
             top = output[0] if isinstance(output, (list, tuple)) else output
             weight = s.beta * ramp(self.global_step, self.total_steps, s.ramp_fraction)
-            terms["consistency"] = Term(self.consistency(seen, top, batch), weight)
+            terms["consistency"] = Term(self.consistency(seen, top, valid), weight)
         return terms
 
-    def consistency(self, teacher_logits: Tensor, student_logits: Tensor, batch: Batch) -> Tensor:
-        """L_cons, 0-dim fp32, of top-resolution logits (B, heads, *S)."""
-        s, labels = self.medcontext, self.label_manager
-        valid = None if s.cons_on_ignored else valid_mask(batch.top_target, labels.ignore_label, labels.has_regions)
-        return consistency_loss(teacher_logits, student_logits, valid, s.consistency, labels.has_regions)
+    def valid_voxels(self, batch: Batch) -> Tensor | None:
+        """Where the consistency counts, bool (B, 1, *S); None for everywhere."""
+        labels = self.label_manager
+        if self.medcontext.cons_on_ignored:
+            return None
+        return valid_mask(batch.top_target, labels.ignore_label, labels.has_regions)
+
+    def consistency(self, teacher_logits: Tensor, student_logits: Tensor, valid: Tensor | None) -> Tensor:
+        """L_cons, 0-dim fp32, of top-resolution logits (B, heads, *S) where ``valid`` (`valid_voxels`)."""
+        kind, regions = self.medcontext.consistency, self.label_manager.has_regions
+        return consistency_loss(teacher_logits, student_logits, valid, kind, regions)
 
     # ---- log and picture ---------------------------------------------------------------------------------------------
     def epoch_figures(self) -> dict[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_ext.core.files import require_writable
+from nnunetv2_ext.core.files import read_json, require_writable
 from nnunetv2_ext.core.labelmaps import class_names
 from nnunetv2_ext.rada.draw import CaseView, draw_planes
 from nnunetv2_ext.rada.raw import folder_below
@@ -98,7 +98,7 @@ def _report_split(file: Path, annotations: Mapping[str, Annotation], say: Say) -
         say("no splits_final.json yet: nnUNetTrainerRADA writes one that validates on labelled cases only")
         return
     labelled = [case for case, a in annotations.items() if a.labelled]
-    for fold, split in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+    for fold, split in enumerate(read_json(file)):
         try:
             train, val = clean_fold(split["train"], split["val"], labelled, say)
         except ValueError as error:

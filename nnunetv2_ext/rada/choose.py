@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.rada.planes import Array, Planes
 
 RULES = ("largest", "middle")
@@ -66,10 +66,7 @@ def subjects_of(cases: Sequence[str], regex: str | None = None, table: Path | No
         subjects = {case: m and (m.group(1) if m.re.groups else m.group(0)) for case, m in found.items()}
         source = f"--group-regex {regex!r}"
     elif table is not None:
-        try:
-            content = json.loads(Path(table).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--groups {table} cannot be read as JSON ({error})") from None
+        content = read_json(Path(table))
         if not isinstance(content, dict):
             raise ValueError(f'--groups {table} must hold one object {{"case": "subject", ...}}')
         subjects = {case: content.get(case) for case in cases}

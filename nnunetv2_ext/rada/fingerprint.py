@@ -17,7 +17,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
-from nnunetv2_ext.core.files import atomic_write_text
+from nnunetv2_ext.core.files import atomic_write_text, read_json
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.rada.raw import RawDataset, open_raw
 
@@ -186,7 +186,7 @@ def _plans_files(base: Path) -> list[Path]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     return content if isinstance(content, dict) else {}  # splits_final.json is a list
 
 

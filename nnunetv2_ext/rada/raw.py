@@ -19,6 +19,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.rada.planes import Array
 
@@ -203,7 +204,7 @@ def planned_spacing(dataset_name: str, plans_name: str, configuration: str) -> t
     file = Path(nnUNet_preprocessed) / dataset_name / f"{plans_name}.json"
     if not file.is_file():
         return None
-    plans = json.loads(file.read_text(encoding="utf-8"))
+    plans = read_json(file)
     block = plans["configurations"].get(configuration)
     while block is not None and "spacing" not in block and "inherits_from" in block:
         block = plans["configurations"].get(block["inherits_from"])

@@ -49,6 +49,15 @@ def test_help_lists_every_command_without_importing_any(echo, capsys) -> None:
     assert all(name in out for name in (*dispatch.COMMANDS, "never imported"))
 
 
+def test_a_disk_that_cannot_be_written_is_one_line(echo, monkeypatch, capsys) -> None:
+    def full(args) -> int:
+        raise OSError(28, "No space left on device", "model/plans.json")
+
+    monkeypatch.setattr(sys.modules["echo_command"], "run", full)
+    assert dispatch.main(["echo", "hello"]) == 2
+    assert capsys.readouterr().err == "nnUNetv2_ext echo: [Errno 28] No space left on device: 'model/plans.json'\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["echo"]])
 def test_a_mistyped_command_line_is_exit_status_2(echo, arguments: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_ext._register import EXT_VARIABLE, OPT_OUT_VARIABLE, SHIM_FOLDER, register
-from nnunetv2_ext.cli import _check_discovery, _check_machine, _check_software, doctor, main
+from nnunetv2_ext.cli import _check_discovery, _check_machine, _check_settings, _check_software, doctor, main
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 from nnunetv2_ext.core import compat
 
@@ -272,3 +272,24 @@ def test_the_folder_check_reports_free_space(monkeypatch: pytest.MonkeyPatch, tm
     free = shutil.disk_usage(tmp_path).free / GIB
     stated = [float(f.detail.split(", ")[-1].split()[0]) for f in _check_machine.nnunet_folders()]
     assert stated == pytest.approx([free] * 3, abs=5)
+
+
+# -- settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "says"),
+    [
+        ("", OK, "not set"),
+        ("num_epochs=5", WARN, "'num_epochs=5' is what every training of nnUNetTrainerJRAS, nnUNetTrainerMedContext"),
+        ("medcontext.beta=1", WARN, "every training of nnUNetTrainerMedContext, nnUNetTrainerMedContextJRAS will take"),
+        ("num_epoch=5", FAIL, "did you mean num_epochs"),
+        ("num_epochs 5", FAIL, "does not exist"),
+        ("/no/such/settings.yaml", FAIL, "/no/such/settings.yaml"),
+    ],
+)
+def test_settings_that_are_still_exported_are_shown(monkeypatch: pytest.MonkeyPatch, text, status, says) -> None:
+    monkeypatch.setenv("nnUNet_ext_settings", text)
+    [finding] = _check_settings.environment()
+    assert finding.status == status and says in finding.detail
+    assert ("unset nnUNet_ext_settings" in finding.remedy) == (status != OK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from nnunetv2_ext import installed_trainers
 from nnunetv2_ext.cli import main
+from nnunetv2_ext.cli._trainers import load_trainer
 from nnunetv2_ext.cli.settings import type_name
 from nnunetv2_ext.core.resolve import resolve
 from nnunetv2_ext.core.settings import CommonSettings, fields_by_key
@@ -146,7 +146,7 @@ def test_the_real_command_without_any_nnunet_folder_prints_only_its_list(tmp_pat
 @pytest.mark.parametrize("trainer", sorted(installed_trainers()))
 def test_a_number_is_never_true(trainer):
     """pydantic reads true as 1: no key of any trainer that holds numbers may take it."""
-    model = getattr(importlib.import_module(f"nnunetv2_ext.trainers.{trainer}"), trainer).settings_model()
+    model = load_trainer(trainer).settings_model()
     numbers = [
         key
         for key, field in fields_by_key(model).items()

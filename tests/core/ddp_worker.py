@@ -25,9 +25,10 @@ from nnunetv2_ext.core.step import LossPass, Term, backward_passes
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
 
 WORLD, CPU = 2, torch.device("cpu")
+DEFAULTS = "seed=3 batch_size=4 num_epochs=2 num_iterations_per_epoch=5 num_val_iterations_per_epoch=1 panel_every=0"
 SETTINGS = (
-    "seed=3 batch_size=4 num_epochs=2 num_iterations_per_epoch=5 num_val_iterations_per_epoch=1 panel_every=0 "
-    "medcontext.masked_every=2 medcontext.masked_fraction=0.5 medcontext.ramp_fraction=0.2 medcontext.fill=noise"
+    f"{DEFAULTS} medcontext.masked_every=2 medcontext.masked_fraction=0.5 medcontext.ramp_fraction=0.2 "
+    "medcontext.fill=noise"
 )
 
 
@@ -73,8 +74,10 @@ class OnTheCpu(nnUNetTrainerMedContext):
         self.device, self.grad_scaler = CPU, None
 
 
-def make_trainer(plans: dict, dataset_json: dict, results: Path, continued: bool = False) -> OnTheCpu:
-    os.environ.update(nnUNet_results=str(results), nnUNet_ext_settings=SETTINGS)
+def make_trainer(
+    plans: dict, dataset_json: dict, results: Path, settings: str = SETTINGS, continued: bool = False
+) -> OnTheCpu:
+    os.environ.update(nnUNet_results=str(results), nnUNet_ext_settings=settings)
     plans = json.loads(json.dumps(plans)) | {"continue_training": continued}
     return OnTheCpu(plans, "2d", 0, dataset_json, CPU)
 
@@ -91,15 +94,16 @@ def state(trainer: OnTheCpu) -> dict[str, Any]:
 
 def whole_training(trainer: OnTheCpu) -> dict[str, Any]:
     """Run to the end and keep the state from before nnU-Net's on_train_end, which frees the teacher."""
-    kept: dict[str, Any] = {}
-    end = trainer.on_train_end
+    kept: dict[str, Any] = {"figures": []}
+    step, end = trainer.train_step, trainer.on_train_end
+    trainer.train_step = lambda batch: (kept["figures"].append(step(batch)), kept["figures"][-1])[1]
     trainer.on_train_end = lambda: (kept.update(state(trainer)), end())
     trainer.run_training()
     return kept
 
 
-def five_steps(plans: dict, dataset_json: dict, results: Path, rank: int) -> dict[str, Any]:
-    trainer = make_trainer(plans, dataset_json, results / "steps")
+def five_steps(plans: dict, dataset_json: dict, results: Path, settings: str) -> dict[str, Any]:
+    trainer = make_trainer(plans, dataset_json, results, settings)
     trainer.initialize()
     trainer.dataloader_train, _ = trainer.get_dataloaders()
     figures = [sorted(trainer.train_step(next(trainer.dataloader_train))) for _ in range(5)]
@@ -141,7 +145,8 @@ def run(rank: int, plans: dict, dataset_json: dict, results: Path) -> None:
     MetaLogger.plot_progress_png = lambda self, folder: None
     EpochLog.plot = lambda self, path=None: None
     found: dict[str, Any] = {"passes": averaged_gradients(rank)}
-    found["steps"] = five_steps(plans, dataset_json, results, rank)
+    found["steps"] = five_steps(plans, dataset_json, results / "steps", SETTINGS)
+    found["defaults"] = five_steps(plans, dataset_json, results / "defaults", DEFAULTS)
     found["whole"] = whole_training(make_trainer(plans, dataset_json, results / "whole"))
     found["stopped"] = stopped_and_continued(plans, dataset_json, results, rank)
     torch.save(found, results / f"rank_{rank}.pt")

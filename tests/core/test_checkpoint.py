@@ -54,6 +54,17 @@ def test_a_truncated_file_is_named(tmp_path, keep):
     assert f"the checkpoint {path} is broken or cut short" in text and text.count("checkpoint_final.pth") >= 1
 
 
+def test_a_damaged_tensor_is_found_though_the_file_is_whole(tmp_path):
+    """torch reads the directory at the end: the damage would come to light in the middle of a restart, or never."""
+    path, best = write(tmp_path / "checkpoint_latest.pth"), write(tmp_path / "checkpoint_best.pth", mark=7)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(3000)) + 2000] = 0xFF  # among the tensor's 4000 zeros
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=False)["network_weights"]["w"].any()  # notices nothing
+    assert f"the checkpoint {path} is broken" in one_line(lambda: checkpoints.read(path))
+    assert checkpoints.read_or_fall_back(path)[1] == best
+
+
 def test_other_files_are_no_checkpoints(tmp_path):
     path = tmp_path / "checkpoint_final.pth"
     path.write_text("hello")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,8 +67,9 @@ def test_only_the_last_pass_is_exchanged(ranks):
         assert found["passes"]["exchanges"][1] == 1  # this network is one bucket; three passes
 
 
-def test_students_and_teachers_are_equal_on_both_ranks(ranks):
-    first, second = (found["steps"] for found in ranks)
+@pytest.mark.parametrize("scenario", ["steps", "defaults"])
+def test_students_and_teachers_are_equal_on_both_ranks(ranks, scenario):
+    first, second = (found[scenario] for found in ranks)
     assert_same_tensors(first["student"], second["student"])
     assert_same_tensors(first["teacher"], second["teacher"])
     assert any(not torch.equal(first["teacher"][key], first["student"][key]) for key in first["student"])
@@ -80,6 +83,19 @@ def test_ranks_agree_on_the_steps_with_a_masked_pass_and_mask_differently(ranks)
     plain = ["grad_norm", "loss", "supervised"]
     assert first["figures"] == second["figures"] == [masked, plain, masked, plain, masked]
     assert not torch.equal(first["generator"], second["generator"])
+
+
+def test_epochs_csv_holds_every_term_s_mean_over_both_ranks(results, ranks):
+    (path,) = (results / "whole").glob("*/*/fold_0/epochs.csv")
+    with path.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert len(rows) == 2
+    for epoch, row in enumerate(rows):
+        steps = [found["whole"]["figures"][5 * epoch : 5 * epoch + 5] for found in ranks]
+        for term in ("supervised", "masked_supervised", "consistency"):
+            first, second = (np.mean([figures[term] for figures in rank if term in figures]) for rank in steps)
+            assert first != pytest.approx(second, rel=1e-3), "each rank has its own batches"
+            assert float(row[f"loss/{term}"]) == pytest.approx((first + second) / 2, rel=1e-5)
 
 
 def test_a_signal_to_one_rank_ends_all_at_the_same_step(ranks):

@@ -278,6 +278,14 @@ def test_an_output_that_cannot_be_written_is_one_line(model, tmp_path):
         export_model(model, tmp_path / "file" / "out")
 
 
+@pytest.mark.parametrize("name", ["plans.json", "dataset.json"])
+def test_a_broken_description_is_named(model, tmp_path, name):
+    (model / name).write_text("{'plans_name'")
+    with pytest.raises(ValueError, match=rf"{name} cannot be read as JSON \(Expecting property name"):
+        export_model(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_of_plain_nnunet_needs_no_export(make_trainer, tmp_path):
     folder = save_model(make_trainer(nnUNetTrainer))
     with pytest.raises(ValueError, match="nnUNetTrainer, which is none of our trainers; there is nothing to export"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -168,21 +169,27 @@ SHORT = ENDLESS.replace("100000", "1")
 
 
 class Running:
-    """``nnUNetv2_train`` as a subprocess in the background; killed at the end of the block."""
+    """``nnUNetv2_train`` as a process group in the background; killed at the end of the block.
 
-    def __init__(self, tiny, results: Path, settings: str, *arguments: str) -> None:
+    ``workers`` is the number of processes that load and augment; 0 is none beside the training itself.
+    """
+
+    def __init__(self, tiny, results: Path, settings: str, *arguments: str, workers: int = 0) -> None:
         self.folder = results / tiny.name / "nnUNetTrainerMedContext__tiny__2d" / "fold_0"
         self.seen = set(self.folder.glob("training_log_*"))
-        environment = {**os.environ, **tiny.environment(results, settings)}
+        environment = {**os.environ, **tiny.environment(results, settings), "nnUNet_n_proc_DA": str(workers)}
         self.output = results.with_suffix(".log")
         with self.output.open("w") as out:
-            self.process = subprocess.Popen([*COMMAND, *arguments], env=environment, stdout=out, stderr=out)
+            self.process = subprocess.Popen(
+                [*COMMAND, *arguments], env=environment, stdout=out, stderr=out, start_new_session=True
+            )
 
     def __enter__(self) -> Running:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def log(self) -> str:
@@ -239,3 +246,24 @@ def test_the_real_command_is_stopped_killed_and_continued_to_its_end(tiny, tmp_p
     with Running(tiny, results, "", "--val") as run:
         assert run.exit_code() == 0, run.output.read_text()[-3000:]
     assert summary.is_file() and final.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_signal_that_kills_the_loader_s_workers_too_ends_as_cleanly(tiny, tmp_path):
+    """SLURM and Ctrl-C signal the whole process group, in which only the training itself waits for the next step."""
+    results = tmp_path / "results"
+    with Running(tiny, results, ENDLESS, workers=2) as run:
+        run.wait_until_it_trains()
+        os.killpg(run.process.pid, signal.SIGSTOP)
+        run.process.send_signal(signal.SIGCONT)
+        time.sleep(1)  # with the workers at a halt it soon waits for a batch, and is there when they die
+        os.killpg(run.process.pid, signal.SIGTERM)
+        os.killpg(run.process.pid, signal.SIGCONT)
+        assert run.exit_code() == 143, run.output.read_text()[-3000:]
+        done = run.latest_step()
+        assert f"Stopped by SIGTERM in epoch 0 after {done} training steps" in run.log()
+
+    with Running(tiny, results, ENDLESS.replace("100000", str(done + 2)), "--c", workers=2) as run:
+        assert run.exit_code() == 0, run.output.read_text()[-3000:]
+    assert read(run.folder / "checkpoint_final.pth")[EXTENSION_KEY]["global_step"] == done + 2
+    assert (run.folder / "validation" / "summary.json").is_file()

@@ -159,6 +159,19 @@ def test_a_stopped_training_continues_bit_for_bit(make_trainer, uninterrupted, m
     assert differences(finished(again), uninterrupted) == []
 
 
+@pytest.mark.parametrize("method", ["train_step", "validation_step"])
+def test_a_checkpoint_from_within_an_epoch_logs_whole_epochs_only(make_trainer, method):
+    """nnU-Net has by then begun the lists of learning rates and start times, or that of training losses."""
+    trainer = started(make_trainer)
+    call_at(trainer, method, {"train_step": 5, "validation_step": 3}[method], touch_stop(trainer))
+    with pytest.raises(SystemExit):
+        trainer.run_training()
+    checkpoint = read(file(trainer, "checkpoint_latest.pth"))
+    assert max(len(values) for values in trainer.logger.get_checkpoint().values()) == 2
+    assert checkpoint["current_epoch"] == 1
+    assert {name: len(values) for name, values in checkpoint["logging"].items() if len(values) != 1} == {}
+
+
 def test_many_stops_are_as_good_as_none(make_trainer, uninterrupted):
     trainer = started(make_trainer)
     for _ in range(8):
@@ -306,6 +319,14 @@ def test_a_best_checkpoint_counts_from_its_own_epoch(make_trainer):
     assert best["_best_ema"] == trainer._best_ema == best["logging"]["ema_fg_dice"][-1]
 
 
+def test_a_later_checkpoint_names_today_s_settings(make_trainer, saved):
+    again = continued(make_trainer, "num_epochs=7")
+    path = file(again, "checkpoint_best.pth")
+    again.save_checkpoint(str(path))
+    blocks = [read(p)["init_args"]["plans"]["nnunetv2_ext"] for p in (file(saved, "checkpoint_latest.pth"), path)]
+    assert [block["num_epochs"] for block in blocks] == [2, 7]
+
+
 # ---- what cannot be continued
 
 
@@ -399,3 +420,13 @@ def test_a_checkpoint_of_plain_nnunet_continues_with_a_fresh_teacher(make_traine
     assert differences(student, dict(plain.network.state_dict())) == []
     assert differences(dict(trainer.teacher.state_dict()), student) == []
     assert differences(trainer.optimizer.state_dict(), plain.optimizer.state_dict()) == []
+
+
+def test_a_checkpoint_of_plain_nnunet_is_continued_with_our_weight_decay(make_trainer):
+    plain = make_trainer(nnUNetTrainer, configuration="2d")
+    plain.initialize()
+    assert {group["weight_decay"] for group in plain.optimizer.param_groups} == {3e-5}
+    trainer = make_trainer(ExtTrainer, f"{LENGTH} weight_decay=1e-3", configuration="2d", continued=True)
+    plain.save_checkpoint(path := str(file(trainer, "checkpoint_latest.pth")))
+    trainer.load_checkpoint(path)
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {1e-3}

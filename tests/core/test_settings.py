@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from nnunetv2_ext.core.settings import (
     settings_model,
     without_local_paths,
 )
-from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE, from_environment
+from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE, _Loader, from_environment
 from nnunetv2_ext.medcontext.settings import MedContextSettings
 
 
@@ -74,9 +75,13 @@ def test_later_sources_win_and_each_value_knows_its_source():
     assert resolved.explicit() == {"toy.weight": 4.0, "toy.preset": "strong"}
 
 
-def test_environment_chooses_a_preset_over_plans_but_not_over_plans_keys():
-    resolved = resolve(MODEL, plans={"toy.weight": 3.0}, environment="toy.preset=strong")
-    assert (resolved.settings.toy.weight, resolved.settings.toy.scale) == (3.0, 8)
+def test_a_preset_of_a_later_source_wins_over_keys_of_an_earlier_one():
+    """The plans.json of a model folder holds every key: a preset typed today must not be without effect."""
+    full = MODEL().model_dump(mode="json")
+    resolved = resolve(MODEL, plans=full, environment="toy.preset=strong toy.scale=2")
+    assert (resolved.settings.toy.weight, resolved.settings.toy.scale) == (9.0, 2)
+    resolved = resolve(MODEL, plans={"toy.preset": "strong"}, environment="toy.scale=3")
+    assert (resolved.settings.toy.weight, resolved.settings.toy.scale) == (9.0, 3)
 
 
 @pytest.mark.parametrize("block", [{"toy.weight": 7}, {"toy": {"weight": 7}}])
@@ -113,6 +118,82 @@ def test_pairs_hold_lists_blanks_and_none():
     assert from_environment("train_cases='[a b, c]'  seed=3") == {"train_cases": ["a b", "c"], "seed": 3}
     assert value("batch_size", "batch_size=null", plans={"batch_size": 4}) is None
     assert from_environment("  ") == from_environment(None) == {}
+
+
+@pytest.mark.parametrize("nothing", ["none", "None", "null", "~", ""])
+def test_none_means_nothing_in_pairs_and_in_a_file(tmp_path, nothing):
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"seed: {nothing}\nmedcontext:\n  mask_block: {nothing}\n  preset: {nothing}\n")
+    for text in (str(path), f"seed={nothing} medcontext.mask_block={nothing} medcontext.preset={nothing}"):
+        given = {"seed": 1, "medcontext.mask_block": 4, "medcontext.preset": "paper"}
+        settings = resolve(MEDCONTEXT, plans=given, environment=text).settings
+        assert (settings.seed, settings.medcontext.mask_block, settings.medcontext.preset) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("0", 0),
+        ("-3", -3),
+        ("1e3", 1000.0),
+        ("1e-05", 1e-5),
+        ("1.5E+2", 150.0),
+        (".5", 0.5),
+        ("2.", 2.0),
+        ("010", "010"),  # 8 in YAML 1.1
+        ("001", "001"),
+        ("12:30", "12:30"),  # 750
+        ("1_000", "1_000"),
+        ("on", "on"),  # True
+        ("no", "no"),
+        ("true", True),
+        ("e5", "e5"),
+        (".", "."),
+        ("[001, 10, a1]", ["001", 10, "a1"]),
+    ],
+)
+def test_values_are_what_they_look_like(tmp_path, written, read):
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"key: {written}\n")
+    for got in (from_environment(f"'key={written}'")["key"], from_environment(str(path))["key"]):
+        assert got == read and type(got) is type(read)
+
+
+# PyYAML does not put JSON's surrogate pairs together
+TEXT = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]))
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.booleans() | st.none() | TEXT)
+def test_what_yaml_and_json_write_is_read_back(value):
+    for text in (yaml.safe_dump({"key": value}), json.dumps({"key": value})):
+        assert yaml.load(text, _Loader) == {"key": value}
+
+
+def test_a_count_with_a_leading_zero_is_decimal_and_a_clock_no_number():
+    assert value("num_epochs", "num_epochs=010") == 10
+    assert value("num_epochs", "num_epochs=1e3") == 1000
+    assert "num_epochs" in message("num_epochs=12:30")
+
+
+def test_case_ids_of_digits_stay_ids_and_their_order_means_nothing():
+    assert value("train_cases", "train_cases=[002,001]") == ["001", "002"]
+    assert value("train_cases", "train_cases=[11,2,11]") == ["11", "2"]
+    assert "train_cases" in message("train_cases=[[1]]") and "train_cases" in message("train_cases=[true]")
+
+
+def test_a_yaml_file_may_merge_blocks(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("medcontext: &base {beta: 1, mask_ratio: 0.5}\ntoy:\n  <<: *base\n  beta: 2\n")
+    assert from_environment(str(path))["toy"] == {"beta": 2, "mask_ratio": 0.5}
+    path.write_text("toy:\n  beta: 1\n  beta: 2\n")
+    with pytest.raises(ValueError, match="'beta' is set twice"):
+        from_environment(str(path))
+
+
+def test_a_value_in_the_place_of_a_method_says_how_to_write_its_settings():
+    assert "medcontext=5" in message("medcontext=5") and "write them as medcontext.NAME=VALUE" in message(
+        "medcontext=5"
+    )
 
 
 def test_a_long_list_of_cases_is_not_taken_for_a_file_name():
@@ -176,9 +257,8 @@ def test_a_key_nothing_is_near_to_points_to_the_list():
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_source_and_meaning(pair):
-    key, _, given_value = pair.partition("=")
-    text = message(pair)
-    read = yaml.safe_load(given_value)
+    key, text = pair.partition("=")[0], message(pair)
+    read = from_environment(pair)[key]
     assert f"{key}={read!r} (from {ENVIRONMENT_VARIABLE})" in text or f"{key}={read}" in text
     assert fields_by_key(MEDCONTEXT)[key].description in text
 
@@ -195,6 +275,8 @@ def test_all_wrong_values_are_reported_at_once():
 
 def test_an_unknown_preset_lists_the_known_ones():
     assert "medcontext.preset='papers'" in message("medcontext.preset=papers")
+    assert "medcontext.preset=['paper']" in message("medcontext.preset=[paper]")
+    assert "medcontext.preset={'paper': 1}" in message(plans={"medcontext": {"preset": {"paper": 1}}})
     assert "there is paper, paper_code" in message("medcontext.preset=papers")
 
 

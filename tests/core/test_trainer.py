@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import errno
 import json
+import os
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -15,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle, save_pickle
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pydantic import BaseModel, ConfigDict, Field
 
-from nnunetv2_ext.core import randomness
+from nnunetv2_ext.core import files, randomness
 from nnunetv2_ext.core import trainer as trainer_module
 from nnunetv2_ext.core.configured import method_settings_in
 from nnunetv2_ext.core.settings import STRUCTURAL
@@ -163,6 +168,53 @@ def test_the_methods_generator_leaves_the_augmentation_stream_alone(make_trainer
     assert len(seen["all"]) == 6 and all(torch.equal(a, b) for a, b in zip(seen["all"], seen["half"]))
 
 
+@pytest.mark.parametrize(("settings", "by_the_clock"), [("seed=1", False), ("", True)])
+def test_a_seed_takes_the_clock_out_of_the_augmentation_and_nothing_else_does(make_trainer, settings, by_the_clock):
+    trainer = make_trainer(ExtTrainer, settings, configuration="2d")
+    trainer.initialize()
+    chain = trainer.get_dataloaders()[0].data_loader.transforms.transforms
+    inner = [getattr(transform, "transform", transform) for transform in chain]  # applied with a probability
+    blurs = [transform for transform in inner if isinstance(transform, GaussianBlurTransform)]
+    assert [blur.benchmark for blur in blurs] == [by_the_clock]
+
+
+# ---- a method that fails where only its log or picture is concerned
+
+
+class BrokenPicture(ExtTrainer):
+    def draw_panel(self, path: Path) -> None:
+        np.random.rand(), torch.rand(1), random.random(), torch.rand(1, generator=self.generator)
+        raise RuntimeError("out of memory")
+
+
+def test_a_picture_that_fails_ends_no_training_and_changes_no_random_number(make_trainer, no_pictures, tmp_path):
+    quiet = make_trainer(ExtTrainer, "seed=1", configuration="2d", results=tmp_path / "quiet")
+    quiet.run_training()
+    trainer = make_trainer(BrokenPicture, "seed=1 panel_every=1", configuration="2d")
+    trainer.run_training()
+    log = Path(trainer.log_file).read_text()
+    for epoch in (0, 1):
+        assert f"WARNING: the picture of epoch {epoch} could not be drawn: RuntimeError: out of memory" in log
+    assert same_weights(trainer, quiet)
+    assert torch.equal(trainer.generator.get_state(), quiet.generator.get_state())
+
+
+class BrokenFigures(ExtTrainer):
+    def epoch_figures(self) -> dict[str, float]:
+        raise RuntimeError("out of memory")
+
+
+def test_figures_that_fail_end_no_training_and_cost_no_other_column(make_trainer, no_pictures):
+    trainer = make_trainer(BrokenFigures, "seed=1", configuration="2d")
+    trainer.run_training()
+    warning = "WARNING: the method's figures could not be taken: RuntimeError: out of memory"
+    assert Path(trainer.log_file).read_text().count(warning) == 2
+    with open(Path(trainer.output_folder) / "epochs.csv", newline="") as lines:
+        losses = [float(row["loss/supervised"]) for row in csv.DictReader(lines)]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert (Path(trainer.output_folder) / "checkpoint_final.pth").is_file()
+
+
 # ---- not a number
 
 
@@ -184,7 +236,28 @@ def test_a_nan_loss_stops_with_term_cases_and_the_weights_before(make_trainer, f
     again.load_checkpoint(str(path))
     for loaded in (trainer.network.state_dict(), again.network.state_dict()):
         assert all(torch.equal(before[key], loaded[key]) for key in before)
-    assert again.global_step == 1
+    assert again.global_step == again.current_epoch == 0  # the epoch starts again
+
+
+class WatchesBroken(ExtTrainer):
+    """Logs a term that is not a number and learns nothing from it."""
+
+    def loss_passes(self, batch):
+        watched = LossPass("watched", lambda: {"watched": Term(torch.tensor(float("nan")), 0)})
+        return [watched, *super().loss_passes(batch)]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_nan_that_nothing_learns_from_stops_no_training(make_trainer, fixed_batches, scaled):
+    trainer = make_trainer(WatchesBroken, "seed=1", configuration="2d")
+    trainer.initialize()
+    if scaled:
+        trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1)
+    before = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    for batch in fixed_batches(trainer, trainer_module.MAX_NONFINITE_UNDER_AMP + 2):
+        assert np.isnan(trainer.train_step(batch)["watched"])
+    assert any(not torch.equal(before[key], value) for key, value in trainer.network.state_dict().items())
+    assert "WARNING" not in Path(trainer.log_file).read_text()
 
 
 class BrokenGradient(ExtTrainer):
@@ -308,6 +381,14 @@ def test_a_loss_that_explodes_and_stays_finite_is_warned_of(make_trainer, losses
 # ---- what is refused
 
 
+@pytest.mark.parametrize("value", [None, ""])
+def test_without_a_results_folder_the_variable_is_named(make_trainer, monkeypatch, value):
+    trainer = make_trainer(ExtTrainer, configuration="2d")
+    monkeypatch.setenv("nnUNet_results", "") if value == "" else monkeypatch.delenv("nnUNet_results")
+    with pytest.raises(ValueError, match=r"nnUNet_results is not set.*export nnUNet_results=FOLDER"):
+        ExtTrainer(trainer.plans_manager.plans, "2d", 0, trainer.dataset_json, CPU)
+
+
 def test_a_file_in_the_place_of_the_output_folder(make_trainer, tiny, tmp_path):
     name = tmp_path / "results" / tiny.name / "ExtTrainer__tiny__2d"
     name.mkdir(parents=True)
@@ -319,6 +400,26 @@ def test_a_file_in_the_place_of_the_output_folder(make_trainer, tiny, tmp_path):
     name.write_text("")
     with pytest.raises(ValueError, match="results folder cannot be written"):
         make_trainer(ExtTrainer, configuration="2d")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        ((os, "fsync"), OSError(errno.ENOSPC, "No space left on device"), "no space is left or the quota is used up"),
+        ((files, "open"), OSError(errno.EROFS, "Read-only file system"), "the file system is read-only"),
+    ],
+)
+def test_a_disk_that_takes_no_file_stops_before_the_training(make_trainer, monkeypatch, call, error, said):
+    """The folder itself is there, from an earlier training."""
+    folder = make_trainer(ExtTrainer, configuration="2d").output_folder
+
+    def refuse(*args):
+        raise error
+
+    monkeypatch.setattr(*call, refuse, raising=False)
+    with pytest.raises(ValueError, match=said) as caught:
+        make_trainer(ExtTrainer, configuration="2d")
+    assert folder in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_dataset_without_foreground_label(make_trainer, tiny):

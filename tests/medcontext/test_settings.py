@@ -88,6 +88,7 @@ def test_paper_code_preset_holds_valid_settings_and_changes_the_defaults():
         {"ema_schedule": "epoch"},
         {"tube": "maybe"},
         {"cons_on_ignored": None},
+        {"supervised_weight": 0, "beta": 0},
     ],
 )
 def test_bad_settings_are_refused_by_name(given):

@@ -15,8 +15,10 @@ import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch._dynamo import OptimizedModule
 
 from nnunetv2_ext.core import randomness
+from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.step import Batch, backward_passes
 from nnunetv2_ext.medcontext import training as medcontext_training
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
@@ -449,6 +451,41 @@ def test_stock_nnunet_loads_the_checkpoint_strictly_and_finds_all_its_keys(make_
     assert_same(state(ours.network), state(plain.network))
 
 
+@pytest.fixture
+def compiling(monkeypatch):
+    """nnU-Net and our teacher compile on the CPU too, by dynamo alone: generating code would take a minute."""
+    real = torch.compile
+    monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: True)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, **{**options, "backend": "eager"}))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_compiled_networks_learn_the_same_and_their_checkpoint_has_plain_keys(make_trainer, tmp_path, request):
+    plain = ready(make_trainer, configuration="2d")
+    batches = make_batches(plain, 4)
+    train(plain, batches)
+
+    request.getfixturevalue("compiling")
+    first = ready(make_trainer, configuration="2d")
+    assert isinstance(first.network, OptimizedModule) and first.teacher.module._compiled_call_impl is not None
+    train(first, batches[:2])
+    assert np.isfinite(first.epoch_figures()["medcontext/gradient_ratio"])
+    first.save_checkpoint(str(tmp_path / "c.pth"))
+    stored = torch.load(tmp_path / "c.pth", weights_only=False)
+    for weights in (stored["network_weights"], stored["nnunetv2_ext"]["methods"]["medcontext"]["teacher"]):
+        assert list(weights) == list(plain.network.state_dict())
+
+    second = make_trainer(nnUNetTrainerMedContext, configuration="2d", continued=True)
+    second.load_checkpoint(str(tmp_path / "c.pth"))
+    assert isinstance(second.network, OptimizedModule)
+    randomness.set_random_state(second._random_states[0], second.generator)  # run_training does this
+    train(second, batches[2:])
+    assert_same(state(plain.network), state(unwrap(second.network)))
+    assert_same(state(plain.teacher.module), dict(second.teacher.state_dict()))
+
+
 # ---- targets, plans, architectures ----
 
 
@@ -498,7 +535,9 @@ def test_the_consistency_counts_annotated_voxels_only(make_trainer, request, kin
     per_voxel = (activate(teacher) - activate(student)).pow(2).sum(1)
     expected = float(per_voxel[valid].mean())
     assert 0 < valid.float().mean() < 1
-    assert float(trainer.consistency(teacher, student, batch)) == pytest.approx(expected, rel=1e-5)
+    assert float(trainer.consistency(teacher, student, trainer.valid_voxels(batch))) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_without_deep_supervision_every_sample_enters_the_consistency(make_trainer, monkeypatch):

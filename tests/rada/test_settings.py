@@ -35,7 +35,7 @@ def test_on_off_two_and_none_arrive_as_the_words_they_are():
         ("rada.region=alpha", "rada.region=alpha needs Alpha-CLIP's weights"),
         ("rada.clip_weights=none", "semantics=clip needs clip_weights"),
         ("rada.semantics=on", "'clip', 'learned' or 'off'"),
-        ("rada.passes=yes", "not true or false"),
+        ("rada.passes=true", "not true or false"),
         ("rada.tau=0", "greater than 0"),
         ("rada.lambda_mx=0.1", "did you mean rada.lambda_max"),
     ],

@@ -1,0 +1,37 @@
+"""Check of ``nnUNetv2_ext doctor``: what the variable ``nnUNet_ext_settings`` would do to the next training."""
+
+import os
+from collections.abc import Iterator
+
+from nnunetv2_ext._register import installed_trainers
+from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
+from nnunetv2_ext.cli._trainers import load_trainer
+from nnunetv2_ext.core.resolve import resolve
+from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE, from_environment
+
+
+def environment() -> Iterator[Finding]:
+    """Often it is still exported from an earlier experiment."""
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
+    if not text:
+        yield Finding(OK, ENVIRONMENT_VARIABLE, "not set: trainings take their defaults")
+        return
+    remedy = f"unset {ENVIRONMENT_VARIABLE}   (if it belongs to an earlier experiment)"
+    try:
+        from_environment(text)
+    except ValueError as error:
+        yield Finding(FAIL, ENVIRONMENT_VARIABLE, str(error), remedy)
+        return
+    refusals: dict[str, str] = {}
+    for name in installed_trainers():
+        try:
+            resolve(load_trainer(name).settings_model(), environment=text)
+        except ValueError as error:
+            refusals[name] = str(error)
+    takers = [name for name in installed_trainers() if name not in refusals]
+    if takers:
+        yield Finding(
+            WARN, ENVIRONMENT_VARIABLE, f"{text!r} is what every training of {', '.join(takers)} will take", remedy
+        )
+    else:
+        yield Finding(FAIL, ENVIRONMENT_VARIABLE, next(iter(refusals.values())), remedy)
