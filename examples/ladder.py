@@ -28,6 +28,8 @@ from typing import Any
 import ladder_steps
 import yaml
 
+from nnunetv2_ext.core.sources import to_yaml
+
 DEFAULT_TRAINER = "nnUNetTrainerMedContext"
 # torch 2.15's bfloat16 convolution gives NaN gradients now and then on their maps of a few voxels
 IN_FP32 = ("retriever", "guide_encoder")
@@ -243,7 +245,7 @@ def start(args: argparse.Namespace, folder: Path, settings: dict[str, Any], targ
     trainer = settings.pop("trainer")
     settings.pop("steps_factor")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "settings.yaml").write_text(to_yaml(settings))
     names = ("dataset", "configuration", "fold", "plans", "device", "threads", "no_mirroring", "fast_cpu")
     task = {
         "environment": {"nnUNet_results": str(folder), "nnUNet_ext_settings": str(folder / "settings.yaml")},

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from nnunetv2_ext._register import installed_trainers
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 from nnunetv2_ext.cli._trainers import load_trainer
-from nnunetv2_ext.core.resolve import resolve
-from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE, from_environment
 
 
 def environment() -> Iterator[Finding]:
     """Often it is still exported from an earlier experiment."""
+    # here, so that a broken installation of theirs is a finding and not the end of the report
+    from nnunetv2_ext.core.resolve import resolve
+    from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE, from_environment
+
     text = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
     if not text:
         yield Finding(OK, ENVIRONMENT_VARIABLE, "not set: trainings take their defaults")
@@ -34,4 +36,6 @@ def environment() -> Iterator[Finding]:
             WARN, ENVIRONMENT_VARIABLE, f"{text!r} is what every training of {', '.join(takers)} will take", remedy
         )
     else:
-        yield Finding(FAIL, ENVIRONMENT_VARIABLE, next(iter(refusals.values())), remedy)
+        # a trainer that knows all keys says what is wrong with their values
+        says = sorted(refusals.values(), key=lambda text: text.startswith("unknown setting"))[0]
+        yield Finding(FAIL, ENVIRONMENT_VARIABLE, says, remedy)

@@ -1,8 +1,8 @@
 """Finds and runs the subcommands of ``nnUNetv2_ext``.
 
 A subcommand is a module of ``nnunetv2_ext.cli`` with ``add_arguments(parser) -> None`` and ``run(args) -> int`` (the
-exit status), plus one row in :data:`COMMANDS`. Only the module of the command that was typed is imported, so that help
-is immediate.
+exit status), plus one row in :data:`COMMANDS`. Only the module of the command that was typed is imported, so that the
+overview is immediate.
 """
 
 import argparse
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return int(args.run(args))
-    except (ValueError, OSError) as error:  # OSError: a full disk, a missing right; its text names the file
+    except BrokenPipeError:  # whoever read the output has ended, as `| head` does
+        return 1
+    except (ValueError, OSError) as error:  # OSError: a full disk, a missing right
         print(f"nnUNetv2_ext {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

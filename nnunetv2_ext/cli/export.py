@@ -36,14 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also export checkpoint_best.pth of each fold; it was chosen by the trained network's pseudo Dice",
     )
     for name, edit in _export_edits().items():
-        parser.add_argument(f"--{name}", dest="edits", action="append_const", const=name, help=edit.description)
+        explained = edit.description.replace("%", "%%")
+        parser.add_argument(f"--{name}", dest="edits", action="append_const", const=name, help=explained)
 
 
 def _export_edits() -> dict[str, ExportEdit]:
     """What the installed trainers let one take out of their models, by the name of the option."""
     edits: dict[str, ExportEdit] = {}
     for name in installed_trainers():
-        with suppress(ImportError):  # its optional dependency is missing; its models say so themselves
+        with suppress(Exception):  # it cannot be imported; its models say so themselves
             edits.update(load_trainer(name).all_export_edits())
     return edits
 
@@ -52,10 +53,10 @@ def run(args: argparse.Namespace) -> int:
     """Export, and print how to predict."""
     import torch
 
-    from nnunetv2_ext.core.export import export_model
+    from nnunetv2_ext.core.checkpoint import read
+    from nnunetv2_ext.core.export import STOCK_TRAINER, export_model
 
-    chosen = args.edits or []
-    written = export_model(args.model_folder, args.output, args.weights, chosen, args.best)
+    written = export_model(args.model_folder, args.output, args.weights, args.edits or [], args.best)
     for path in written:
         print(f"wrote {path}")
     names = {path.name for path in written}
@@ -64,10 +65,6 @@ def run(args: argparse.Namespace) -> int:
     command = ["nnUNetv2_predict_from_modelfolder", "-i", "INPUT", "-o", "OUTPUT", "-m", str(args.output), "-f", *folds]
     command += [] if name == "checkpoint_final.pth" else ["-chk", name]
     command += [] if torch.cuda.is_available() else ["-device", "cpu"]
-    edits = [edit for name, edit in _export_edits().items() if name in chosen]
-    for edit in edits:
-        if edit.notice:
-            print(edit.notice)
-    needs = "with" if any(edit.keeps_trainer for edit in edits) else "without"
+    needs = "without" if read(written[0])["trainer_name"] == STOCK_TRAINER else "with"
     print(f"Predict {needs} this package: {shlex.join(command)}")
     return 0

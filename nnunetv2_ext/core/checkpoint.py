@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 EXTENSION_KEY = "nnunetv2_ext"  # stock nnU-Net ignores keys it does not know
 FORMAT = 1
+_UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -26,8 +28,13 @@ def unwrap(network: nn.Module) -> nn.Module:
     return network
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, whole: bool = False) -> dict[str, Any]:
     """Read a checkpoint written by nnU-Net or by us, tensors memory-mapped on the CPU (only those used are read).
+
+    Args:
+        path: the file.
+        whole: read all of it first and compare it with its checksums. Otherwise torch looks at the directory at its end
+            only, and a damaged tensor comes to light later, or never.
 
     nnU-Net's checkpoints hold numpy scalars, which ``weights_only=True`` refuses: open files of people you trust only.
 
@@ -35,21 +42,28 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: the file is missing, truncated, damaged, or no nnU-Net checkpoint.
     """
     try:
-        # torch looks at the directory at the end only: a damaged tensor would fail later, or not at all
-        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
+        if whole:
+            _compare_checksums(path)
         checkpoint = torch.load(str(path), map_location="cpu", weights_only=False, mmap=True)
     except FileNotFoundError as error:
         raise ValueError(f"the checkpoint {path} does not exist; train first, or name another one") from error
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"the checkpoint {path} is broken or cut short ({reason}); delete it and use another one"
+            f"the checkpoint {path} is broken or cut short ({reason}); move it away and use another one"
         ) from error
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise ValueError(f"{path} is no nnU-Net checkpoint (it has no network_weights)")
     return checkpoint
+
+
+def _compare_checksums(path: Path) -> None:
+    if not zipfile.is_zipfile(path):  # of an old torch, without checksums
+        return
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} does not match its checksum")
 
 
 def require_known_format(extension: Mapping[str, Any], path: Path) -> None:
@@ -71,13 +85,13 @@ def read_or_fall_back(path: Path) -> tuple[dict[str, Any], Path, str | None]:
         ValueError: the file is broken and there is none to fall back to.
     """
     try:
-        return read(path), path, None
+        return read(path, whole=True), path, None
     except ValueError as error:
         other = path.with_name("checkpoint_best.pth")
         if path.name != "checkpoint_latest.pth" or not other.is_file():
             raise
         try:
-            return read(other), other, f"WARNING: {error}. Continuing from {other} instead"
+            return read(other, whole=True), other, f"WARNING: {error}. Continuing from {other} instead"
         except ValueError as second:
             raise ValueError(f"{error}; and {second}") from second
 

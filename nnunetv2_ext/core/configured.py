@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import yaml
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pydantic import BaseModel
 
@@ -17,7 +16,7 @@ from nnunetv2_ext.core.compat import require_supported_nnunet
 from nnunetv2_ext.core.fewshot import select_train_cases
 from nnunetv2_ext.core.files import atomic_write_text, read_json, require_writable
 from nnunetv2_ext.core.resolve import Resolved, resolve
-from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE
+from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE, to_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -185,7 +184,7 @@ class ConfiguredTrainer(nnUNetTrainer):
             torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         if self.local_rank == 0:
             header = f"# {type(self).__name__}, fold {self.fold}. To repeat: {ENVIRONMENT_VARIABLE}=<this file>\n"
-            content = yaml.safe_dump(ext_settings.flatten(self.settings), sort_keys=False)
+            content = to_yaml(ext_settings.flatten(self.settings))
             atomic_write_text(Path(self.output_folder) / "nnunetv2_ext_settings.yaml", header + content)
 
     def _require_same_structure_as_other_folds(self) -> None:

@@ -56,7 +56,7 @@ def export_model(
         edits: names of the trainer's ``export_edits``, what is to be taken out. One that keeps the trainer makes the
             result a model of that trainer, which needs this package to predict.
         best: take every fold's checkpoint_best.pth along; it was chosen by the trained network's pseudo Dice.
-        tell: gets one line if the validation result was left out.
+        tell: gets a line if the validation result was left out, and what the edits have to say.
 
     Returns:
         The checkpoints written.
@@ -82,7 +82,7 @@ def export_model(
         validated = []
         ours: type[ExtTrainer] | None = None  # whose model is written, if it is not the stock trainer's
         for file in files:
-            checkpoint = read(file)
+            checkpoint = read(file, whole=True)
             trainer = _trainer_of(checkpoint, file)
             chosen = _chosen(trainer, edits, weights)
             ours = trainer if any(edit.keeps_trainer for edit in chosen) else None
@@ -90,7 +90,7 @@ def export_model(
             target = partial / file.relative_to(model_folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             atomic_torch_save(exported, target)
-            as_before = bool(chosen) and all(edit.same_predictions for edit in chosen)
+            as_before = bool(chosen) and weights == "student" and all(edit.same_predictions for edit in chosen)
             validated.append(as_before or _same_weights(checkpoint, exported))
         plans = _shareable_plans(read_json(model_folder / "plans.json"), ours)
         atomic_write_text(partial / "plans.json", json.dumps(plans, indent=2))
@@ -105,6 +105,8 @@ def export_model(
                 f"left out {_PROGRESS} and validation/: they belong to the network that was trained and validated, "
                 "not to the exported one; evaluate it before you use it"
             )
+        for notice in dict.fromkeys(edit.notice for edit in chosen if edit.notice):
+            tell(notice)
         partial.chmod(model_folder.stat().st_mode & 0o777)  # mkdtemp lets nobody else in
         partial.rename(output)
     finally:

@@ -60,8 +60,8 @@ def resolve(
     ]
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for source, layer in layers:
-        for origin, given in (("preset", _presets(model, layer, source)), (source, layer)):
+    for (source, layer), preset in zip(layers, _presets(model, layers)):
+        for origin, given in (("preset", preset), (source, layer)):
             values.update(given)
             sources.update(dict.fromkeys(given, origin))
     return Resolved(_validate(model, values, sources), sources)
@@ -106,17 +106,21 @@ def _flatten_unique(layer: Any, model: type[BaseModel], source: str) -> dict[str
     return flat
 
 
-def _presets(model: type[BaseModel], layer: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """What the presets that a source names stand for, by dotted key."""
-    chosen: dict[str, Any] = {}
+def _presets(model: type[BaseModel], layers: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """For each layer what its presets stand for, by dotted key; of several presets of a method the last one counts."""
+    chosen: list[dict[str, Any]] = [{} for _ in layers]
     for name, field in model.model_fields.items():
         presets = getattr(field.annotation, "PRESETS", None)
-        preset = layer.get(f"{name}.preset")
-        if presets is None or preset is None:
+        naming = [number for number, (_, layer) in enumerate(layers) if f"{name}.preset" in layer]
+        if presets is None or not naming:
+            continue
+        source, layer = layers[naming[-1]]
+        preset = layer[f"{name}.preset"]
+        if preset is None:
             continue
         if not isinstance(preset, str) or preset not in presets:
             raise ValueError(f"{name}.preset={preset!r} (from {source}) does not exist; there is {', '.join(presets)}")
-        chosen.update({f"{name}.{key}": value for key, value in presets[preset].items()})
+        chosen[naming[-1]].update({f"{name}.{key}": value for key, value in presets[preset].items()})
     return chosen
 
 

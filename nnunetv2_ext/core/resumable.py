@@ -22,7 +22,13 @@ from nnunetv2_ext.core.progress import progress_bar
 
 
 class ResumableTrainer(CheckpointedTrainer):
-    """The part of ExtTrainer that runs the epochs."""
+    """The part of ExtTrainer that runs the epochs.
+
+    Attributes:
+        first_step_of_epoch: ``global_step`` with which the running epoch began.
+    """
+
+    first_step_of_epoch = 0
 
     _stop: StopRequest | None = None
 
@@ -124,6 +130,7 @@ class ResumableTrainer(CheckpointedTrainer):
         self.on_train_epoch_start()
         outputs = self._outputs_of_partial_epoch()
         self._partial_epoch = None
+        self.first_step_of_epoch = self.global_step - len(outputs)
         total = self.num_iterations_per_epoch
         with progress_bar(total, f"epoch {self.current_epoch}", self.local_rank == 0) as bar:
             bar.update(len(outputs))

@@ -32,7 +32,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic reads True as 1, which would turn "num_epochs: yes" of a YAML file into one epoch
+        # pydantic reads True as 1, which would turn "num_epochs: true" into one epoch
         annotation = cls.model_fields[str(info.field_name)].annotation
         given = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(v, bool) for v in given) and bool not in (annotation, *get_args(annotation)):

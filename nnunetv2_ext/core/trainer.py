@@ -130,9 +130,7 @@ class ExtTrainer(ResumableTrainer):
         if not self.disable_checkpointing:  # by any rank: another one may not have met the broken batch
             kept = f"the weights from before this step are in {path}; renamed to checkpoint_latest.pth, --c starts the "
             kept += "epoch again with them"
-            started = self.current_epoch * self.num_iterations_per_epoch
-            state = self._checkpoint(completed_epochs=self.current_epoch, random_states=None, global_step=started)
-            atomic_torch_save(state, path)
+            atomic_torch_save(self._checkpoint(self.current_epoch, None, self.first_step_of_epoch), path)
         message = f"not finite: {what}; {kept}. Check these cases for NaN or extreme intensities; else lower initial_lr"
         self.print_to_log_file(f"ERROR: {message}")
         raise ValueError(message)

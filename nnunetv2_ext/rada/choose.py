@@ -66,7 +66,10 @@ def subjects_of(cases: Sequence[str], regex: str | None = None, table: Path | No
         subjects = {case: m and (m.group(1) if m.re.groups else m.group(0)) for case, m in found.items()}
         source = f"--group-regex {regex!r}"
     elif table is not None:
-        content = read_json(Path(table))
+        try:
+            content = read_json(Path(table))
+        except ValueError as error:
+            raise ValueError(f"--groups {error}") from None
         if not isinstance(content, dict):
             raise ValueError(f'--groups {table} must hold one object {{"case": "subject", ...}}')
         subjects = {case: content.get(case) for case in cases}

@@ -154,7 +154,7 @@ class RADASettings(Settings):
     @field_validator("deep_supervision", "semantics", "registration", mode="before")
     @classmethod
     def _on_and_off_are_names(cls, value: Any) -> Any:
-        # YAML 1.1 reads the words on and off as booleans
+        # other programs write the words on and off as true and false: YAML 1.1 knows no difference
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @field_validator("gate_base", mode="before")

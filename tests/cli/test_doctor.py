@@ -284,6 +284,8 @@ def test_the_folder_check_reports_free_space(monkeypatch: pytest.MonkeyPatch, tm
         ("num_epochs=5", WARN, "'num_epochs=5' is what every training of nnUNetTrainerJRAS, nnUNetTrainerMedContext"),
         ("medcontext.beta=1", WARN, "every training of nnUNetTrainerMedContext, nnUNetTrainerMedContextJRAS will take"),
         ("num_epoch=5", FAIL, "did you mean num_epochs"),
+        ("medcontext.beta=-1", FAIL, "medcontext.beta=-1 (from nnUNet_ext_settings): Input should be greater"),
+        ("rada.region=alpha", FAIL, "needs Alpha-CLIP's weights"),
         ("num_epochs 5", FAIL, "does not exist"),
         ("/no/such/settings.yaml", FAIL, "/no/such/settings.yaml"),
     ],

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -61,8 +63,24 @@ def test_a_damaged_tensor_is_found_though_the_file_is_whole(tmp_path):
     content[content.index(bytes(3000)) + 2000] = 0xFF  # among the tensor's 4000 zeros
     path.write_bytes(content)
     assert torch.load(path, weights_only=False)["network_weights"]["w"].any()  # notices nothing
-    assert f"the checkpoint {path} is broken" in one_line(lambda: checkpoints.read(path))
+    assert checkpoints.read(path)["network_weights"].keys() == {"w"}
+    assert f"the checkpoint {path} is broken" in one_line(lambda: checkpoints.read(path, whole=True))
     assert checkpoints.read_or_fall_back(path)[1] == best
+
+
+@settings(max_examples=60)
+@given(position=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
+def test_a_changed_byte_anywhere_is_harmless_or_one_line(tmp_path_factory, position, value):
+    path = write(tmp_path_factory.mktemp("fuzz") / "checkpoint_final.pth")
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content))] = value
+    path.write_bytes(content)
+    try:
+        checkpoint = checkpoints.read(path, whole=True)
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert torch.equal(checkpoint["network_weights"]["w"], torch.zeros(1000))
 
 
 def test_other_files_are_no_checkpoints(tmp_path):

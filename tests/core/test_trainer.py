@@ -239,6 +239,23 @@ def test_a_nan_loss_stops_with_term_cases_and_the_weights_before(make_trainer, f
     assert again.global_step == again.current_epoch == 0  # the epoch starts again
 
 
+def test_the_weights_before_a_nan_belong_to_the_beginning_of_its_epoch(make_trainer):
+    """Steps are not epochs times steps per epoch: that number may change on ``--c``."""
+    trainer = make_trainer(ExtTrainer, "seed=1 num_epochs=2 num_iterations_per_epoch=3", configuration="2d")
+    trainer.global_step, step = 10, trainer.train_step
+
+    def break_the_fifth(batch):
+        if trainer.global_step == 14:
+            batch["data"][:] = float("nan")
+        return step(batch)
+
+    trainer.train_step = break_the_fifth
+    with pytest.raises(ValueError, match="at epoch 1, step 14"):
+        trainer.run_training()
+    checkpoint = torch.load(Path(trainer.output_folder) / "checkpoint_before_nan.pth", weights_only=False)
+    assert (checkpoint["current_epoch"], checkpoint["nnunetv2_ext"]["global_step"]) == (1, 13)
+
+
 class WatchesBroken(ExtTrainer):
     """Logs a term that is not a number and learns nothing from it."""
 
