@@ -132,7 +132,8 @@ class MedContextSettings(Settings):
         0.996,
         ge=0,
         le=1,
-        description="Momentum of the teacher's moving average at the first step; its window is 1/(1 - momentum) steps. "
+        description="Momentum of the teacher's moving average from which its cosine starts; the window is "
+        "1/(1 - momentum) steps, and until it is full the teacher is the plain mean of all students so far. "
         "Source: released code (argument default).",
     )
     ema_final: float = Field(
