@@ -24,18 +24,21 @@ def environment() -> Iterator[Finding]:
     except ValueError as error:
         yield Finding(FAIL, ENVIRONMENT_VARIABLE, str(error), remedy)
         return
-    refusals: dict[str, str] = {}
+    takers: list[str] = []
+    refusals: list[str] = []
     for name in installed_trainers():
         try:
             resolve(load_trainer(name).settings_model(), environment=text)
+            takers.append(name)
+        except ImportError:  # a finding of the section on trainers
+            continue
         except ValueError as error:
-            refusals[name] = str(error)
-    takers = [name for name in installed_trainers() if name not in refusals]
+            refusals.append(str(error))
     if takers:
         yield Finding(
             WARN, ENVIRONMENT_VARIABLE, f"{text!r} is what every training of {', '.join(takers)} will take", remedy
         )
     else:
         # a trainer that knows all keys says what is wrong with their values
-        says = sorted(refusals.values(), key=lambda text: text.startswith("unknown setting"))[0]
+        says = sorted(refusals, key=lambda text: text.startswith("unknown setting"))[0]
         yield Finding(FAIL, ENVIRONMENT_VARIABLE, says, remedy)

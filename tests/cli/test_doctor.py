@@ -295,3 +295,17 @@ def test_settings_that_are_still_exported_are_shown(monkeypatch: pytest.MonkeyPa
     [finding] = _check_settings.environment()
     assert finding.status == status and says in finding.detail
     assert ("unset nnUNet_ext_settings" in finding.remedy) == (status != OK)
+
+
+def test_a_trainer_that_cannot_be_imported_has_no_say_in_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = _check_settings.load_trainer
+
+    def load(name: str):
+        if name == "nnUNetTrainerRADA":
+            raise ImportError("No module named 'open_clip'")
+        return real(name)
+
+    monkeypatch.setattr(_check_settings, "load_trainer", load)
+    monkeypatch.setenv("nnUNet_ext_settings", "num_epochs=5")
+    [finding] = _check_settings.environment()
+    assert finding.status == WARN and "nnUNetTrainerMedContext" in finding.detail and "RADA" not in finding.detail
