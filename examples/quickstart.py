@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    from nnunetv2_ext.core.phantom import write_phantom_dataset
+    from nnunetv2_ext.phantom import write_phantom_dataset
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: install the package first, in its folder type  pip install .")
 

@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from quickstart_data import QuickstartError, read_description
 
-from nnunetv2_ext.core.overlay import add_legend, draw_slice, fullest_slice, take_slice
+from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, take_slice
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter

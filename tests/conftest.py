@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nnunetv2_ext.core.phantom import write_phantom_dataset
+from nnunetv2_ext.phantom import write_phantom_dataset
 
 PATCH_3D, PATCH_2D, FEATURES = [16, 24, 16], [24, 24], [4, 8, 16]
 STRIDES = {2: [[1, 1], [2, 2], [2, 2]], 3: [[1, 1, 1], [2, 2, 2], [2, 2, 2]]}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunetv2_ext.core.phantom import write_phantom_dataset
+from nnunetv2_ext.phantom import write_phantom_dataset
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TINY = {"shape": (16, 20, 16), "num_organs": 2}

@@ -75,8 +75,8 @@ def parse_candidates(trainers: Sequence[str], settings: Sequence[str] = ()) -> l
 
 def check_settings(candidate: Candidate, cls: type) -> None:
     """Raise ValueError if ``cls`` takes no settings or refuses those of ``candidate``."""
-    from nnunetv2_ext.core.configured import ConfiguredTrainer
     from nnunetv2_ext.core.resolve import resolve
+    from nnunetv2_ext.core.trainer_settings import ConfiguredTrainer
 
     if issubclass(cls, ConfiguredTrainer):
         resolve(cls.settings_model(), trainer_defaults=cls.default_settings, environment=candidate.settings or None)

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report and write the picture."""
-    from nnunetv2_ext.rada.check import check, open_preprocessed
+    from nnunetv2_ext.rada.annotation.check import check, open_preprocessed
 
     data = open_preprocessed(args.d, args.c, args.p)
     folder = args.o or data.base / "nnunetv2_ext" / "rada"

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Correct fingerprint and plans."""
-    from nnunetv2_ext.rada.fingerprint import fix_fingerprint
+    from nnunetv2_ext.data.fingerprint import fix_fingerprint
 
     fix_fingerprint(args.d)
     return 0

@@ -55,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
     """Write the dataset and say what to type next."""
     if args.thicken_only == (args.labelled is not None):
         raise ValueError("give either --labelled N (dense dataset) or --thicken-only (sparse dataset)")
-    from nnunetv2_ext.rada.choose import subjects_of
-    from nnunetv2_ext.rada.raw import open_raw
-    from nnunetv2_ext.rada.sparsify import SparsifyOptions, sparsify
-    from nnunetv2_ext.rada.thickened import thicken_dataset
+    from nnunetv2_ext.data.raw import open_raw
+    from nnunetv2_ext.rada.annotation.choose import subjects_of
+    from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify
+    from nnunetv2_ext.rada.annotation.thickened import thicken_dataset
 
     if args.thicken_only:
         thicken_dataset(args.d, args.o, args.p or "nnUNetPlans", args.c)

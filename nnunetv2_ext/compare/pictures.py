@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from nnunetv2_ext.compare.collect import Scores
 from nnunetv2_ext.compare.statistics import Difference, signed
-from nnunetv2_ext.core.overlay import add_legend, draw_slice
+from nnunetv2_ext.core.figures import add_legend, draw_slice
 from nnunetv2_ext.evaluate import plot
 from nnunetv2_ext.evaluate.metrics import METRICS
 from nnunetv2_ext.evaluate.pairs import reader

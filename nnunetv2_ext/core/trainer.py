@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core.files import atomic_torch_save
-from nnunetv2_ext.core.resumable import ResumableTrainer
 from nnunetv2_ext.core.step import Batch, LossPass, Term, backward_passes
+from nnunetv2_ext.core.trainer_loop import ResumableTrainer
 
 # Under AMP the GradScaler skips steps with non-finite gradients, which is normal now and then (its first scale, 2^16,
 # can be halved 16 times in a row); more in a row are not, nor is a scale that has fallen this far: at 0 it lets a NaN
@@ -33,8 +33,8 @@ DIVERGED = 10  # times the first epoch's training loss
 class ExtTrainer(ResumableTrainer):
     """Base of all our trainers: nnUNetTrainer with loss passes, settings, exact resume, logs and clean interruption.
 
-    Further *method hooks* are ``method_settings`` and ``default_settings`` (core/configured.py), ``method_state``,
-    ``load_method_state``, ``export_weights`` and ``export_edits`` (core/checkpointed.py).
+    Further *method hooks* are ``method_settings`` and ``default_settings`` (core/trainer_settings.py),
+    ``method_state``, ``load_method_state``, ``export_weights`` and ``export_edits`` (core/trainer_checkpoints.py).
     """
 
     last_batch: dict | None = None  # the loader's, on the CPU, for pictures

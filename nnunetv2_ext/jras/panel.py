@@ -20,8 +20,8 @@ from matplotlib.patches import Patch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
+from nnunetv2_ext.core.figures import draw_slice, fullest_slice, label_colours, take_slice
 from nnunetv2_ext.core.labelmaps import class_names, logits_to_labels, target_to_labels
-from nnunetv2_ext.core.overlay import draw_slice, fullest_slice, label_colours, take_slice
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.jras.network import JRASNetwork
 

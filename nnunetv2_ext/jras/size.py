@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from nnunetv2_ext.core.stock import stock_network
 from nnunetv2_ext.jras.network import JRASNetwork
-from nnunetv2_ext.jras.strip import stock_network
 
 
 class CheckpointGrowth(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_ext.core.step import Batch, LossPass, Term
-from nnunetv2_ext.jras.banked import BankTraining
+from nnunetv2_ext.jras.bank_training import BankTraining
 from nnunetv2_ext.jras.contrastive import (
     Masks,
     draw_flips,
@@ -30,8 +30,8 @@ from nnunetv2_ext.jras.contrastive import (
 from nnunetv2_ext.jras.figures import RetrievalFigures, guide_masks
 from nnunetv2_ext.jras.network import JRASNetwork
 from nnunetv2_ext.jras.panel import draw_guides, view_of_batch
-from nnunetv2_ext.jras.schedule import ScaledPolyLR
 from nnunetv2_ext.jras.search import EXACT
+from nnunetv2_ext.parts.schedule import ScaledPolyLR
 
 
 class JRASTraining(BankTraining):

@@ -18,7 +18,8 @@ from torch import Tensor
 from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.labelmaps import logits_to_labels, target_to_labels
 from nnunetv2_ext.core.step import Batch
-from nnunetv2_ext.medcontext.consistency import disagreement, ramp
+from nnunetv2_ext.parts.consistency import disagreement
+from nnunetv2_ext.parts.ramps import ramp
 
 if TYPE_CHECKING:
     from nnunetv2_ext.medcontext.training import MedContextTraining

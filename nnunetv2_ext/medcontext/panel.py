@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from nnunetv2_ext.core.figures import draw_slice, fullest_slice, label_colours, take_slice
 from nnunetv2_ext.core.labelmaps import class_names
-from nnunetv2_ext.core.overlay import draw_slice, fullest_slice, label_colours, take_slice
 from nnunetv2_ext.medcontext.diagnosis import Diagnosis
 
 HIDDEN_COLOUR = (0.55, 0.0, 0.75)

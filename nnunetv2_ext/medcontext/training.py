@@ -23,12 +23,13 @@ from torch import Tensor
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, unwrap
 from nnunetv2_ext.core.step import Batch, LossPass, Term
 from nnunetv2_ext.core.trainer import ExtTrainer
-from nnunetv2_ext.medcontext.consistency import consistency_loss, ramp, valid_mask
 from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose
-from nnunetv2_ext.medcontext.ema import EMATeacher, momentum, released_momentum
-from nnunetv2_ext.medcontext.masking import apply_mask, block_mask, cell_counts, resolve_block
 from nnunetv2_ext.medcontext.panel import draw_panel
 from nnunetv2_ext.medcontext.settings import MedContextSettings
+from nnunetv2_ext.parts.consistency import consistency_loss, valid_mask
+from nnunetv2_ext.parts.masking import apply_mask, block_mask, cell_counts, resolve_block
+from nnunetv2_ext.parts.ramps import momentum, ramp, released_momentum
+from nnunetv2_ext.parts.teacher import EMATeacher
 
 
 class MedContextTraining(ExtTrainer):

@@ -13,8 +13,8 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-from nnunetv2_ext.rada.planes import Planes
-from nnunetv2_ext.rada.propagate import read_propagated
+from nnunetv2_ext.rada.annotation.planes import Planes
+from nnunetv2_ext.rada.propagation.propagate import read_propagated
 from nnunetv2_ext.rada.views import NOTHING, LazyTarget
 
 

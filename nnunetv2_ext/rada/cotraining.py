@@ -1,135 +1,311 @@
-"""Cross pseudo supervision: each network teaches the others where it is sure (after SGTC, arXiv 2412.15526)."""
+"""Three networks, each taught by two plane axes and by the other two networks (after SGTC, arXiv 2412.15526)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from torch import Tensor, nn
 
-_NO_LABEL = -100  # nll_loss's ignore_index; the data's own ignore label may be a class elsewhere
-
-
-def ramp(t: float) -> float:
-    """r(t) = exp(-5 (1 - t)^2), t the finished share of the training: 0.007 at 0, 0.29 at 1/2, 1 at 1."""
-    return math.exp(-5 * (1 - t) ** 2)
-
-
-def teacher_weight(t: float, lambda_max: float) -> float:
-    """lambda(t), the weight of each teacher's loss."""
-    return lambda_max * ramp(t)
-
-
-def entropy_ceiling(t: float, num_classes: int) -> float:
-    """theta(t) in nats: (0.75 + 0.25 r(t)) ln ``num_classes``."""
-    return (0.75 + 0.25 * ramp(t)) * math.log(num_classes)
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What one network tells the others about a batch.
-
-    Attributes:
-        label: (n, X, Y, Z) uint8 (int16 for more than 256 classes), its most likely class.
-        keep: (n, X, Y, Z) bool, where its entropy is below the ceiling, inside the image.
-    """
-
-    label: Tensor
-    keep: Tensor
+from nnunetv2_ext.core.export_edit import ExportEdit
+from nnunetv2_ext.core.step import Batch, LossPass, Term
+from nnunetv2_ext.core.trainer_settings import method_settings_in
+from nnunetv2_ext.parts.epoch_means import EpochMeans
+from nnunetv2_ext.parts.pseudo_labels import (
+    Lesson,
+    agreement,
+    entropy_ceiling,
+    foreground_agreement,
+    kept_share,
+    lesson_loss,
+    lesson_of,
+    teach,
+    teacher_weight,
+)
+from nnunetv2_ext.rada.export import EXPORT_EDITS, export_network
+from nnunetv2_ext.rada.network import MemberOutput, RADANet, build_rada_network
+from nnunetv2_ext.rada.settings import RADASettings
+from nnunetv2_ext.rada.sparse_training import SparseTraining
+from nnunetv2_ext.rada.targets import (
+    pooled_targets,
+    resolution_weights,
+    supervised_strides,
+    supervised_target,
+    unannotated,
+)
 
 
-@torch.no_grad()
-def teach(
-    predict: Callable[[Tensor], Tensor],
-    data: Tensor,
-    inside: Tensor,
-    ceiling: float,
-    *,
-    passes: int = 0,
-    noise_std: float = 0.1,
-    noise_clip: float = 0.2,
-    generator: torch.Generator | None = None,
-) -> Lesson:
-    """Hard labels from one clean pass, and where to trust them. No gradient reaches the teacher.
+class CoTraining(SparseTraining):
+    """Adds the networks and the passes of a step: one without gradient, then one per network."""
 
-    The entropy is that of the softmax of the clean pass, or of the mean softmax over ``passes`` noisy ones.
+    export_edits: ClassVar[dict[str, ExportEdit]] = EXPORT_EDITS
 
-    Args:
-        predict: data -> logits (n, C, X, Y, Z).
-        data: (n, channels, X, Y, Z), z-scored.
-        inside: (n, X, Y, Z) bool, False for padding.
-        ceiling: nats; voxels of a lower entropy are kept.
-        passes: noisy passes; 0 uses the clean one.
-        noise_std: of the Gaussian noise, in units of the data.
-        noise_clip: its largest absolute value.
-        generator: for the noise, on the device of the data.
-    """
-    logits = predict(data)
-    if passes == 0:
-        return lesson_of(logits, inside, ceiling)
-    total = torch.zeros_like(logits, dtype=torch.float32)
-    for _ in range(passes):
-        noise = torch.randn(data.shape, device=data.device, dtype=data.dtype, generator=generator)
-        total += predict(data + (noise * noise_std).clamp_(-noise_clip, noise_clip)).float().softmax(1)
-    return lesson_of(logits, inside, ceiling, total / passes)
+    strides: list[list[int]]  # of the resolutions that have a loss, highest first
+    # the networks are called one by one, not as one module
+    bench_parts: ClassVar[dict[str, tuple[str, ...]]] = {
+        "forward": ("forward_member",),
+        "teacher": ("lessons",),
+        "loss": ("_supervised_loss", "further_terms"),
+    }
 
+    pooled_loss: DeepSupervisionWrapper  # over these
+    _figures: EpochMeans
 
-@torch.no_grad()
-def lesson_of(logits: Tensor, inside: Tensor, ceiling: float, probabilities: Tensor | None = None) -> Lesson:
-    """Hard labels of ``logits`` and where to trust them; arguments as of `teach`.
+    @property
+    def rada_network(self) -> RADANet:
+        """The network, which nothing wraps."""
+        assert isinstance(self.network, RADANet)
+        return self.network
 
-    Args:
-        logits: (n, C, X, Y, Z).
-        inside: (n, X, Y, Z) bool.
-        ceiling: nats.
-        probabilities: (n, C, X, Y, Z) float32 whose entropy counts; None: the softmax of the logits.
-    """
-    label = logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
-    if probabilities is None:
-        probabilities = logits.float().softmax(1)
-    return Lesson(label, (entropy(probabilities) < ceiling) & inside)
+    @property
+    def training_share(self) -> float:
+        """T, the finished share of all optimiser steps, 0 to 1."""
+        return min(1.0, self.global_step / (self.num_epochs * self.num_iterations_per_epoch))
 
+    @cached_property
+    def _depends_on_mode(self) -> bool:
+        """Whether the networks have dropout or batch statistics, which plans may ask for."""
+        kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+        return any(isinstance(module, kinds) for module in self.rada_network.modules())
 
-def entropy(probabilities: Tensor) -> Tensor:
-    """-sum p ln p over the classes, in nats: (n, C, ...) float32 -> (n, ...); 0 ln 0 is 0."""
-    return torch.special.entr(probabilities).sum(1)
+    @property
+    def entropy_ceiling(self) -> float:
+        """Theta, in nats."""
+        base = 2 if self.rada.gate_base == "2" else self.label_manager.num_segmentation_heads
+        return entropy_ceiling(self.training_share, base)
 
+    # ---- building ----------------------------------------------------------------------------------------------------
+    @classmethod
+    def build_network_architecture(  # type: ignore[override]  # a class method; it is called the same way
+        cls,
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The networks of these plans. The predictor calls it with nothing but the plans.
 
-def lesson_loss(log_probabilities: Tensor, lesson: Lesson, allowed: Tensor) -> Tensor:
-    """Mean cross-entropy against a teacher's labels over the voxels it keeps; exactly 0 if there are none.
+        Raises:
+            ValueError: plans without this package's block, or an architecture that cannot be used.
+        """
+        return build_rada_network(
+            plans_manager,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+            method_settings_in(plans_manager.plans, "rada", RADASettings),
+        )
 
-    Args:
-        log_probabilities: (n, C, X, Y, Z) float32, the student's.
-        lesson: the teacher's.
-        allowed: (n, X, Y, Z) bool, the voxels nobody annotated.
-    """
-    use = lesson.keep & allowed
-    target = torch.where(use, lesson.label.long(), _NO_LABEL)
-    # a sum over no voxels is 0 with a gradient of 0; nll_loss's own mean would be NaN
-    return F.nll_loss(log_probabilities, target, ignore_index=_NO_LABEL, reduction="sum") / use.sum().clamp_min(1)
+    def initialize(self) -> None:
+        """nnU-Net's; each network is compiled in place, which leaves the names of its weights as they are."""
+        super().initialize()
+        self.rada_network.freeze_unused_segmentation_layers(self.rada.deep_supervision)
+        self._figures = EpochMeans()
+        if self._may_compile():
+            self.print_to_log_file("Using torch.compile on each network...")
+            for member in self.rada_network.members:
+                # training and teaching have other batch sizes; a size of its own each is faster than any size
+                member.compile(dynamic=False)
 
+    def _may_compile(self) -> bool:
+        return super()._do_i_compile()
 
-def kept_share(lessons: Sequence[Lesson], allowed: Tensor) -> Tensor:
-    """Mean over the teachers of the share of the ``allowed`` voxels they keep, 0-dim; NaN without any such voxel."""
-    kept = torch.stack([(lesson.keep & allowed).sum() for lesson in lessons]).float().mean()
-    return kept / allowed.sum()
+    def _do_i_compile(self) -> bool:
+        """False: nnU-Net would compile all networks as one; see `initialize`."""
+        return False
 
+    def _build_loss(self) -> nn.Module:
+        """nnU-Net's Dice and cross-entropy, with batch Dice: a patch holds few annotated voxels."""
+        loss = super()._build_loss()
+        loss.dc.batch_dice = True
+        if self._may_compile():
+            loss.dc = torch.compile(loss.dc)
+        self.strides = supervised_strides(self.configuration_manager.pool_op_kernel_sizes)
+        self.pooled_loss = DeepSupervisionWrapper(loss, resolution_weights(len(self.strides)))
+        return loss
 
-def agreement(lessons: Sequence[Lesson], allowed: Tensor) -> Tensor:
-    """Share of the ``allowed`` voxels to which all networks give one class, 0-dim; NaN without any such voxel."""
-    same = allowed.clone()
-    for lesson in lessons[1:]:
-        same &= lesson.label == lessons[0].label
-    return same.sum() / allowed.sum()
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Of all networks, if the setting says so."""
+        self.rada_network.set_deep_supervision(enabled and self.rada.deep_supervision == "pool")
 
+    def on_train_start(self) -> None:
+        """nnU-Net's, then what the networks need to know of the data."""
+        super().on_train_start()
+        self.set_deep_supervision_enabled(True)
+        network = self.rada_network
+        network.bank.set_views([[axis for axis in range(3) if mask >> axis & 1] for mask in self.masks])
+        if len(network.members) > 1 and self.rada.lambda_max == 0:
+            self.print_to_log_file(
+                "rada.lambda_max=0: the networks do not teach each other, and unlabelled patches teach nothing; "
+                "rada.labelled_share=1 leaves them out"
+            )
 
-def foreground_agreement(lessons: Sequence[Lesson], allowed: Tensor) -> Tensor:
-    """As ``agreement``, among the voxels to which any network gives a foreground class.
+    # ---- one step ----------------------------------------------------------------------------------------------------
+    def loss_passes(self, batch: Batch) -> list[LossPass]:
+        """One pass without gradient in which the networks label the batch, then one per network.
 
-    Background is easy to agree on and fills most of a patch.
-    """
-    any_foreground = torch.stack([lesson.label > 0 for lesson in lessons]).any(0)
-    return agreement(lessons, allowed & any_foreground)
+        The first network teaches from its own training pass where that says the same: one forward less.
+        They replace the supervised pass, nnU-Net's last one.
+        """
+        passes, count = super().loss_passes(batch)[:-1], len(self.rada_network.members)
+        weight = teacher_weight(self.training_share, self.rada.lambda_max) if count > 1 else 0.0
+        rows = self._co_training_rows(batch)
+        lessons: dict[int, Lesson] = {}
+        if weight > 0:
+            # a pass of its own: under autocast a pass without gradient must not share the block of one with it
+            teachers = [k for k in range(count) if k > 0 or not self.training_pass_teaches(batch, rows)]
+            passes.append(LossPass("teachers", partial(self._teach, batch, rows, teachers, lessons)))
+        for k in range(count):
+            compute = partial(self._network_terms, k, batch, rows, lessons, weight)
+            passes.append(LossPass(f"network {k + 1}", compute))
+        return passes
+
+    def training_pass_teaches(self, batch: Batch, rows: list[int]) -> bool:
+        """Whether a network's training pass says of samples ``rows`` what its clean pass in eval mode would."""
+        return self.rada.passes == 0 and not self._depends_on_mode
+
+    def _co_training_rows(self, batch: Batch) -> list[int]:
+        """The unlabelled samples; where there are none all, of which the voxels nobody annotated count."""
+        unlabelled = [i for i, key in enumerate(batch.keys) if key not in self.labelled_cases]
+        return unlabelled or list(range(len(batch.keys)))
+
+    def _teach(self, batch: Batch, rows: list[int], teachers: list[int], lessons: dict[int, Lesson]) -> dict[str, Term]:
+        part = batch if len(rows) == len(batch.keys) else batch.select(rows)
+        allowed = unannotated(part.top_target, self.ignore_label)
+        lessons.update(zip(teachers, self.lessons(part, allowed, teachers)))
+        self._note_lessons(lessons, allowed)
+        return {}
+
+    def _note_lessons(self, lessons: dict[int, Lesson], allowed: Tensor) -> None:
+        """Figures of the step, once every network has spoken."""
+        if len(lessons) == len(self.rada_network.members):
+            said = list(lessons.values())
+            self._figures.add("kept_share", kept_share(said, allowed))
+            self._figures.add("agreement", agreement(said, allowed))
+            self._figures.add("agreement_foreground", foreground_agreement(said, allowed))
+
+    def lessons(self, batch: Batch, allowed: Tensor, networks: Sequence[int] | None = None) -> list[Lesson]:
+        """What the networks say about the batch, without gradient and in eval mode.
+
+        Args:
+            batch: of which the data are used.
+            allowed: (B, X, Y, Z) bool, the voxels of interest.
+            networks: from 0; None: all.
+        """
+        settings, network = self.rada, self.rada_network
+        was_training = network.training
+        network.eval()  # plans may ask for dropout or batch statistics
+        try:
+            return [
+                teach(
+                    lambda data, k=k: network.forward_member(k, data).full_resolution,  # type: ignore[misc]
+                    batch.data,
+                    allowed,
+                    self.entropy_ceiling,
+                    passes=settings.passes,
+                    noise_std=settings.noise_std,
+                    noise_clip=settings.noise_clip,
+                    generator=self.generator,
+                )
+                for k in (range(len(network.members)) if networks is None else networks)
+            ]
+        finally:
+            network.train(was_training)
+
+    def _network_terms(
+        self, k: int, batch: Batch, rows: list[int], lessons: dict[int, Lesson], weight: float
+    ) -> dict[str, Term]:
+        """Supervised, co-training and alignment terms of network k, one forward for all."""
+        target = batch.top_target
+        output = self.forward_member(k, batch)
+        own_share = 1.0
+        co_training: dict[str, Term] = {}
+        if weight > 0:
+            logits, allowed = output.full_resolution, unannotated(target, self.ignore_label)
+            if len(rows) < len(logits):
+                logits, allowed = logits[rows], allowed[rows]
+            if k not in lessons:
+                lessons[k] = lesson_of(logits, allowed, self.entropy_ceiling)
+                self._note_lessons(lessons, allowed)
+            others = [lessons[j] for j in range(len(lessons)) if j != k]
+            own_share -= len(others) * weight
+            log_probabilities = logits.float().log_softmax(1)
+            loss = torch.stack([lesson_loss(log_probabilities, lesson, allowed) for lesson in others]).sum()
+            co_training = {self._named("co_training", k): Term(loss, weight)}
+        supervised = Term(self._supervised_loss(k, output, target), own_share)
+        further = self.further_terms(k, batch, output, own_share)
+        return (
+            {self._named("supervised", k): supervised}
+            | co_training
+            | {self._named(name, k): term for name, term in further.items()}
+        )
+
+    def forward_member(self, k: int, batch: Batch) -> MemberOutput:
+        """Network k on the whole batch, with gradient."""
+        return self.rada_network.forward_member(k, batch.data)
+
+    def further_terms(self, k: int, batch: Batch, output: MemberOutput, own_share: float) -> dict[str, Term]:
+        """Terms of network k besides supervision and co-training, by name without its number.
+
+        Args:
+            k: from 0.
+            batch: of the step.
+            output: network k's on it.
+            own_share: weight of the network's own supervision against its teachers'.
+        """
+        return {}
+
+    def _supervised_loss(self, k: int, output: MemberOutput, target: Tensor) -> Tensor:
+        label = supervised_target(target, self.masks[k], self.ignore_label)
+        if self.rada.deep_supervision == "off":
+            return self.loss(output.full_resolution, label)
+        classes = self.label_manager.num_segmentation_heads
+        return self.pooled_loss(output.logits, pooled_targets(label, self.strides, classes, self.ignore_label))
+
+    def _named(self, term: str, k: int) -> str:
+        return term if len(self.rada_network.members) == 1 else f"{term}_{k + 1}"
+
+    def clip_gradients(self) -> Tensor:
+        """Each network with its head on its own: one norm over all would let one network's gradient slow the others.
+
+        Returns:
+            The norm over all networks before clipping, 0-dim.
+        """
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), self.rada.clip_norm) for m in self.rada_network.members]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+    def train_step(self, batch: dict) -> dict:
+        """Reports as ``loss`` the mean of the networks' supervised terms."""
+        figures = super().train_step(batch)
+        supervised = [value for name, value in figures.items() if name.startswith("supervised")]
+        return figures | {"loss": sum(supervised) / len(supervised)}
+
+    # ---- epochs ------------------------------------------------------------------------------------------------------
+    def epoch_figures(self) -> dict[str, float]:
+        """Weights and ceiling of the epoch's end, and what the networks agreed on."""
+        figures = super().epoch_figures() | {f"rada/{name}": value for name, value in self._figures.read().items()}
+        if len(self.rada_network.members) > 1:
+            figures["rada/lambda"] = teacher_weight(self.training_share, self.rada.lambda_max)
+            figures["rada/theta"] = self.entropy_ceiling
+        return figures
+
+    # ---- checkpoint --------------------------------------------------------------------------------------------------
+    def method_state(self) -> dict[str, Any]:
+        """Adds the figures of an unfinished epoch."""
+        return super().method_state() | {"rada": {"figures": self._figures.state_dict()}}
+
+    def load_method_state(self, states: dict[str, Any]) -> None:
+        """Counterpart of `method_state`."""
+        super().load_method_state(states)
+        if "rada" in states:
+            self._figures.load_state_dict(states["rada"]["figures"], self.device)
+
+    @classmethod
+    def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
+        """One network's, ``net1`` to ``net3``; ValueError if its semantic head is active."""
+        return export_network(checkpoint["network_weights"], weights)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_ext.rada.bank import SemanticBank
-from nnunetv2_ext.rada.head import EMBEDDING_DIM, SemanticHead
-from nnunetv2_ext.rada.resizing import ResizableLinear
+from nnunetv2_ext.parts.resizing import ResizableLinear
+from nnunetv2_ext.rada.semantics.bank import SemanticBank
+from nnunetv2_ext.rada.semantics.head import EMBEDDING_DIM, SemanticHead
 
 
 class MemberOutput(NamedTuple):

@@ -9,12 +9,12 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
-from nnunetv2_ext.rada.align import alignment_loss
-from nnunetv2_ext.rada.bank import NUM_AXES, SemanticBank, own_or_bank
-from nnunetv2_ext.rada.head import EMBEDDING_DIM
+from nnunetv2_ext.parts.resizing import ResizableLinear
 from nnunetv2_ext.rada.member import Member, MemberOutput
 from nnunetv2_ext.rada.requirements import require_volumes
-from nnunetv2_ext.rada.resizing import ResizableLinear
+from nnunetv2_ext.rada.semantics.align import alignment_loss
+from nnunetv2_ext.rada.semantics.bank import NUM_AXES, SemanticBank, own_or_bank
+from nnunetv2_ext.rada.semantics.head import EMBEDDING_DIM
 from nnunetv2_ext.rada.settings import RADASettings
 
 ALL_AXES = tuple(range(NUM_AXES))

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from nnunetv2_ext.core.step import Batch, LossPass, Term
-from nnunetv2_ext.rada.bank import CaseVectors, draw_own
-from nnunetv2_ext.rada.clip_model import ClipSource
-from nnunetv2_ext.rada.cotrained import CoTraining
-from nnunetv2_ext.rada.embed import CaseEmbeddings
+from nnunetv2_ext.rada.cotraining import CoTraining
 from nnunetv2_ext.rada.network import MemberOutput
 from nnunetv2_ext.rada.panel import SampleView, draw_panel, pseudo_label_states
-from nnunetv2_ext.rada.preprocessed import embed_preprocessed
-from nnunetv2_ext.rada.prompts import class_prompts
-from nnunetv2_ext.rada.propagate import NONE, voxel_weights
+from nnunetv2_ext.rada.propagation.propagate import NONE, voxel_weights
+from nnunetv2_ext.rada.semantics.bank import CaseVectors, draw_own
+from nnunetv2_ext.rada.semantics.clip_model import ClipSource
+from nnunetv2_ext.rada.semantics.embed import CaseEmbeddings
+from nnunetv2_ext.rada.semantics.preprocessed import embed_preprocessed
+from nnunetv2_ext.rada.semantics.prompts import class_prompts
 from nnunetv2_ext.rada.targets import propagated_loss, propagated_target, spread_axes, unannotated
 
 

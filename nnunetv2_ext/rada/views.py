@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nnunetv2_ext.rada.planes import Planes, off_plane
-from nnunetv2_ext.rada.propagate import NONE
+from nnunetv2_ext.rada.annotation.planes import Planes, off_plane
+from nnunetv2_ext.rada.propagation.propagate import NONE
 
 Array = npt.NDArray[Any]
 

@@ -25,10 +25,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nnunetv2_ext.core import files, randomness
 from nnunetv2_ext.core import trainer as trainer_module
-from nnunetv2_ext.core.configured import method_settings_in
 from nnunetv2_ext.core.settings import STRUCTURAL
 from nnunetv2_ext.core.step import LossPass, Term
 from nnunetv2_ext.core.trainer import ExtTrainer
+from nnunetv2_ext.core.trainer_settings import method_settings_in
 from nnunetv2_ext.medcontext.settings import MedContextSettings
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
 

@@ -10,7 +10,7 @@ import pytest
 from nnunetv2_ext.core.resolve import resolve
 from nnunetv2_ext.core.settings import fields_by_key, is_marked
 from nnunetv2_ext.jras import network as network_module
-from nnunetv2_ext.jras.banked import BankTraining
+from nnunetv2_ext.jras.bank_training import BankTraining
 from nnunetv2_ext.jras.settings import JRASSettings
 from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
 from nnunetv2_ext.trainers.nnUNetTrainerMedContextJRAS import nnUNetTrainerMedContextJRAS

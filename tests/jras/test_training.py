@@ -20,7 +20,8 @@ from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
 from nnunetv2_ext.core.export import export_model
 from nnunetv2_ext.core.step import Batch
-from nnunetv2_ext.jras import banked, training
+from nnunetv2_ext.jras import bank_training as banked
+from nnunetv2_ext.jras import training
 from nnunetv2_ext.jras.build import read_patch
 from nnunetv2_ext.jras.search import load_faiss
 from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nnunetv2_ext.core.phantom import write_phantom_dataset
+from nnunetv2_ext.phantom import write_phantom_dataset
 from tests.conftest import TinyDataset, shrink
 
 DENSE_ID, SPARSE_ID = 1, 2
@@ -29,7 +29,7 @@ def make_sparse_tiny(
     The dense source is dataset 1 in the same raw folder. splits_final.json is the one sparsify wrote: fold k validates
     on one labelled case.
     """
-    from nnunetv2_ext.rada.sparsify import SparsifyOptions, sparsify
+    from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify
 
     options = {"num_train": 10, "num_test": 0, "shape": (24, 32, 24), "num_organs": 2, **phantom}
     write_phantom_dataset(root / "raw", DENSE_ID, **options)

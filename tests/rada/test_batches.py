@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_ext.rada.annotation.planes import Planes
 from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset, number_labelled
-from nnunetv2_ext.rada.planes import Planes
 from nnunetv2_ext.rada.targets import supervised_target, unannotated
 from nnunetv2_ext.rada.views import AXES, INSIDE
 

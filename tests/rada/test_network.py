@@ -16,9 +16,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunetv2_ext.core.checkpoint import check_weights
-from nnunetv2_ext.rada.bank import SemanticBank
 from nnunetv2_ext.rada.member import Member
 from nnunetv2_ext.rada.network import RADANet, build_rada_network
+from nnunetv2_ext.rada.semantics.bank import SemanticBank
 from nnunetv2_ext.rada.settings import RADASettings
 
 SEMANTICS = ("clip", "learned", "off")

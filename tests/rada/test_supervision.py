@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nnunetv2_ext.rada.annotation.planes import Planes
 from nnunetv2_ext.rada.network import MemberOutput
-from nnunetv2_ext.rada.planes import Planes
 from nnunetv2_ext.rada.views import AXES, INSIDE, LazyTarget
 from tests.rada.trainers import IGNORE
 

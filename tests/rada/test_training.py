@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
-from nnunetv2_ext.core.phantom import write_phantom_dataset
+from nnunetv2_ext.phantom import write_phantom_dataset
 from nnunetv2_ext.rada import training
 from nnunetv2_ext.rada.panel import AGREE, DISAGREE, DROPPED, pseudo_label_states
-from nnunetv2_ext.rada.propagate import plane_weight
+from nnunetv2_ext.rada.propagation.propagate import plane_weight
 from tests.conftest import TinyDataset, run_command, shrink
 from tests.rada.trainers import log_of, mixed_keys, sparse_batch
 
@@ -59,7 +59,7 @@ def test_clip_fills_the_bank_from_training_cases_alone(make_rada, tiny_clip, spa
 
 def test_a_second_training_reads_the_vectors_from_disk(make_rada, tiny_clip, monkeypatch, tmp_path):
     first = started(make_rada(clip_settings(tiny_clip)))
-    monkeypatch.setattr("nnunetv2_ext.rada.preprocessed.load_encoder", None)  # calling it would fail
+    monkeypatch.setattr("nnunetv2_ext.rada.semantics.preprocessed.load_encoder", None)  # calling it would fail
     second = started(make_rada(clip_settings(tiny_clip), results=tmp_path / "second"))
     assert torch.equal(first.rada_network.bank.image, second.rada_network.bank.image)
     assert "0 of them computed now" in log_of(second)
@@ -274,7 +274,7 @@ def test_continuing_takes_the_bank_of_the_checkpoint_and_needs_no_weights(make_r
     with pytest.raises(ValueError, match=r"other CLIP weights \(rada.clip_weights: sha256:\w+ became sha256"):
         continued(here)
     here.unlink()
-    monkeypatch.setattr("nnunetv2_ext.rada.preprocessed.cache_root", lambda folder: tmp_path / "no cache")
+    monkeypatch.setattr("nnunetv2_ext.rada.semantics.preprocessed.cache_root", lambda folder: tmp_path / "no cache")
     with pytest.raises(ValueError, match=r"rada.clip_weights: there is no file .*here.safetensors"):
         continued(here)
     assert same(continued(there))  # computed anew

@@ -11,7 +11,7 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2_ext.rada.planes import Planes
+from nnunetv2_ext.rada.annotation.planes import Planes
 from nnunetv2_ext.rada.views import AXES, INSIDE, NOTHING, LazyTarget, view_map, view_masks
 
 IGNORE = 3

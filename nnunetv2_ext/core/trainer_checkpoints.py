@@ -1,0 +1,162 @@
+"""CheckpointedTrainer: what a checkpoint holds, how it is written, and how a training takes it up again.
+
+Besides nnU-Net's keys it holds one key of ours: settings, random states, the unfinished epoch, the log and the methods'
+state.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, distributed
+
+from nnunetv2_ext.core import checkpoint as checkpoints
+from nnunetv2_ext.core import randomness
+from nnunetv2_ext.core import settings as ext_settings
+from nnunetv2_ext.core.export_edit import ExportEdit
+from nnunetv2_ext.core.files import atomic_torch_save
+from nnunetv2_ext.core.logs import EpochLog
+from nnunetv2_ext.core.resolve import resume
+from nnunetv2_ext.core.trainer_settings import ConfiguredTrainer, merged_over_bases
+
+
+class CheckpointedTrainer(ConfiguredTrainer):
+    """The part of ExtTrainer that saves and loads.
+
+    Attributes:
+        global_step: optimiser steps done, over all epochs.
+        epoch_log: this run's CSV and TensorBoard log; None before on_train_start.
+        epochs_without_improvement: epochs since the moving average of the pseudo Dice was last best.
+        export_edits: *method hook*; what can be taken out of a model before it is handed on, by the name of the option
+            of ``nnUNetv2_ext export``, merged over all base classes.
+    """
+
+    export_edits: ClassVar[dict[str, ExportEdit]] = {}
+
+    global_step = 0
+    epochs_without_improvement = 0
+    epoch_log: EpochLog | None = None
+    _partial_epoch: dict[str, Any] | None = (
+        None  # set while a checkpoint is written, or after one was read, within an epoch
+    )
+    _random_states: list[dict[str, Any]] | None = None  # one per rank, from the checkpoint
+    _log_state: dict[str, Any] | None = None
+    _is_resumed = False  # a checkpoint was loaded
+
+    def method_state(self) -> dict[str, Any]:
+        """*Method hook.* What the method needs to continue, by method name; tensors and plain values."""
+        return {}
+
+    def load_method_state(self, states: dict[str, Any]) -> None:
+        """*Method hook.* Counterpart of ``method_state``; the own name may be missing (plain nnU-Net's checkpoint)."""
+
+    @classmethod
+    def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
+        """*Method hook.* Weights from this trainer's checkpoint that plain nnU-Net's network of the same plans loads.
+
+        Args:
+            checkpoint: as read from the file.
+            weights: which network; ``student`` is the one that was trained.
+
+        Raises:
+            ValueError: no such network.
+        """
+        if weights != "student":
+            raise ValueError(f"{cls.__name__} has no {weights!r} weights to export; it has: student")
+        return checkpoint["network_weights"]
+
+    @classmethod
+    def all_export_edits(cls) -> dict[str, ExportEdit]:
+        """Those of this trainer and of all its base classes, by name."""
+        return merged_over_bases(cls, "export_edits")
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Replaces nnUNetTrainer.save_checkpoint: its keys and ours, written atomically (temporary, fsync, rename)."""
+        self._save(Path(filename), self.current_epoch + 1)
+
+    def _save_latest(self, completed_epochs: int, state: dict[str, Any] | None = None) -> None:
+        self._save(Path(self.output_folder) / "checkpoint_latest.pth", completed_epochs, state)
+
+    def _save(self, path: Path, completed_epochs: int, state: dict[str, Any] | None = None) -> None:
+        states = self._gather(state or randomness.get_random_state(self.generator))
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        atomic_torch_save(self._checkpoint(completed_epochs, states), path)
+
+    def _gather(self, value: Any) -> list[Any]:
+        if not self.is_ddp:
+            return [value]
+        values: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(values, value)
+        return values
+
+    def _checkpoint(
+        self, completed_epochs: int, random_states: list[dict[str, Any]] | None, global_step: int | None = None
+    ) -> dict[str, Any]:
+        # nnU-Net writes its dictionary straight to the file, so its keys are repeated here; a test compares them with
+        # upstream's
+        return {
+            "network_weights": checkpoints.unwrap(self.network).state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            # an epoch that is not finished has logged its learning rate and start already
+            "logging": {name: values[:completed_epochs] for name, values in self.logger.get_checkpoint().items()},
+            "_best_ema": self._best_ema,
+            "current_epoch": completed_epochs,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            checkpoints.EXTENSION_KEY: {
+                "format": checkpoints.FORMAT,
+                "settings": ext_settings.flatten(self.settings),
+                "global_step": self.global_step if global_step is None else global_step,
+                "epochs_without_improvement": self.epochs_without_improvement,
+                "train_cases": self._train_cases,
+                "partial_epoch": self._partial_epoch,
+                "random_states": random_states,
+                "log": None if self.epoch_log is None else self.epoch_log.state_dict(),
+                "methods": self.method_state(),
+            },
+        }
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """nnU-Net's, after checking that settings and architecture fit, and then our own state.
+
+        Raises:
+            ValueError: broken file with no other to fall back to, conflicting settings, or another architecture.
+        """
+        checkpoint, path, warning = checkpoints.read_or_fall_back(Path(filename_or_checkpoint))
+        if warning:
+            self.print_to_log_file(warning)
+        extension = checkpoint.get(checkpoints.EXTENSION_KEY)
+        if extension is not None:
+            checkpoints.require_known_format(extension, path)
+            model = type(self.settings)
+            self._apply_settings(resume(model, extension["settings"], self.resolved, strict=self.is_continued))
+        if not self.was_initialized:
+            self.initialize()
+        checkpoints.check_weights(checkpoint["network_weights"], self.network, path)
+        super().load_checkpoint(str(path))
+        self._is_resumed = True
+        self.my_init_kwargs["plans"] = self.plans_manager.plans  # with today's settings, not the checkpoint's
+        if extension is None:
+            self.print_to_log_file(f"{path} is a checkpoint of plain nnU-Net: the method's state starts fresh.")
+            self.global_step = self.current_epoch * self.num_iterations_per_epoch
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = self.weight_decay  # the checkpoint's came with the optimiser's state
+            self.load_method_state({})
+            return
+        self.global_step = extension["global_step"]
+        self.epochs_without_improvement = extension["epochs_without_improvement"]
+        self._train_cases = extension["train_cases"]
+        self._partial_epoch = extension["partial_epoch"]
+        self._random_states = copy.deepcopy(
+            extension["random_states"]
+        )  # the file is memory-mapped; Windows would not replace it
+        self._log_state = extension["log"]
+        self.load_method_state(extension["methods"])

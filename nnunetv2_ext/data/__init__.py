@@ -1,0 +1,1 @@
+"""Datasets: finding, reading, deriving, splitting, subjects, loaders, caches. Knows no method."""

@@ -1,0 +1,100 @@
+"""Writing a raw dataset derived from another one: complete or not at all, nothing overwritten, images linked."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.paths import nnUNet_raw
+
+from nnunetv2_ext.core.files import atomic_write_text, require_writable
+from nnunetv2_ext.data.raw import RawDataset, require_free_id
+from nnunetv2_ext.rada.annotation.planes import Array
+
+DENSE = "labelsTr_dense"  # for evaluation only: nothing that trains opens it
+
+
+@contextmanager
+def new_dataset(source: RawDataset, target_id: int) -> Iterator[Path]:
+    """A folder to fill, which becomes ``DatasetXXX_<name of source>`` at the end of the block, or vanishes on error.
+
+    The block's value is the hidden folder; `final_folder` tells its later place.
+
+    Raises:
+        ValueError: the id is taken, or nnUNet_raw cannot be written.
+    """
+    require_free_id(target_id)
+    final = final_folder(source, target_id)
+    require_writable(final.parent)
+    building = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        for sub in ("imagesTr", "labelsTr", DENSE):
+            (building / sub).mkdir(parents=True)
+        yield building
+        require_free_id(target_id)  # another process may have been faster
+        os.rename(building, final)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def final_folder(source: RawDataset, target_id: int) -> Path:
+    """Where `new_dataset` puts the finished dataset."""
+    return Path(nnUNet_raw) / f"Dataset{target_id:03d}_{source.name.partition('_')[2] or 'sparse'}"
+
+
+def link_images(source: RawDataset, case: str, folder: Path) -> None:
+    """Link the images of a training case, with the JSON file that holds the spacing of TIFF images."""
+    folder.mkdir(exist_ok=True)
+    for channel, file in enumerate(source.files[case]["images"]):
+        link_file(file, folder / f"{case}_{channel:04d}{source.ending}")
+    first = str(source.files[case]["images"][0])
+    _link_if_there(Path(first.removesuffix(f"_0000{source.ending}") + ".json"), folder / f"{case}.json")
+
+
+def link_label(source: RawDataset, case: str, folder: Path) -> None:
+    """Link the label of a training case as it is."""
+    folder.mkdir(exist_ok=True)
+    label = str(source.files[case]["label"])
+    link_file(label, folder / f"{case}{source.ending}")
+    _link_if_there(Path(label.removesuffix(source.ending) + ".json"), folder / f"{case}.json")
+
+
+def write_label(source: RawDataset, case: str, label: Array, properties: dict[str, Any], folder: Path) -> None:
+    """Write a training label with the geometry of the source's file."""
+    source.reader.write_seg(label, str(folder / f"{case}{source.ending}"), properties)
+
+
+def link_folder(origin: Path, folder: Path) -> None:
+    """Link every file of `origin`, if that folder exists; names that are in `folder` already are left alone."""
+    for file in sorted(origin.iterdir()) if origin.is_dir() else ():
+        folder.mkdir(exist_ok=True)
+        if file.is_file() and not (folder / file.name).exists():
+            link_file(file, folder / file.name)
+
+
+def link_file(origin: str | Path, target: Path) -> None:
+    """Hard link; a copy where the file system cannot."""
+    real = os.path.realpath(origin)  # a relative symbolic link would point nowhere from its new place
+    try:
+        os.link(real, target)
+    except OSError:
+        shutil.copy2(real, target)
+
+
+def write_json(source: RawDataset, target_id: int, folder: Path, cases: Sequence[str], changes: dict[str, Any]) -> None:
+    """Write dataset.json: the source's with `changes`, the new number of cases, and no list of files."""
+    content = {key: value for key, value in source.json.items() if key != "dataset"}
+    content |= {**changes, "numTraining": len(cases), "name": final_folder(source, target_id).name}
+    atomic_write_text(folder / "dataset.json", json.dumps(content, indent=2) + "\n")
+
+
+def _link_if_there(origin: Path, target: Path) -> None:
+    if origin.is_file():
+        link_file(origin, target)

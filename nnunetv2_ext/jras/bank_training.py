@@ -1,0 +1,313 @@
+"""A trainer with a guide bank: drawn from the fold's training cases, embedded, excluded by subject, saved, exported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, distributed, nn
+
+from nnunetv2_ext.core.checkpoint import unwrap
+from nnunetv2_ext.core.export_edit import ExportEdit
+from nnunetv2_ext.core.step import Batch
+from nnunetv2_ext.core.stock import stock_shapes
+from nnunetv2_ext.core.trainer import ExtTrainer
+from nnunetv2_ext.core.trainer_settings import method_settings_in
+from nnunetv2_ext.jras.bank import OUTSIDE
+from nnunetv2_ext.jras.build import BankContent, draw_bank, read_patch
+from nnunetv2_ext.jras.contrastive import flip
+from nnunetv2_ext.jras.groups import group_ids, new_group_key, subject_of
+from nnunetv2_ext.jras.network import Exclusion, JRASNetwork, excluding
+from nnunetv2_ext.jras.search import check_index
+from nnunetv2_ext.jras.settings import JRASSettings
+from nnunetv2_ext.jras.size import checkpoint_growth
+from nnunetv2_ext.jras.start import load_backbone
+from nnunetv2_ext.jras.strip import EXPORT_EDITS, plain_weights
+
+MIN_ANNOTATED = 0.05  # of the guides' cells, below which the log warns
+
+
+class BankTraining(ExtTrainer):
+    """The part of JRASTraining that owns the bank.
+
+    With `jras.retriever=none` it is plain nnU-Net. The bank belongs to the network and travels in its weights; what
+    ties it to the training cases (names, places, the key of their numbers) travels under the extension's key only.
+    """
+
+    method_settings: ClassVar[dict[str, type[BaseModel]]] = {"jras": JRASSettings}
+    export_edits: ClassVar[dict[str, ExportEdit]] = EXPORT_EDITS
+
+    _datasets: tuple[Any, Any] | None = None  # training, validation -> get_tr_and_val_datasets
+    _bank_state: dict[str, Any] | None = None  # group key, cases, coordinates, patch size and spacing of the guides
+    _takes_weights_of_checkpoint = False
+
+    @property
+    def jras(self) -> JRASSettings:
+        """This method's settings."""
+        return self.settings.jras  # type: ignore[attr-defined]  # the block settings_model added
+
+    @property
+    def retrieval_network(self) -> JRASNetwork | None:
+        """The unwrapped network; None without retrieval."""
+        network = unwrap(self.network)
+        return network if isinstance(network, JRASNetwork) else None
+
+    # ---- the network ---------------------------------------------------------------------------------------------
+    @classmethod
+    def build_network_architecture(  # type: ignore[override]  # a class method, so that super() works; called the same way
+        cls,
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """nnU-Net's network for these plans, wrapped. The predictor calls it with nothing but the plans.
+
+        Raises:
+            ValueError: plans without this package's block, or a network that cannot be wrapped.
+        """
+        settings = method_settings_in(plans_manager.plans, "jras", JRASSettings)
+        channels = len(configuration_manager.normalization_schemes)
+        extra = channels + num_output_channels if settings.fusion == "concat" and settings.has_retrieval else 0
+        backbone = super().build_network_architecture(
+            plans_manager,
+            configuration_manager,
+            num_input_channels + extra,
+            num_output_channels,
+            enable_deep_supervision,
+        )
+        if not settings.has_retrieval:
+            return backbone
+        if settings.reads_bottleneck and num_input_channels != channels:
+            raise ValueError(
+                "jras.retriever_encoder=bottleneck cannot be used in a cascade: guides have no result of the previous "
+                "stage for the encoder to read; use jras.retriever_encoder=conv"
+            )
+        return JRASNetwork(backbone, settings, channels, num_output_channels, configuration_manager.patch_size)
+
+    def initialize(self) -> None:
+        """nnU-Net's, after a check of what would only fail later; then the weights of `jras.init_from`."""
+        if self.jras.has_retrieval:
+            check_index(self.jras.index, self.jras.key_dim, self.jras.nprobe, self.jras.ef_search)
+        super().initialize()
+        if self.jras.init_from is not None and not self._takes_weights_of_checkpoint:
+            network = unwrap(self.network)
+            load_backbone(network.backbone if isinstance(network, JRASNetwork) else network, Path(self.jras.init_from))
+            self.print_to_log_file(f"The segmenter starts from {self.jras.init_from}.")
+
+    # ---- the bank ------------------------------------------------------------------------------------------------
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
+        """nnU-Net's; the bank is drawn from the first."""
+        self._datasets = super().get_tr_and_val_datasets()
+        return self._datasets
+
+    def on_train_start(self) -> None:
+        """nnU-Net's, which unpacks the data; then the bank is drawn, unless the checkpoint brought it."""
+        super().on_train_start()
+        network = self.retrieval_network
+        if network is None:
+            return
+        assert self._datasets is not None
+        cases, validation = (list(dataset.identifiers) for dataset in self._datasets)
+        self._warn_of_shared_subjects(cases, validation)
+        if self._bank_state is None or network.bank.is_empty:
+            if self.current_epoch > 0:
+                self.print_to_log_file(
+                    "WARNING: the checkpoint has no guide bank to continue with; a new one is drawn."
+                )
+            self._draw_bank(network, cases)
+        elif not set(self._bank_state["cases"]) <= set(cases):
+            raise ValueError(
+                "the checkpoint's guide bank holds cases that are no training cases of this fold any more: "
+                f"{', '.join(sorted(set(self._bank_state['cases']) - set(cases)))}; restore the "
+                "split, or start a new training without --c"
+            )
+        assert self._bank_state is not None
+        growth = checkpoint_growth(network, self.my_init_kwargs)
+        self.print_to_log_file(
+            f"J-RAS: {len(network.bank)} guides of {len(set(self._bank_state['cases']))} cases, index "
+            f"{self.jras.index} ({network.bank.backend}), {growth.parameters:,} further parameters. "
+            f"{growth.describe()} PRIVACY: every checkpoint and exported zip holds these image patches of training "
+            f"cases, {growth.guides / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model without them."
+        )
+
+    def _warn_of_shared_subjects(self, cases: Sequence[str], validation: Sequence[str]) -> None:
+        regex = self.jras.group_regex
+        subjects = {subject_of(case, regex) for case in cases}
+        shared = [case for case in validation if subject_of(case, regex) in subjects]
+        if self.fold == "all" or shared:
+            which = f"validation cases {', '.join(shared)} share a subject with training cases"
+            if self.fold == "all":
+                which = "fold all validates on training cases"
+            self.print_to_log_file(
+                f"WARNING: {which}. The predictor knows no case ids, so the final validation retrieves guides of the "
+                "very subjects it is scored on: THOSE SCORES ARE VOID. Scores during training exclude them."
+            )
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's; `--val` alone must warn of void scores as well."""
+        if self.retrieval_network is not None:
+            self._warn_of_shared_subjects(*self.do_split())
+        super().perform_actual_validation(save_probabilities)
+
+    def _draw_bank(self, network: JRASNetwork, cases: Sequence[str]) -> None:
+        s = self.jras
+        assert self._datasets is not None
+        key = self._from_first_rank(new_group_key())
+        content = draw_bank(
+            self._datasets[0],
+            cases,
+            self.configuration_manager.patch_size,
+            network.low_shape,
+            s.bank_size,
+            s.fg_share,
+            self.label_manager,
+            seed=(self.settings.seed or 0) * 1000 + (999 if self.fold == "all" else int(self.fold)),
+            group_key=key,
+            group_regex=s.group_regex,
+            mirror_axes=(self.inference_allowed_mirroring_axes or ()) if s.mirror_guides else (),
+        )
+        if content.all_background:
+            self.print_to_log_file(
+                "WARNING: no guide contains any foreground, so they can teach nothing about shape; "
+                "raise jras.fg_share or jras.bank_size."
+            )
+        self._describe_labels(content)
+        network.bank.fill(content.images, content.labels, content.groups, content.lut)
+        self._bank_state = {"group_key": key, "cases": content.cases, "coordinates": content.coordinates}
+        self._bank_state["mirrored"] = content.mirrored
+        self._bank_state |= self._geometry()
+        self._refresh(network)
+
+    def _describe_labels(self, content: BankContent) -> None:
+        """With an ignore label: how much the guides' masks know; a cell counts if half of it is annotated."""
+        if not self.label_manager.has_ignore_label:
+            return
+        share = float((content.labels != OUTSIDE).float().mean())
+        missing = [value for value in self.label_manager.all_labels if value and not (content.labels == value).any()]
+        text = f"{100 * share:.2g} % of the guides' cells are annotated"
+        if missing:
+            text += f", none with the label {', '.join(map(str, missing))}"
+        if share < MIN_ANNOTATED or missing:
+            text = (
+                f"WARNING: {text}: such guides say little about shape, and retrieval can hardly learn from them. "
+                "jras.store_stride=1 keeps more of thin annotation, at more memory"
+            )
+        self.print_to_log_file(f"{text}.")
+
+    def _from_first_rank(self, value: Any) -> Any:
+        values = [value]
+        if self.is_ddp:
+            distributed.broadcast_object_list(values, 0)
+        return values[0]
+
+    def _refresh(self, network: JRASNetwork) -> None:
+        """Embed all guides with today's retriever; each rank does its share."""
+        N = len(network.bank)
+        ranks = distributed.get_world_size() if self.is_ddp else 1
+        share = -(-N // ranks)
+        first = min(N, self.local_rank * share)
+        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+            if self.jras.reads_bottleneck:
+                batch = self.configuration_manager.batch_size
+                keys = network.embed_bank(first, min(N, first + share), batch, self._read_guides)
+            else:
+                keys = network.embed_bank(first, min(N, first + share))
+        if self.is_ddp:
+            padded = keys.new_zeros((share, keys.shape[1]))
+            padded[: len(keys)] = keys
+            parts = [torch.empty_like(padded) for _ in range(ranks)]
+            distributed.all_gather(parts, padded)
+            keys = torch.cat(parts)[:N]
+        network.bank.set_keys(keys, self._bank_state["cases"] if self._bank_state else None)
+
+    def _read_guides(self, rows: range) -> Tensor:
+        """The guides' patches at full resolution, `(n, C, *P)` on the device."""
+        assert self._bank_state is not None and self._datasets is not None
+        cases, corners = self._bank_state["cases"], self._bank_state["coordinates"]
+        patch = self.configuration_manager.patch_size
+        images = [read_patch(self._datasets[0], cases[row], corners[row], patch)[0] for row in rows]
+        patches = torch.stack(images).to(self.device, non_blocking=True)
+        mirrored = self._bank_state.get("mirrored")  # checkpoints of older versions have none
+        return patches if mirrored is None else flip(patches, mirrored[rows.start : rows.stop].to(patches.device))
+
+    # ---- who must not see whom -----------------------------------------------------------------------------------
+    def groups_of(self, cases: Sequence[str]) -> Tensor:
+        """Numbers of the cases' subjects, as the bank has them; int64 on the device."""
+        assert self._bank_state is not None
+        groups = group_ids([str(case) for case in cases], self._bank_state["group_key"], self.jras.group_regex)
+        return groups.to(self.device, non_blocking=True)
+
+    def _excluding(self, cases: Sequence[str], dropout: float = 0.0) -> AbstractContextManager[None]:
+        if self._bank_state is None:
+            return nullcontext()
+        return excluding(Exclusion(self.groups_of(cases), dropout, self.generator))
+
+    def forward(self, batch: Batch, network: Any = None) -> Any:
+        """Guides of the batch's own subjects are not retrieved, whichever network looks for them."""
+        trains = network is None and self.network.training and torch.is_grad_enabled()
+        with self._excluding(batch.keys, self.jras.guide_dropout if trains else 0.0):
+            return super().forward(batch, network)
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's, with the same rule."""
+        with self._excluding(batch["keys"]):
+            return super().validation_step(batch)
+
+    # ---- checkpoint ----------------------------------------------------------------------------------------------
+    def method_state(self) -> dict[str, Any]:
+        """Adds what ties the bank to the training cases."""
+        state = super().method_state()
+        if self._bank_state is not None:
+            state["jras"] = dict(self._bank_state)
+        return state
+
+    def load_method_state(self, states: dict[str, Any]) -> None:
+        """Counterpart; without it the weights still predict, and a continued training draws a new bank."""
+        super().load_method_state(states)
+        state = states.get("jras")
+        if state is None or self.retrieval_network is None:
+            return
+        self._require_same_geometry(state)
+        names = ("group_key", "cases", "coordinates", "mirrored")
+        self._bank_state = {name: state[name] for name in names if name in state} | self._geometry()
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """nnU-Net's; what `jras.init_from` names is not read, and may be gone by now.
+
+        Raises:
+            ValueError: also for a bank drawn with another patch size or spacing.
+        """
+        self._takes_weights_of_checkpoint = True
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def _geometry(self) -> dict[str, tuple[float, ...]]:
+        configuration = self.configuration_manager
+        return {
+            "patch_size": tuple(int(n) for n in configuration.patch_size),
+            "spacing": tuple(float(mm) for mm in configuration.spacing),
+        }
+
+    def _require_same_geometry(self, state: dict[str, Any]) -> None:
+        for name, now in self._geometry().items():
+            then = tuple(state.get(name, now))  # checkpoints of older versions do not say
+            if then != now:
+                raise ValueError(
+                    f"the checkpoint's guides were drawn with {name.replace('_', ' ')} {_times(then)}, the plans now "
+                    f"say {_times(now)}: continue with the plans the training was started with, or start a new one "
+                    "without --c"
+                )
+
+    @classmethod
+    def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
+        """Plain nnU-Net's weights: the bank and what belongs to it are left behind."""
+        return plain_weights(super().export_weights(checkpoint, weights), stock_shapes(checkpoint["init_args"]))
+
+
+def _times(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)

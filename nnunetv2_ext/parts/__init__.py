@@ -1,0 +1,1 @@
+"""What methods share: teachers, ramps, consistency, masks, pseudo-labels, start weights. Knows no method."""

@@ -1,0 +1,1 @@
+"""Annotated planes: finding them, making them, and what of them reaches training."""

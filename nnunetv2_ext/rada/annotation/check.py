@@ -1,0 +1,108 @@
+"""What of a sparse dataset's annotation reaches training: the report behind ``nnUNetv2_ext check``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_ext.core.files import read_json, require_writable
+from nnunetv2_ext.core.labelmaps import class_names
+from nnunetv2_ext.data.raw import folder_below
+from nnunetv2_ext.data.split import clean_fold
+from nnunetv2_ext.rada.annotation.draw import CaseView, draw_planes
+from nnunetv2_ext.rada.annotation.survey import Annotation, log_lines
+from nnunetv2_ext.rada.annotation.survival import erased_annotations, lost_planes, raw_planes, thicken_remedy
+from nnunetv2_ext.rada.annotation.trainable import Preprocessed, require_trainable
+
+Say = Callable[[str], None]
+
+
+def open_preprocessed(dataset: int | str, configuration: str, plans_name: str = "nnUNetPlans") -> Preprocessed:
+    """Open what ``nnUNetv2_plan_and_preprocess`` made.
+
+    Raises:
+        ValueError: it is missing, 2-D, a cascade, has regions or no ignore label.
+    """
+    base = folder_below("nnUNet_preprocessed", dataset)
+    remedy = f"run nnUNetv2_plan_and_preprocess -d {dataset} -c {configuration}"
+    try:
+        plans = PlansManager(json.loads((base / f"{plans_name}.json").read_text(encoding="utf-8")))
+        dataset_json = json.loads((base / "dataset.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{error.filename} is missing: {remedy}") from error
+    if configuration not in plans.available_configurations:
+        raise ValueError(f"{plans_name} has {', '.join(plans.available_configurations)}, not {configuration!r}")
+    found = require_trainable(base, plans, configuration, dataset_json)
+    if not found.folder.is_dir():
+        raise ValueError(f"{found.folder} is missing: {remedy}")
+    return found
+
+
+def check(data: Preprocessed, picture: Path | None, cases_in_picture: int = 4, say: Say = print) -> bool:
+    """Report planes, shares, survival and warnings, and draw some cases; whether training can start.
+
+    Args:
+        data: What to look at.
+        picture: PNG to write, or None.
+        cases_in_picture: At most so many, labelled ones first.
+        say: Gets each line.
+
+    Raises:
+        ValueError: no annotation anywhere, or labels that dataset.json does not declare.
+    """
+    annotations = data.survey()
+    for line in log_lines(annotations):
+        say(line)
+    survived = _report_survival(data, annotations, say)
+    for line in data.warnings(annotations) + erased_annotations(data, annotations):
+        say(line)
+    _report_split(data.base / "splits_final.json", annotations, say)
+    if picture is not None:
+        shown = sorted(annotations, key=lambda case: (-annotations[case].planes.count, case))[:cases_in_picture]
+        _draw(data, {case: annotations[case] for case in shown}, picture)
+        say(f"picture: {picture}")
+    return survived
+
+
+def _draw(data: Preprocessed, annotations: Mapping[str, Annotation], picture: Path) -> None:
+    dataset = infer_dataset_class(str(data.folder))(str(data.folder), list(annotations))
+    views = []
+    for case, annotation in annotations.items():
+        image, label, _, _ = dataset.load_case(case)
+        views.append(CaseView(case, np.asarray(image[0]), np.asarray(label[0]), annotation.planes))
+    require_writable(picture.absolute().parent)
+    classes = class_names(data.dataset_json, data.plans.get_label_manager(data.dataset_json))
+    title = f"{data.base.name}, {data.configuration.data_identifier}: annotated planes"
+    draw_planes(views, picture, classes, data.configuration.spacing, data.ignore, title)
+
+
+def _report_survival(data: Preprocessed, annotations: Mapping[str, Annotation], say: Say) -> bool:
+    lost = lost_planes(data, annotations)
+    total = sum(a.planes.count for a in raw_planes(data, annotations).values())
+    if not lost:
+        say(f"all {total} planes of the raw labels are found in the preprocessed ones")
+        return True
+    for plane in lost:
+        say(f"LOST {plane}")
+    say(f"preprocessing erased {len(lost)} of {total} annotated planes: {thicken_remedy(data)}")
+    return False
+
+
+def _report_split(file: Path, annotations: Mapping[str, Annotation], say: Say) -> None:
+    if not file.is_file():
+        say("no splits_final.json yet: nnUNetTrainerRADA writes one that validates on labelled cases only")
+        return
+    labelled = [case for case, a in annotations.items() if a.labelled]
+    for fold, split in enumerate(read_json(file)):
+        try:
+            train, val = clean_fold(split["train"], split["val"], labelled, say)
+        except ValueError as error:
+            say(f"WARNING: fold {fold} cannot be trained: {error}")
+            continue
+        taught = len(set(train) & set(labelled))
+        say(f"fold {fold}: {taught} labelled and {len(train) - taught} unlabelled cases train, {len(val)} validate")

@@ -1,0 +1,132 @@
+"""Choosing what a simulated annotator labels: cases (whole subjects), and planes within a case."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from nnunetv2_ext.core.files import read_json
+from nnunetv2_ext.rada.annotation.planes import Array, Planes
+
+RULES = ("largest", "middle")
+
+
+def choose_planes(label: Array, axes: Sequence[int], rule: str) -> Planes:
+    """Planes to annotate in a dense (X, Y, Z) label with foreground > 0.
+
+    Several planes on one axis are spread: the foreground's extent is cut into as many equal parts and each gives one.
+
+    Args:
+        label: Dense.
+        axes: Array axis of each plane; (0, 1, 2) is one on each, (2, 2, 2) three parallel ones.
+        rule: ``largest``: most classes, then most foreground voxels. ``middle`` of the extent.
+
+    Raises:
+        ValueError: more planes than slices on an axis, or a label without foreground.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be {' or '.join(RULES)}, got {rule!r}")
+    foreground = label > 0
+    if not foreground.any():
+        raise ValueError("a label without foreground has no plane to choose")
+    chosen: list[tuple[int, ...]] = [(), (), ()]
+    for axis, number in sorted(Counter(axes).items()):
+        size = label.shape[axis]
+        if number > size:
+            raise ValueError(f"{number} planes are asked for on axis {axis}, which has {size} slices; ask for fewer")
+        extent = np.flatnonzero(foreground.any(axis=tuple(a for a in range(3) if a != axis)))
+        first, stop = int(extent[0]), int(extent[-1]) + 1
+        if stop - first < number:  # an object thinner than the number of planes: take neighbours too
+            first = max(0, min(first - (number - (stop - first)) // 2, size - number))
+            stop = first + number
+        bounds = [first + (stop - first) * part // number for part in range(number + 1)]
+        pick = _largest if rule == "largest" else _middle
+        chosen[axis] = tuple(pick(label, axis, a, b) for a, b in pairwise(bounds))
+    return Planes((chosen[0], chosen[1], chosen[2]))
+
+
+def subjects_of(cases: Sequence[str], regex: str | None = None, table: Path | None = None) -> dict[str, str] | None:
+    """The subject of each case by a regular expression or a JSON file ``{case: subject}``; None if neither is given.
+
+    Raises:
+        ValueError: both are given, the expression or file is unusable, or a case has no subject.
+    """
+    if regex is not None and table is not None:
+        raise ValueError("give --group-regex or --groups, not both")
+    if regex is not None:
+        try:
+            found = {case: re.search(regex, case) for case in cases}
+        except re.error as error:
+            raise ValueError(f"--group-regex {regex!r} is no regular expression ({error}); mend it") from None
+        subjects = {case: m and (m.group(1) if m.re.groups else m.group(0)) for case, m in found.items()}
+        source = f"--group-regex {regex!r}"
+    elif table is not None:
+        try:
+            content = read_json(Path(table))
+        except ValueError as error:
+            raise ValueError(f"--groups {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f'--groups {table} must hold one object {{"case": "subject", ...}}')
+        subjects = {case: content.get(case) for case in cases}
+        source = f"--groups {table}"
+    else:
+        return None
+    missing = [case for case in cases if not subjects[case]]
+    if missing:
+        raise ValueError(f"{source} gives no subject for {len(missing)} cases, e.g. {missing[0]}")
+    return {case: str(subjects[case]) for case in cases}
+
+
+def draw_cases(
+    cases: Sequence[str],
+    number: int,
+    seed: int,
+    subjects: Mapping[str, str] | None = None,
+    usable: Callable[[str], bool] = lambda case: True,
+    why: str = "",
+) -> list[str]:
+    """Exactly `number` cases by a seeded draw of whole subjects; draws of one seed are nested if cases are subjects.
+
+    Args:
+        cases: To draw from.
+        number: How many.
+        seed: Of the draw.
+        subjects: Case to subject; None makes every case its own.
+        usable: A subject with a case that is not usable is passed over.
+        why: What the cases are drawn for, for the error.
+
+    Raises:
+        ValueError: there are too few, or whole subjects do not add up to `number`.
+    """
+    members: dict[str, list[str]] = {}
+    for case in sorted(cases):
+        members.setdefault(subjects[case] if subjects else case, []).append(case)
+    names = sorted(members)
+    drawn: list[str] = []
+    for index in np.random.RandomState(seed).permutation(len(names)):
+        group = members[names[index]]
+        if len(drawn) + len(group) <= number and all(map(usable, group)):
+            drawn += group
+        if len(drawn) == number:
+            return sorted(drawn)
+    unit = "cases" if subjects is None else "cases of whole subjects"
+    raise ValueError(
+        f"{number} {unit} are asked for {why}, but only {len(drawn)} of {len(cases)} could be drawn; "
+        "ask for fewer" + ("" if subjects is None else f" (e.g. {len(drawn)}) or group otherwise")
+    )
+
+
+def _largest(label: Array, axis: int, start: int, stop: int) -> int:
+    """Index in start..stop-1 of the slice with most classes, then most foreground; the first of equals."""
+    planes = [np.take(label, i, axis) for i in range(start, stop)]
+    scores = [(np.unique(p[p > 0]).size, int((p > 0).sum())) for p in planes]
+    return start + max(range(len(scores)), key=lambda i: scores[i])
+
+
+def _middle(label: Array, axis: int, start: int, stop: int) -> int:
+    return (start + stop - 1) // 2

@@ -1,0 +1,82 @@
+"""Annotated planes of a few cases in three orthogonal views."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, take_slice
+from nnunetv2_ext.core.files import atomic_write
+from nnunetv2_ext.rada.annotation.planes import Array, Planes
+
+AXIS_COLOURS = ("#E53935", "#43A047", "#1E88E5")
+_MANY = 8  # lines per axis; those of a dense label would hide the image
+
+
+class CaseView(NamedTuple):
+    """A case to draw, all (X, Y, Z)."""
+
+    name: str
+    image: Array  # first channel
+    label: Array
+    planes: Planes
+
+
+def draw_planes(
+    views: Sequence[CaseView], path: Path, classes: Mapping[int, str], spacing: Sequence[float], ignore: int, title: str
+) -> None:
+    """Write a PNG with a row per case and a column per axis.
+
+    Each column shows the case's middle plane of that axis, framed in the axis's colour, or the fullest slice if
+    the axis has none. Dashed lines show where the planes of the other axes cross.
+
+    Args:
+        views: Cases.
+        path: PNG.
+        classes: Label value to name.
+        spacing: mm per axis.
+        ignore: Drawn as nothing.
+        title: Above everything.
+    """
+    with matplotlib.style.context(["default", {"text.parse_math": False}]):
+        figure = Figure(figsize=(9, 3 * len(views) + 0.8), layout="constrained")
+        grid = figure.subplots(len(views), 3, squeeze=False)
+        for row, view in zip(grid, views):
+            for axis, axes in enumerate(row):
+                _draw_axis(axes, view, axis, classes, spacing, ignore)
+        figure.suptitle(title, fontsize=10)
+        add_legend(figure, {value: name for value, name in classes.items() if name != "ignore"})
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=110)
+    atomic_write(path, lambda file: file.write(png.getvalue()) and None)
+
+
+def _draw_axis(
+    axes: Axes, view: CaseView, axis: int, classes: Mapping[int, str], spacing: Sequence[float], ignore: int
+) -> None:
+    """One slice of one case."""
+    known = np.where(view.label == ignore, 0, view.label)
+    planes = view.planes.indices[axis]
+    index = planes[len(planes) // 2] if planes else fullest_slice(known, axis)
+    columns, rows = (a for a in range(3) if a != axis)
+    draw_slice(
+        axes,
+        take_slice(view.image, axis, index),
+        take_slice(known, axis, index),
+        {value: name for value, name in classes.items() if name != "ignore"},
+        spacing=(spacing[rows], spacing[columns]),
+        title=f"{view.name}  axis{axis}, slice {index}" + ("" if planes else ": no plane"),
+    )
+    for other, line in ((columns, axes.axvline), (rows, axes.axhline)):
+        crossing = view.planes.indices[other]
+        for position in crossing if len(crossing) <= _MANY else ():
+            line(position, color=AXIS_COLOURS[other], linewidth=0.8, linestyle="--", alpha=0.8)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=AXIS_COLOURS[axis] if planes else "0.8", linewidth=2.5 if planes else 0.8)

@@ -1,0 +1,174 @@
+"""Whether what was annotated in the raw labels is still there after nnU-Net's preprocessing: planes, and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+from nnunetv2_ext.rada.annotation.planes import THRESHOLD, Array, Planes
+from nnunetv2_ext.rada.annotation.survey import Annotation, cache_path, survey_files
+from nnunetv2_ext.rada.annotation.trainable import Preprocessed
+
+_TOLERANCE = 1.0 + 1e-6  # slices of the preprocessed array
+_SPARSIFY_DEFAULTS = {"-c": "3d_fullres", "-p": "nnUNetPlans"}  # of nnUNetv2_ext sparsify --thicken-only
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A raw plane without a counterpart.
+
+    Args:
+        case: Its case.
+        axis: Axis of the preprocessed array.
+        raw_axis: Axis of the raw array as nnU-Net reads it (0 = z, 1 = y, 2 = x for NIfTI).
+        index: Slice of the raw array.
+        spacing: mm along the axis before and after.
+    """
+
+    case: str
+    axis: int
+    raw_axis: int
+    index: int
+    spacing: tuple[float, float]
+
+    def __str__(self) -> str:
+        before, after = self.spacing
+        return (
+            f"{self.case}: axis {self.axis}, slice {self.index} of the raw label's axis {self.raw_axis} "
+            f"({'zyx'[self.raw_axis]}), spacing {before:g} -> {after:g} mm"
+        )
+
+
+def raw_planes(data: Preprocessed, identifiers: Iterable[str]) -> dict[str, Annotation]:
+    """Annotation of the raw labels (``gt_segmentations``), transposed and cropped as preprocessing does; cached.
+
+    Indices count slices of the cropped array. The crop is read from the properties of the preprocessed cases.
+
+    Raises:
+        ValueError: a label file is missing.
+    """
+    truth = data.base / "gt_segmentations"
+    files = {case: truth / f"{case}{data.dataset_json['file_ending']}" for case in sorted(set(identifiers))}
+    missing = [str(file) for file in files.values() if not file.is_file()]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing, which nnUNetv2_preprocess writes: preprocess the dataset again")
+    reader, order = data.plans.image_reader_writer_class(), data.plans.transpose_forward
+
+    def read(case: str) -> Array:
+        label = reader.read_seg(str(files[case]))[0][0].transpose(order)
+        return label[tuple(slice(*bounds) for bounds in _properties(data.folder, case)["bbox_used_for_cropping"])]
+
+    cache = cache_path(data.base, data.configuration.data_identifier, "raw_planes")
+    return survey_files(files, read, data.ignore, cache, "reading raw labels", str(list(order)))
+
+
+def lost_planes(data: Preprocessed, annotations: Mapping[str, Annotation]) -> list[Lost]:
+    """The raw planes without a plane within one slice after preprocessing.
+
+    Args:
+        data: The preprocessed dataset.
+        annotations: Of its cases.
+    """
+    order, target = data.plans.transpose_forward, data.configuration.spacing
+    lost = []
+    for case, before in raw_planes(data, annotations).items():
+        if not before.planes:
+            continue
+        properties = _properties(data.folder, case)
+        old = properties["shape_after_cropping_and_before_resampling"]
+        spacing = [float(properties["spacing"][axis]) for axis in order]
+        new = compute_new_shape(old, spacing, target)
+        corner = [bounds[0] for bounds in properties["bbox_used_for_cropping"]]
+        missing = unmatched(before.planes, annotations[case].planes, old, new)
+        if missing:
+            # planes of nothing but background where the image is zero are all -1 now: known, but nothing to learn
+            known = _known_slices(data.folder, case, data.ignore)
+            missing = [plane for plane in missing if plane in unmatched(before.planes, known, old, new)]
+        for axis, index in missing:
+            before_and_after = spacing[axis], float(target[axis])
+            lost.append(Lost(case, axis, int(order[axis]), int(index + corner[axis]), before_and_after))
+    return lost
+
+
+def unmatched(before: Planes, after: Planes, old: Sequence[int], new: Sequence[int]) -> list[tuple[int, int]]:
+    """(axis, index) of the planes `before` that have none `after` within one slice, for sizes `old` -> `new`."""
+    missing = []
+    for axis in range(3):
+        kept = np.array(after.indices[axis], dtype=float)
+        for index in before.indices[axis]:
+            position = (index + 0.5) * new[axis] / old[axis] - 0.5
+            if not (kept.size and np.abs(kept - position).min() <= _TOLERANCE):
+                missing.append((axis, index))
+    return missing
+
+
+def require_planes_survived(data: Preprocessed, annotations: Mapping[str, Annotation]) -> None:
+    """Stop if preprocessing erased an annotated plane; arguments as `lost_planes`.
+
+    Raises:
+        ValueError: case, axis, raw slice, spacing before and after, and the command that mends it.
+    """
+    lost = lost_planes(data, annotations)
+    if lost:
+        raise ValueError(
+            f"preprocessing erased {len(lost)} annotated planes, first in {lost[0]}: {thicken_remedy(data)}"
+        )
+
+
+def thicken_remedy(data: Preprocessed) -> str:
+    """What to do about planes that preprocessing erased: the thickness they need follows configuration and plans."""
+    chosen = {"-c": data.configuration_name, "-p": data.plans.plans_name}
+    options = "".join(f" {name} {value}" for name, value in chosen.items() if value != _SPARSIFY_DEFAULTS[name])
+    return (
+        f"make them thick enough with nnUNetv2_ext sparsify -d {int(data.base.name[7:10])} -o NEW_ID "
+        f"--thicken-only{options}, then plan and preprocess NEW_ID"
+    )
+
+
+def erased_annotations(data: Preprocessed, annotations: Mapping[str, Annotation]) -> list[str]:
+    """Warnings about annotations on no plane (scribbles, incomplete slices) that did not survive preprocessing.
+
+    Lost planes stop a training; these are lost to it in silence: a case that has nothing else becomes an unlabelled
+    one, and a class that a case has nowhere else is missing there.
+
+    Args:
+        data: The preprocessed dataset.
+        annotations: Of its cases.
+    """
+    unlabelled = sum(not a.labelled for a in annotations.values())
+    remedy = "draw it thicker than the spacing of the plans, annotate whole slices, or train a finer configuration"
+    names = {int(value): name for name, value in data.dataset_json["labels"].items()}
+    found = []
+    for case, before in raw_planes(data, annotations).items():
+        after = annotations[case]
+        if before.labelled and not after.labelled:
+            found.append(
+                f"WARNING: {case} is annotated ({100 * before.share:.2g} % of the raw label), but preprocessing erased "
+                f"all of it: it counts as one of the {unlabelled} unlabelled cases; {remedy}"
+            )
+            continue
+        gone = [names.get(value, str(value)) for value in before.values if value > 0 and value not in after.values]
+        if gone:
+            found.append(
+                f"WARNING: preprocessing erased every annotated voxel of {', '.join(gone)} in {case}; {remedy}"
+            )
+    return found
+
+
+def _known_slices(folder: Path, case: str, ignore: int) -> Planes:
+    """Slices of a preprocessed label with hardly any ignored voxel, whatever the others are."""
+    label = np.asarray(infer_dataset_class(str(folder))(str(folder), [case]).load_case(case)[1][0])
+    shares = [(label != ignore).mean(axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
+    first, second, third = (tuple(np.flatnonzero(share >= THRESHOLD).tolist()) for share in shares)
+    return Planes((first, second, third))
+
+
+def _properties(folder: Path, case: str) -> dict[str, Any]:
+    return load_pickle(str(folder / f"{case}.pkl"))

@@ -1,0 +1,1 @@
+"""Annotated planes carried over to the slices beside them."""

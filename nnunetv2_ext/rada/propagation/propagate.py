@@ -1,0 +1,223 @@
+"""Annotated planes spread to the slices beside them: pseudo-labels, made offline, one volume per axis."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nnunetv2_ext.core.files import atomic_write, require_writable
+from nnunetv2_ext.rada.annotation.cases import CaseSource
+from nnunetv2_ext.rada.propagation.registration import carry_over, clean, cores, correlation
+
+Array = npt.NDArray[Any]
+
+NONE = 255  # in a distance volume: no pseudo-label
+MAX_DISTANCE, MIN_CORRELATION = 6, 0.5
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Propagated:
+    """Pseudo-labels of one case.
+
+    Attributes:
+        labels: ``(3, X, Y, Z)``, uint8 or int16: per axis what its planes say; the ignore label where they say nothing.
+            Annotated voxels hold their annotation.
+        distances: ``(3, X, Y, Z)`` uint8: slices to the plane it comes from, 0 for annotated voxels, 255 = none.
+    """
+
+    labels: Array
+    distances: npt.NDArray[np.uint8]
+
+
+def propagate(
+    image: Array,
+    label: Array,
+    planes: Sequence[Sequence[int]],
+    ignore: int,
+    max_distance: int = MAX_DISTANCE,
+    min_correlation: float = MIN_CORRELATION,
+    threads: int | None = None,
+) -> Propagated:
+    """Carry each plane outward, slice to slice, up to `max_distance` slices or half way to the next plane of its axis.
+
+    It also stops where a slice correlates with the one before it by less than `min_correlation`: the warped mask alone
+    does not tell the end of an organ, it never vanishes (measured). Hidden labels are neither needed nor read: where
+    `label` is not `ignore` it is an annotation and wins.
+
+    Args:
+        image: ``(X, Y, Z)``.
+        label: ``(X, Y, Z)`` integers with the ignore label; negative (outside the body) counts as background.
+        planes: indices of annotated planes for each axis.
+        ignore: the ignore label.
+        max_distance: slices, 1 to 254.
+        min_correlation: Pearson's r of neighbouring slices, -1 to 1.
+        threads: for ITK; default: the cores this process may use.
+
+    Raises:
+        ValueError: shapes differ, a plane is outside, or `max_distance` is out of range.
+    """
+    if image.shape != label.shape or image.ndim != 3:
+        raise ValueError(f"image {image.shape} and label {label.shape} must be volumes of one shape")
+    if not 1 <= max_distance < NONE:
+        raise ValueError(f"rada.max_distance={max_distance}: choose 1 to {NONE - 1} slices")
+    threads = cores() if threads is None else threads
+    dtype = np.uint8 if ignore < NONE else np.int16
+    known = np.where(label < 0, 0, label).astype(dtype)
+    labels = np.full((3, *label.shape), ignore, dtype=dtype)
+    distances = np.full((3, *label.shape), NONE, dtype=np.uint8)
+    for axis in range(3):
+        outside = [index for index in planes[axis] if not 0 <= index < label.shape[axis]]
+        if outside:
+            raise ValueError(f"plane {outside[0]} of axis {axis} is outside the volume of {label.shape[axis]} slices")
+        slices, truth = np.moveaxis(image, axis, 0), np.moveaxis(known, axis, 0)
+        out, distance = np.moveaxis(labels[axis], axis, 0), np.moveaxis(distances[axis], axis, 0)
+        for start, step, count in _walks(sorted(planes[axis]), label.shape[axis], max_distance):
+            walk = _spread(slices, truth[start], start, step, count, ignore, min_correlation, threads)
+            for number, found in enumerate(walk, 1):
+                out[start + step * number] = found
+                distance[start + step * number] = np.where(found == ignore, NONE, number)
+    annotated = known != ignore
+    labels[:, annotated] = known[annotated]
+    distances[:, annotated] = 0
+    return Propagated(labels, distances)
+
+
+def _walks(planes: Sequence[int], size: int, max_distance: int) -> list[tuple[int, int, int]]:
+    """(plane, direction, number of slices): each slice between two planes belongs to the nearer, a tie to the lower."""
+    walks = []
+    for number, plane in enumerate(planes):
+        below = planes[number - 1] if number else None
+        above = planes[number + 1] if number + 1 < len(planes) else None
+        down = plane if below is None else (plane - below - 1) // 2
+        up = size - 1 - plane if above is None else (above - plane) // 2
+        # (above - plane) // 2 slices upward reach the middle one too, which the walk down from `above` leaves out
+        walks += [(plane, -1, min(down, max_distance)), (plane, 1, min(up, max_distance))]
+    return [walk for walk in walks if walk[2] > 0]
+
+
+def _spread(
+    slices: Array, start_labels: Array, start: int, step: int, count: int, ignore: int, lowest: float, threads: int
+) -> Iterable[Array]:
+    """Labels of the slices start + step, start + 2 step ... until `count` or until neighbours no longer look alike."""
+    labels = start_labels
+    for number in range(1, count + 1):
+        source, target = slices[start + step * (number - 1)], slices[start + step * number]
+        if correlation(source, target) < lowest:
+            return
+        if not np.array_equal(source, target):
+            labels = clean(carry_over(labels, source, target, threads), ignore)
+        yield labels
+
+
+def plane_weight(t: float) -> float:
+    """w(t) = min(0.95, (cos(pi t) + 1) / 2) for the finished share t of the training, 0 to 1 (DeSCO's schedule)."""
+    return min(0.95, (math.cos(math.pi * t) + 1) / 2)
+
+
+def voxel_weights(distances: Tensor, t: float) -> Tensor:
+    """w(t) ** distance, fp32; 1 where annotated (distance 0), 0 where there is no pseudo-label (255)."""
+    table = torch.full((NONE + 1,), plane_weight(t), dtype=torch.float64) ** torch.arange(NONE + 1)
+    table[NONE] = 0
+    return table.float().to(distances.device)[distances.long()]
+
+
+def propagate_cases(
+    cases: Sequence[CaseSource],
+    root: str | Path,
+    key: dict[str, Any],
+    ignore: int,
+    max_distance: int = MAX_DISTANCE,
+    min_correlation: float = MIN_CORRELATION,
+    log: Callable[[str], None] = print,
+    progress: bool = True,
+) -> dict[str, Path]:
+    """Propagate the planes of all cases, once: case name to file, for ``read_propagated``.
+
+    Kept as one compressed file per case in a folder for the key and the settings; a case whose files or planes changed
+    is computed again. Interrupted runs go on where they were; several processes may run this at once.
+
+    Args:
+        cases: the labelled cases.
+        root: folder of all caches, outside of nnU-Net's configuration folders.
+        key: what else preprocessed data depend on (plans); JSON-serialisable.
+        ignore: the ignore label.
+        max_distance, min_correlation: see ``propagate``.
+        log, progress: a line at the end, a bar on stderr.
+
+    Raises:
+        ValueError: see ``propagate``.
+    """
+    import SimpleITK
+
+    settings = {"max_distance": max_distance, "min_correlation": min_correlation, "ignore": ignore}
+    settings |= {"version": VERSION, "SimpleITK": SimpleITK.Version_VersionString(), **key}
+    folder = require_writable(Path(root) / f"propagated_{_digest(settings)}")
+    paths, computed = {}, 0
+    for case in tqdm(cases, desc="propagating planes", unit="case", disable=not progress):
+        path = folder / f"{case.name}.b2nd"
+        state = _digest([[list(map(int, indices)) for indices in case.planes], case.state])
+        if _state_of(path) != state:
+            sparse = case.load()
+            try:
+                found = propagate(sparse.image, sparse.label, case.planes, ignore, max_distance, min_correlation)
+            except ValueError as error:
+                raise ValueError(f"case {case.name}: {error}") from error
+            _write(path, found, state)
+            computed += 1
+        paths[case.name] = path
+    log(f"pseudo-labels of {len(paths)} cases, {computed} of them computed now: {folder}")
+    return paths
+
+
+def read_propagated(path: str | Path) -> Any:
+    """A case's file as blosc2 array ``(2, 3, X, Y, Z)``: labels, then distances. Slicing reads only what is asked for.
+
+    >>> patch = read_propagated(path)[:, axis, 0:32, 0:32, 0:32]      # doctest: +SKIP
+    """
+    import blosc2
+
+    blosc2.set_nthreads(1)
+    mapped = {} if os.name == "nt" else {"mmap_mode": "r"}  # as nnU-Net opens its own
+    return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **mapped)
+
+
+def _write(path: Path, found: Propagated, state: str) -> None:
+    import blosc2
+
+    both = np.stack((found.labels, found.distances.astype(found.labels.dtype)))
+    chunks = (2, 1, *(min(64, size) for size in both.shape[2:]))
+    array = blosc2.asarray(both, chunks=chunks, cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1})
+    array.schunk.vlmeta["rada_state"] = state
+    frame = array.to_cframe()
+
+    def write(file: Any) -> None:
+        file.write(frame)
+
+    atomic_write(path, write)
+
+
+def _state_of(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        array = read_propagated(path)  # kept while its metadata are read: they do not keep it
+        return array.schunk.vlmeta["rada_state"]
+    except (RuntimeError, ValueError, KeyError, OSError):  # damaged or of another make: computed again
+        return None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Class vectors: CLIP's and learned ones, and how they enter the networks."""

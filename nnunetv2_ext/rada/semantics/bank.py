@@ -1,0 +1,222 @@
+"""The class vectors a network is conditioned on: means over the training cases, and a sample's own ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunetv2_ext.parts.resizing import new_zeros
+
+NUM_AXES = 3
+
+
+def mean_vectors(vectors: Tensor, valid: Tensor) -> Tensor:
+    """R(a, c): per axis and class the mean over the cases that have planes of this axis, of length 1.
+
+    Where no case has one, the mean over the planes of all axes; where there is none either, 0.
+
+    Args:
+        vectors: `(N, 3, C, D)`, of N cases, per plane axis and class; background in row 0.
+        valid: `(N, 3, C)` bool, which of them exist.
+
+    Returns:
+        `(3, C, D)` fp32.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a vector in use that is not finite.
+    """
+    if vectors.ndim != 4 or vectors.shape[1] != NUM_AXES or valid.shape != vectors.shape[:3]:
+        raise ValueError(
+            f"expected vectors (cases, 3 axes, classes, dimensions) and valid (cases, 3 axes, classes), not "
+            f"{tuple(vectors.shape)} and {tuple(valid.shape)}"
+        )
+    if not torch.isfinite(vectors[valid]).all():
+        raise ValueError("an embedding is not finite; delete the embedding cache, and compute it again")
+    weights = valid.float()[..., None]
+    sums = torch.where(valid[..., None], vectors.float(), 0.0).sum(0)
+    of_axis = sums / weights.sum(0).clamp(min=1)
+    of_all = sums.sum(0) / weights.sum((0, 1)).clamp(min=1)
+    return F.normalize(torch.where(valid.any(0)[..., None], of_axis, of_all), dim=-1)
+
+
+def mean_in_view(vectors: Tensor, view_axes: Sequence[int]) -> Tensor:
+    """Mean over the axes a network holds, length 1 where it is not 0: `(..., 3, C, D)` to `(..., C, D)`."""
+    return F.normalize(vectors[..., list(view_axes), :, :].float().mean(-3), dim=-1)
+
+
+def own_or_bank(
+    vectors: Tensor, valid: Tensor, bank: Tensor, view_axes: Sequence[int], use_own: Tensor | None = None
+) -> Tensor:
+    """Image vectors a batch is conditioned on: a sample's own where it has them, else the bank's.
+
+    Args:
+        vectors: own ones, `(B, 3, C, D)`; what is not valid is never read.
+        valid: `(B, 3, C)` bool.
+        bank: `(3, C, D)`.
+        view_axes: axes the network holds.
+        use_own: `(B,)` bool, see `draw_own`; None: all samples.
+
+    Returns:
+        `(B, C, D)`, mean over the axes in view, of length 1 where it is not 0.
+    """
+    wanted = valid if use_own is None else valid & use_own[:, None, None]
+    return mean_in_view(torch.where(wanted[..., None], vectors.float(), bank.float()[None]), view_axes)
+
+
+def draw_own(has_own: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:
+    """Which samples use their own vectors this time, `(B,)` bool: those that have some, with this probability."""
+    return has_own & (torch.rand(has_own.shape, device=has_own.device, generator=generator) < probability)
+
+
+class CaseVectors:
+    """Every training case's own vectors, by case id.
+
+    Args:
+        cases: case id to `(vectors (3, C, D), valid (3, C) bool)`; cases without planes need not be there.
+        num_classes: C, with background.
+        dimension: D.
+
+    Raises:
+        ValueError: a case with other shapes.
+    """
+
+    def __init__(self, cases: Mapping[str, tuple[Tensor, Tensor]], num_classes: int, dimension: int) -> None:
+        self.shape = (NUM_AXES, num_classes, dimension)
+        for case, (vectors, valid) in cases.items():
+            if tuple(vectors.shape) != self.shape or tuple(valid.shape) != self.shape[:2]:
+                raise ValueError(
+                    f"case {case} has embeddings of shape {tuple(vectors.shape)} with validity {tuple(valid.shape)}, "
+                    f"expected {self.shape} and {self.shape[:2]}; delete the embedding cache, and compute it again"
+                )
+        self._cases = {case: (vectors.float(), valid.bool()) for case, (vectors, valid) in cases.items()}
+
+    def __len__(self) -> int:
+        return len(self._cases)
+
+    def of(self, keys: Sequence[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Vectors `(B, 3, C, D)` fp32 and which are valid `(B, 3, C)` of a batch; a case without any is not valid."""
+        none = torch.zeros(self.shape), torch.zeros(self.shape[:2], dtype=torch.bool)
+        found = [self._cases.get(str(key), none) for key in keys]
+        vectors, valid = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return vectors.to(device, non_blocking=True), valid.to(device, non_blocking=True)
+
+    def mean(self) -> Tensor:
+        """R, see `mean_vectors`.
+
+        Raises:
+            ValueError: there is no case.
+        """
+        if not self._cases:
+            raise ValueError("no training case has an annotated plane, so there are no embeddings to take the mean of")
+        vectors, valid = zip(*self._cases.values(), strict=True)
+        return mean_vectors(torch.stack(vectors), torch.stack(valid))
+
+
+class SemanticBank(nn.Module):
+    """Image vectors R, text vectors U and the axes each network holds: buffers, so they travel in the checkpoint.
+
+    The dimension D is that of what is loaded.
+
+    Args:
+        num_classes: C, with background.
+        dimension: D; 0 where no vectors are needed.
+        view_axes: per network the axes of the planes it learns from.
+
+    Attributes:
+        image: R, `(3, C, D)` fp32.
+        text: U, `(C, D)` fp32; row 0, background, is not used.
+        views: `(networks, 3)` bool.
+    """
+
+    image: Tensor
+    text: Tensor
+    views: Tensor
+
+    def __init__(self, num_classes: int, dimension: int, view_axes: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.register_buffer("image", torch.zeros(NUM_AXES, num_classes, dimension))
+        self.register_buffer("text", torch.zeros(num_classes, dimension))
+        self.register_buffer("views", torch.zeros(len(view_axes), NUM_AXES, dtype=torch.bool))
+        self.set_views(view_axes)
+        self.is_filled = False
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.text.shape[1]
+
+    @property
+    def view_axes(self) -> tuple[tuple[int, ...], ...]:
+        """`views` as numbers; kept on the host, so that no step waits for the device."""
+        return self._view_axes
+
+    def in_view(self, k: int) -> Tensor:
+        """R, mean over the axes network k holds, `(C, D)`."""
+        return mean_in_view(self.image, self._view_axes[k])
+
+    def set_views(self, view_axes: Sequence[Sequence[int]]) -> None:
+        """Set the axes each network holds.
+
+        Raises:
+            ValueError: another number of networks, a network without axis, or no such axis.
+        """
+        if len(view_axes) != len(self.views) or not all(
+            axes and set(axes) <= set(range(NUM_AXES)) for axes in map(tuple, view_axes)
+        ):
+            raise ValueError(
+                f"expected one or more of the axes 0, 1, 2 for each of {len(self.views)} networks, got {view_axes}"
+            )
+        views = torch.tensor([[axis in axes for axis in range(NUM_AXES)] for axes in view_axes])
+        with torch.no_grad():
+            self.views.copy_(views)
+        self._read_views()
+
+    def set(self, image: Tensor, text: Tensor) -> None:
+        """Replace R and U, of any dimension.
+
+        Raises:
+            ValueError: shapes that fit neither each other nor the classes, or values that are not finite.
+        """
+        classes = self.text.shape[0]
+        D = text.shape[-1]
+        if tuple(text.shape) != (classes, D) or tuple(image.shape) != (NUM_AXES, classes, D):
+            raise ValueError(
+                f"a bank of {classes} classes needs image vectors (3, {classes}, D) and text vectors ({classes}, D), "
+                f"not {tuple(image.shape)} and {tuple(text.shape)}"
+            )
+        if not torch.isfinite(image).all() or not torch.isfinite(text).all():
+            raise ValueError("an embedding is not finite; delete the embedding cache, and compute it again")
+        if self.dimension != D:
+            self.image, self.text = new_zeros(self.image, image.shape), new_zeros(self.text, text.shape)
+        with torch.no_grad():
+            self.image.copy_(image)
+            self.text.copy_(text)
+        self._read_filled()
+
+    def _read_views(self) -> None:
+        self._view_axes = tuple(
+            tuple(axis for axis, held in enumerate(row) if held) for row in self.views.cpu().tolist()
+        )
+
+    def _read_filled(self) -> None:
+        self.is_filled = bool((self.text != 0).any()) and bool((self.image != 0).any())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in ("image", "text"):
+            stored, own = state_dict.get(prefix + name), getattr(self, name)
+            if stored is None:
+                continue
+            if stored.shape[:-1] != own.shape[:-1]:
+                raise ValueError(
+                    f"the stored embeddings have {name} of shape {tuple(stored.shape)}, this network needs "
+                    f"{(*own.shape[:-1], 'any')}: the dataset's labels changed since; train anew"
+                )
+            if stored.shape != own.shape or own.is_inference():
+                setattr(self, name, new_zeros(own, stored.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._read_views()
+        self._read_filled()

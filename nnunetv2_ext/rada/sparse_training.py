@@ -1,0 +1,226 @@
+"""Training on sparsely annotated cases: what is refused, the planes, the split and the batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from pydantic import BaseModel
+
+from nnunetv2_ext.core.trainer import ExtTrainer
+from nnunetv2_ext.data.split import clean_fold, recorded_subjects, write_split_if_absent
+from nnunetv2_ext.rada.annotation.cases import CaseSource
+from nnunetv2_ext.rada.annotation.survey import Annotation, log_lines
+from nnunetv2_ext.rada.annotation.survival import erased_annotations, require_planes_survived
+from nnunetv2_ext.rada.annotation.trainable import Preprocessed, require_trainable
+from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset, in_workers
+from nnunetv2_ext.rada.propagation.propagate import propagate_cases
+from nnunetv2_ext.rada.semantics.preprocessed import cache_root, case_sources, plans_key
+from nnunetv2_ext.rada.settings import RADASettings
+from nnunetv2_ext.rada.targets import supervised_target
+from nnunetv2_ext.rada.views import AXES, view_masks
+
+
+class SparseTraining(ExtTrainer):
+    """The part of RADATraining that knows the data.
+
+    Attributes:
+        preprocessed: the dataset and configuration.
+        annotations: of all cases of the dataset.
+        labelled_cases: those with any annotated voxel.
+        training_data: nnU-Net's dataset of the training cases.
+        plane_axes: axes on which training cases have planes.
+        masks: per network the view bits it learns from.
+        ignore_label: of the dataset.
+    """
+
+    method_settings: ClassVar[dict[str, type[BaseModel]]] = {"rada": RADASettings}
+    # SGTC's 6000 iterations are 24 such epochs; three networks cost 3.5 times a plain step
+    default_settings: ClassVar[dict[str, Any]] = {"num_epochs": 250}
+
+    annotations: dict[str, Annotation] | None = None
+    labelled_cases: frozenset[str] = frozenset()
+    training_data: Any = None
+    plane_axes: tuple[int, ...] = ()
+    masks: tuple[int, ...]
+    preprocessed: Preprocessed
+    ignore_label: int
+
+    @property
+    def rada(self) -> RADASettings:
+        """This method's settings."""
+        return self.settings.rada  # type: ignore[attr-defined]  # the block settings_model added
+
+    def initialize(self) -> None:
+        """nnU-Net's, after the refusals.
+
+        nnU-Net's own deep supervision stays off: its targets lose thin planes, ours are pooled on the device.
+        """
+        self._refuse_what_cannot_work()
+        self.enable_deep_supervision = False
+        super().initialize()
+
+    def _refuse_what_cannot_work(self) -> None:
+        """Raises ValueError with the reason: 2-D, cascade, regions, no ignore label; NotImplementedError: DDP."""
+        if self.is_ddp:
+            raise NotImplementedError(
+                "nnUNetTrainerRADA runs on one GPU: its three networks are trained one after the other, each of which "
+                "would need its own DDP wrapper, and nnU-Net saves and loads exactly one. Train without -num_gpus"
+            )
+        base = Path(self.preprocessed_dataset_folder_base)
+        self.preprocessed = require_trainable(base, self.plans_manager, self.configuration_name, self.dataset_json)
+        self.ignore_label = self.preprocessed.ignore
+
+    # ---- who is labelled ---------------------------------------------------------------------------------------------
+    def _survey(self) -> dict[str, Annotation]:
+        """What is annotated in every case of the dataset; read once."""
+        if self.annotations is None:
+            self.annotations = self.preprocessed.survey()
+        return self.annotations
+
+    def _check_planes(self, annotations: dict[str, Annotation]) -> None:
+        """Log what was found; raises ValueError if preprocessing erased a plane."""
+        data = self.preprocessed
+        lines = [*log_lines(annotations), *data.warnings(annotations), *erased_annotations(data, annotations)]
+        self.print_to_log_file("RADA found these planes (slices of the preprocessed arrays):\n" + "\n".join(lines))
+        require_planes_survived(data, annotations)
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's: unlabelled cases train in every fold and validate in none (see `split.rada_splits`).
+
+        Raises:
+            ValueError: no labelled case to train on, or none to validate on.
+        """
+        annotations = self._survey()
+        labelled = {case for case, annotation in annotations.items() if annotation.labelled}
+        if self.fold == "all":
+            train, validation = super().do_split()
+            self._require_labelled_among_chosen(train, labelled)
+            return train, [case for case in validation if case in labelled]
+        file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+        subjects = recorded_subjects(self.dataset_json)
+        if write_split_if_absent(file, labelled, set(annotations) - labelled, subjects):
+            self.print_to_log_file(f"RADA wrote {file}: unlabelled cases are in every fold's training part.")
+        train, validation = super().do_split()
+        self._require_labelled_among_chosen(train, labelled)
+        return clean_fold(train, validation, labelled, self.print_to_log_file)
+
+    def _require_labelled_among_chosen(self, train: list[str], labelled: set[str]) -> None:
+        """`train_cases` counts unlabelled cases too; a split that is to blame is another matter."""
+        if self.settings.train_cases is not None and not labelled.intersection(train):
+            raise ValueError(
+                f"train_cases chose {len(train)} unlabelled cases and no labelled one: name the cases, with labelled "
+                "ones among them, choose more, or another train_cases_seed"
+            )
+
+    # ---- batches -----------------------------------------------------------------------------------------------------
+    def get_tr_and_val_datasets(self) -> tuple[ViewDataset, ViewDataset]:
+        """nnU-Net's, whose cases carry their view map; before that the planes are checked."""
+        annotations = self._survey()
+        self._check_planes(annotations)
+        train, validation = super().get_tr_and_val_datasets()
+        self.training_data = train
+        self.plane_axes = tuple(
+            axis for axis in range(3) if any(axis in annotations[case].planes.axes for case in train.identifiers)
+        )
+        self.masks = view_masks(self.plane_axes, self.rada.num_networks)
+        self._describe_views()
+        planes = {case: annotation.planes for case, annotation in annotations.items()}
+        self.labelled_cases = frozenset(case for case, annotation in annotations.items() if annotation.labelled)
+        common = (planes, self.labelled_cases, self.ignore_label)
+        return ViewDataset(train, *common, self._propagated()), ViewDataset(validation, *common)
+
+    def training_sources(self) -> list[CaseSource]:
+        """The training cases with planes, as embedding and registration want them."""
+        assert self.training_data is not None
+        annotations = self._survey()
+        planes = {case: annotations[case].planes for case in self.training_data.identifiers}
+        return case_sources(self.training_data, planes, self.configuration_manager.spacing, self.rada.image_channel)
+
+    def _propagated(self) -> dict[str, Path] | None:
+        """Files of the training cases' propagated planes; None without registration."""
+        if self.rada.registration == "off":
+            return None
+        return propagate_cases(
+            self.training_sources(),
+            cache_root(self.preprocessed_dataset_folder_base),
+            plans_key(self.plans_manager.plans_name, self.configuration_manager.configuration),
+            self.ignore_label,
+            self.rada.max_distance,
+            log=self.print_to_log_file,
+        )
+
+    def _describe_views(self) -> None:
+        names = ["axes " + ", ".join(str(a) for a in range(3) if mask >> a & 1) for mask in self.masks]
+        text = "; ".join(f"network {k} learns from planes of {name}" for k, name in enumerate(names, 1))
+        self.print_to_log_file(f"RADA: {text}.")
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """Replaces nnUNetTrainer.get_dataloaders, which hard-wires its loader; transforms and workers are nnU-Net's."""
+        configuration, labels = self.configuration_manager, self.label_manager
+        patch_size = configuration.patch_size
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        common: dict[str, Any] = {
+            "is_cascaded": False,
+            "foreground_labels": labels.foreground_labels,
+            "regions": None,
+            "ignore_label": labels.ignore_label,
+        }
+        train_transforms = self.get_training_transforms(
+            patch_size,
+            rotation,
+            None,
+            mirror_axes,
+            dummy_2d,
+            use_mask_for_norm=configuration.use_mask_for_norm,
+            **common,
+        )
+        validation_transforms = self.get_validation_transforms(None, **common)
+        train, validation = self.get_tr_and_val_datasets()
+        sampling = {
+            "batch_size": self.batch_size,
+            "final_patch_size": patch_size,
+            "label_manager": labels,
+            "oversample_foreground_percent": self.oversample_foreground_percent,
+        }
+        train_loader = TwoStreamLoader(
+            train,
+            self.rada.labelled_share,
+            self.rada.min_labelled,
+            patch_size=initial_patch_size,
+            transforms=train_transforms,
+            **sampling,
+        )
+        self._describe_streams(train, train_loader)
+        validation_loader = nnUNetDataLoader(
+            validation, patch_size=patch_size, transforms=validation_transforms, **sampling
+        )
+        loaders = in_workers(train_loader, validation_loader, pin_memory=self.device.type == "cuda")
+        for loader in loaders:
+            next(loader)
+        return loaders
+
+    def _describe_streams(self, train: ViewDataset, loader: TwoStreamLoader) -> None:
+        rest = loader.batch_size - loader.number_labelled
+        text = f"{loader.number_labelled} patches of {len(train.labelled)} labelled cases"
+        if rest:
+            text += f" and {rest} of {len(train.unlabelled)} unlabelled cases"
+        elif train.unlabelled:
+            text += f"; the {len(train.unlabelled)} unlabelled cases are left out ("
+            if self.rada.labelled_share == 1:
+                text += "rada.labelled_share=1)"
+            else:
+                text += (
+                    f"a batch keeps rada.min_labelled={self.rada.min_labelled} labelled patches; a larger batch_size "
+                )
+                text += "takes the unlabelled cases in)"
+        else:
+            text += "; there are no unlabelled cases, the networks teach each other on what is not annotated in these"
+        self.print_to_log_file(f"RADA draws for each batch {text}.")
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's, on the annotated voxels of the full resolution."""
+        return super().validation_step(batch | {"target": supervised_target(batch["target"], AXES, self.ignore_label)})

@@ -1,0 +1,112 @@
+import subprocess
+import sys
+
+import matplotlib.style
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, label_colours, take_slice
+
+CLASSES = {0: "background", 1: "liver", 2: "spleen", 3: "ignore"}
+
+
+@pytest.fixture
+def axes():
+    # nnU-Net's progress plot, drawn by other tests, changes matplotlib's defaults for the whole process
+    with matplotlib.style.context("default"):
+        figure = Figure(figsize=(2, 2), dpi=50)
+        yield figure.add_axes((0, 0, 1, 1))
+
+
+def _pixels(axes):
+    canvas = FigureCanvasAgg(axes.figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+
+
+def test_colours_are_distinct_stable_and_one_of_its_own_for_ignore():
+    colours = label_colours(CLASSES)
+    assert 0 not in colours and len(set(colours.values())) == 3
+    assert colours[3] != label_colours({3: "lesion"})[3]
+    assert label_colours({1: "liver"})[1] == colours[1]
+    assert len(set(label_colours({k: str(k) for k in range(22)}).values())) == 21
+
+
+def test_slice_axes_grow_right_and_up():
+    volume = np.zeros((3, 4, 5))
+    volume[2, 3, 1] = 1
+    assert take_slice(volume, 2, 1).shape == (4, 3)
+    assert take_slice(volume, 2, 1)[3, 2] == 1  # row = Y, column = X
+    assert take_slice(volume, 0, 2)[1, 3] == 1  # row = Z, column = Y
+
+
+def test_fullest_slice_and_its_fallback():
+    label = np.zeros((4, 5, 6), dtype=np.uint8)
+    assert fullest_slice(label, 2) == 3
+    label[:, 1, 4] = 2
+    assert [fullest_slice(label, axis) for axis in range(3)] == [0, 1, 4]
+
+
+def test_fullest_slice_prefers_all_organs_to_much_of_one():
+    label = np.zeros((1, 8, 3), dtype=np.uint8)
+    label[0, :8, 0] = 1
+    label[0, :6, 1] = 1  # less of organ 1, all of organ 2
+    label[0, 6, 1] = 2
+    assert fullest_slice(label, 2) == 1
+
+
+def test_image_alone_is_grey(axes):
+    draw_slice(axes, np.random.default_rng(0).random((8, 8)))
+    pixels = _pixels(axes)
+    assert (pixels.max(-1) == pixels.min(-1)).all()
+    assert len(np.unique(pixels)) > 10
+
+
+def test_fill_colours_the_labelled_half_only_and_lower_rows_are_below(axes):
+    label = np.zeros((8, 8), dtype=int)
+    label[:4] = 2
+    draw_slice(axes, np.zeros((8, 8)), label, CLASSES, fill=1.0, contour=False)
+    pixels = _pixels(axes)
+    expected = np.round(255 * np.array(label_colours(CLASSES)[2]))
+    assert np.abs(pixels[75, 50] - expected).max() <= 1  # pixel rows count from the top
+    assert (pixels[25, 50] == 0).all()
+
+
+def test_outline_follows_the_border(axes):
+    label = np.zeros((20, 20), dtype=int)
+    label[5:15, 5:15] = 1
+    draw_slice(axes, np.zeros((20, 20)), label, CLASSES, fill=0)
+    pixels = _pixels(axes).sum(-1)
+    assert pixels[50, 50] == 0 and pixels[50, 5] == 0  # centre and outside stay black
+    assert pixels[50, 20:30].max() > 100  # left border of the square
+
+
+def test_values_without_a_class_are_not_drawn(axes):
+    draw_slice(axes, np.zeros((8, 8)), np.full((8, 8), 9), CLASSES)
+    assert _pixels(axes).sum() == 0
+
+
+def test_constant_and_anisotropic_slices_draw(axes):
+    draw_slice(axes, np.ones((4, 8)), np.ones((4, 8), dtype=int), spacing=(4.0, 1.0), title="thick")
+    assert axes.get_aspect() == 4.0 and axes.get_title() == "thick"
+
+
+def test_legend_names_the_classes_but_not_the_background():
+    figure = Figure(layout="constrained")
+    legend = add_legend(figure, CLASSES)
+    assert [text.get_text() for text in legend.get_texts()] == ["liver", "spleen", "ignore"]
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "message"), [((4, 4, 4), None, "take_slice"), ((4, 4), (4, 5), "differ in shape")]
+)
+def test_bad_shapes_are_refused(axes, image, label, message):
+    with pytest.raises(ValueError, match=message):
+        draw_slice(axes, np.zeros(image), None if label is None else np.zeros(label, dtype=int))
+
+
+def test_pyplot_is_not_imported():
+    code = "import sys, nnunetv2_ext.core.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
