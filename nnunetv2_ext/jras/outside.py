@@ -1,0 +1,54 @@
+"""J-RAS as the rest of the house sees it."""
+
+from nnunetv2_ext.core.outside import Command, ExportEdit, Method, Promise, Trainer
+
+_LINUX_X86_64 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+_ELSEWHERE = "sys_platform != 'linux' or platform_machine != 'x86_64'"
+_SMALLEST = {"jras.bank_size": 8, "jras.num_guides": 2}
+
+METHOD = Method(
+    name="jras",
+    summary="retrieved image-mask guides, the retriever trained jointly (arXiv 2510.09953)",
+    trainers={
+        "nnUNetTrainerJRAS": Trainer(
+            summary="a segmenter that retrieves guides from the training cases",
+            smallest=_SMALLEST,
+            off={"jras.retriever": "none"},
+            # guides at the bottleneck are about 1 % of the FLOPs
+            promises={"": Promise(cpu=1.15, cuda=1.15, memory=1.2, predict=1.15)},
+        ),
+        "nnUNetTrainerMedContextJRAS": Trainer(
+            summary="J-RAS and MedContext at once",
+            smallest=_SMALLEST,
+            off={
+                "jras.retriever": "none",
+                "medcontext.beta": 0,
+                "medcontext.masked_supervised_weight": 0,
+                "medcontext.supervised_weight": 1,
+            },
+        ),
+    },
+    commands={
+        "guides": Command(
+            "nnunetv2_ext.cli.guides", "show what a J-RAS model retrieves for an image, and with which weights"
+        )
+    },
+    export_edits={
+        "strip-bank": ExportEdit(
+            "write a J-RAS model without patients' patches; it predicts with this package, on the plain path",
+            "nnunetv2_ext.jras.strip:without_bank",
+            keeps_trainer=True,
+        ),
+        "blank-groups": ExportEdit(
+            "write a J-RAS model that keeps its guides, and with them patients' patches, but not the numbers of their "
+            "subjects; it predicts as before, with this package",
+            "nnunetv2_ext.jras.strip:without_groups",
+            keeps_trainer=True,
+            same_predictions=True,
+            notice="PRIVACY: these checkpoints hold image patches of training cases; --strip-bank leaves them out",
+        ),
+    },
+    # faiss-gpu before 1.14.3 is for Python <= 3.10
+    requires=(f"faiss-gpu>=1.14.3; {_LINUX_X86_64}", f"faiss-cpu; {_ELSEWHERE}"),
+    card="methods/jras.md",
+)

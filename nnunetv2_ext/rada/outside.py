@@ -1,0 +1,49 @@
+"""RADA as the rest of the house sees it."""
+
+from nnunetv2_ext.core.outside import Command, ExportEdit, Method, Promise, Trainer
+
+# three networks are trained; prediction takes their mean, one after the other
+_COST = Promise(cpu=3.6, cuda=3.6, memory=1.6, predict=3.1)
+
+METHOD = Method(
+    name="rada",
+    summary="three co-trained networks from a few annotated planes a volume (arXiv 2604.11164)",
+    trainers={
+        "nnUNetTrainerRADA": Trainer(
+            summary="three networks that teach each other, from a few annotated planes",
+            smallest={"rada.semantics": "off"},
+            data="sparse",
+            refuses={"2d": "two-dimensional", "cascade": "cascade", "regions": "regions", "ddp": "one GPU"},
+            promises={
+                "": _COST,
+                "semantics=learned": _COST,
+                "semantics=off": _COST,
+                "semantics=learned infer=single:1": Promise(cpu=3.6, cuda=3.6, memory=1.6, predict=1.0),
+            },
+        )
+    },
+    commands={
+        "sparsify": Command(
+            "nnunetv2_ext.cli.sparsify", "make a dense dataset sparse for nnUNetTrainerRADA, or thicken own planes"
+        ),
+        "fix-fingerprint": Command(
+            "nnunetv2_ext.cli.fix_fingerprint",
+            "take CT intensities from annotated voxels only, in a dataset with an ignore label",
+        ),
+        "check-planes": Command(
+            "nnunetv2_ext.cli.check",
+            "show which annotated planes a preprocessed sparse dataset has",
+            formerly="check",
+        ),
+    },
+    weights=dict.fromkeys(("net1", "net2", "net3"), "one of RADA's three networks"),
+    export_edits={
+        "drop-semantics": ExportEdit(
+            "leave out the semantic head of a RADA network, which plain nnU-Net cannot compute: predictions change, so "
+            "validate the exported model",
+            "nnunetv2_ext.rada.export:drop_semantics",
+        )
+    },
+    requires=("open_clip_torch>=3", "safetensors"),  # 3 is the first with require_pretrained and local-dir: models
+    card="methods/rada.md",
+)
