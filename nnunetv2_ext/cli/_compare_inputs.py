@@ -7,10 +7,11 @@ import json
 import os
 from pathlib import Path
 
-from nnunetv2_ext.compare import find, runs
+from nnunetv2_ext.compare import runs
 from nnunetv2_ext.core.files import read_json
+from nnunetv2_ext.data import find
 from nnunetv2_ext.evaluate import structures
-from nnunetv2_ext.evaluate.datasets import find_dataset_json, read_object
+from nnunetv2_ext.evaluate.datasets import read_object
 from nnunetv2_ext.evaluate.folder import Source
 from nnunetv2_ext.evaluate.metrics import Rules
 
@@ -39,7 +40,7 @@ def _of_predictions(args: argparse.Namespace) -> tuple[str, list[runs.Arm], Sour
     given = [(name, [Path(f) for f in folders]) for name, *folders in args.predictions]
     # nnUNetv2_predict leaves the dataset.json of the training beside its predictions
     files = [f / "dataset.json" for _, folders in given for f in folders if (f / "dataset.json").is_file()]
-    file = files[0] if files else find_dataset_json(args.d)
+    file = files[0] if files else find.find_dataset_json(args.d)
     _require_same_labels(file, files)
     source = _source(args, file)
     arms = [runs.predictions_arm(name, folders, source.ending) for name, folders in given]
@@ -54,7 +55,7 @@ def _of_trainings(args: argparse.Namespace) -> tuple[str, list[runs.Arm], Source
         raise ValueError(f"the results are of different datasets: {', '.join(datasets)}; compare those of one")
     files = [m.folder / "dataset.json" for _, parts in models for m, _ in parts]
     files = [f for f in files if f.is_file()]
-    file = files[0] if files else find_dataset_json(args.d)
+    file = files[0] if files else find.find_dataset_json(args.d)
     _require_same_labels(file, files)
     source = _source(args, file)
     folds = args.f or first.folds()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_ext.compare import find, runs
+from nnunetv2_ext.compare import runs
+from nnunetv2_ext.data import find
 
 ENDING = ".nii.gz"
 

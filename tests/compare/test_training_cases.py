@@ -2,8 +2,9 @@
 
 import pytest
 
-from nnunetv2_ext.compare import find, runs
+from nnunetv2_ext.compare import runs
 from nnunetv2_ext.compare.training_cases import require_same_training_cases
+from nnunetv2_ext.data import find
 
 ENDING = ".nii.gz"
 PLAIN, OURS = "nnUNetTrainer", "nnUNetTrainerMedContext"
