@@ -13,9 +13,9 @@ import numpy.typing as npt
 from nnunetv2_ext.compare.collect import Scores
 from nnunetv2_ext.compare.statistics import Difference, signed
 from nnunetv2_ext.core.figures import add_legend, draw_slice
+from nnunetv2_ext.data.case import find_reader
 from nnunetv2_ext.evaluate import plot
 from nnunetv2_ext.evaluate.metrics import METRICS
-from nnunetv2_ext.evaluate.pairs import reader
 
 PLANES = ("axial", "coronal", "sagittal")
 _MARGIN_MM = 10.0
@@ -148,7 +148,7 @@ def read_volume(path: Path, scores: Scores) -> Volume:
         if image.GetDimension() == 3:
             image = sitk.DICOMOrient(image, "LPS")
             return Volume(sitk.GetArrayFromImage(image), tuple(image.GetSpacing()[::-1]), True)
-    content, properties = reader(source.ending, source.reader, path).read_seg(str(path))
+    content, properties = find_reader(source.ending, source.reader, path).read_seg(str(path))
     return Volume(content[0], tuple(float(s) for s in properties["spacing"]), False)
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunetv2_ext.core.progress import progress_bar
+from nnunetv2_ext.data.case import find_reader
 from nnunetv2_ext.evaluate.metrics import Rules, Score, score_case
-from nnunetv2_ext.evaluate.pairs import Pair, find_pairs, read, reader
+from nnunetv2_ext.evaluate.pairs import Pair, find_pairs, read
 from nnunetv2_ext.evaluate.structures import Labels, Structure
 
 
@@ -142,7 +143,7 @@ def _scores(pairs: list[Pair], source: Source, processes: int) -> Generator[list
 def score_pair(task: tuple[Pair, Source, Path]) -> list[Score]:
     """Read and score one case: its files, what to score, and a file that decides on nnU-Net's reader."""
     pair, source, example = task
-    from_file = reader(source.ending, source.reader, example)
+    from_file = find_reader(source.ending, source.reader, example)
     prediction, truth, spacing = read(pair, from_file, source.compare_origin)
     labels = source.labels
     labels.check(f"case {pair.case}: the prediction {pair.prediction}", np.unique(prediction).tolist(), False)
