@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunetv2_ext.core.files import atomic_write_text, require_writable
+from nnunetv2_ext.data.find import PREPROCESSED, nnunet_folder
 
 Split = dict[str, list[str]]
 
@@ -87,10 +88,10 @@ def write_split_for(
     if len({subjects[case] if subjects else case for case in labelled}) < 2:
         say("WARNING: one labelled case (or subject) cannot be split: train with fold 'all'")
         return
-    if not nnUNet_preprocessed.is_set():
+    if not os.environ.get(PREPROCESSED):
         say("nnUNet_preprocessed is not set: nnUNetTrainerRADA will write the split when it trains")
         return
-    folder = require_writable(Path(nnUNet_preprocessed) / dataset_name)
+    folder = require_writable(nnunet_folder(PREPROCESSED) / dataset_name)
     write_split_if_absent(folder / "splits_final.json", labelled, unlabelled, subjects)
     say(f"split: {folder / 'splits_final.json'} (unlabelled cases train in every fold and validate in none)")
 

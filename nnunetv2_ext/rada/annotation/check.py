@@ -12,7 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_ext.core.files import read_json, require_writable
 from nnunetv2_ext.core.labelmaps import class_names
-from nnunetv2_ext.data.raw import folder_below
+from nnunetv2_ext.data.find import PREPROCESSED, find_dataset
 from nnunetv2_ext.data.split import clean_fold
 from nnunetv2_ext.rada.annotation.draw import CaseView, draw_planes
 from nnunetv2_ext.rada.annotation.survey import Annotation, log_lines
@@ -28,7 +28,7 @@ def open_preprocessed(dataset: int | str, configuration: str, plans_name: str = 
     Raises:
         ValueError: it is missing, 2-D, a cascade, has regions or no ignore label.
     """
-    base = folder_below("nnUNet_preprocessed", dataset)
+    base = find_dataset(dataset, PREPROCESSED)
     remedy = f"run nnUNetv2_plan_and_preprocess -d {dataset} -c {configuration}"
     try:
         plans = PlansManager(json.loads((base / f"{plans_name}.json").read_text(encoding="utf-8")))

@@ -22,8 +22,9 @@ from nnunetv2_ext.data.derive import (
     write_json,
     write_label,
 )
-from nnunetv2_ext.data.raw import BLOCK, RawDataset, measure, open_raw, require_free_id, target_grids
+from nnunetv2_ext.data.raw import RawDataset, measure, open_raw, require_free_id, target_grids
 from nnunetv2_ext.data.split import write_split_for
+from nnunetv2_ext.data.subjects import BLOCK
 from nnunetv2_ext.rada.annotation.choose import choose_planes, draw_cases
 from nnunetv2_ext.rada.annotation.planes import Array, Planes, on_planes
 from nnunetv2_ext.rada.annotation.thickened import PlaneReport, thicken_case

@@ -21,8 +21,9 @@ from nnunetv2_ext.data.derive import (
     write_json,
     write_label,
 )
-from nnunetv2_ext.data.raw import BLOCK, Grid, Target, measure, open_raw, require_free_id, target_grids
+from nnunetv2_ext.data.raw import Grid, Target, measure, open_raw, require_free_id, target_grids
 from nnunetv2_ext.data.split import recorded_subjects, write_split_for
+from nnunetv2_ext.data.subjects import BLOCK
 from nnunetv2_ext.rada.annotation.planes import Array, Planes, find_planes
 from nnunetv2_ext.rada.annotation.thicken import Slab, thicken
 from nnunetv2_ext.rada.requirements import require_ignore_label

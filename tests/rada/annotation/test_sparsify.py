@@ -368,7 +368,7 @@ def test_taken_id(phantom, world: Path, where: str) -> None:
 
 
 def test_missing_dataset(world: Path) -> None:
-    refused(world, "dataset 9 is not", 9, 2, SparsifyOptions(1))
+    refused(world, "there is no dataset 9 in", 9, 2, SparsifyOptions(1))
 
 
 def test_regions_and_sparse_data(phantom, world: Path) -> None:
