@@ -10,13 +10,13 @@ from pydantic import BaseModel
 
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.data.split import clean_fold, recorded_subjects, write_split_if_absent
-from nnunetv2_ext.rada.annotation.cases import CaseSource
+from nnunetv2_ext.rada.annotation.cases import CaseSource, cache_root
 from nnunetv2_ext.rada.annotation.survey import Annotation, log_lines
 from nnunetv2_ext.rada.annotation.survival import erased_annotations, require_planes_survived
-from nnunetv2_ext.rada.annotation.trainable import Preprocessed, require_trainable
+from nnunetv2_ext.rada.annotation.trainable import SparsePreprocessed, require_trainable
 from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset, in_workers
 from nnunetv2_ext.rada.propagation.propagate import propagate_cases
-from nnunetv2_ext.rada.semantics.preprocessed import cache_root, case_sources, plans_key
+from nnunetv2_ext.rada.semantics.preprocessed import case_sources
 from nnunetv2_ext.rada.settings import RADASettings
 from nnunetv2_ext.rada.targets import supervised_target
 from nnunetv2_ext.rada.views import AXES, view_masks
@@ -44,7 +44,7 @@ class SparseTraining(ExtTrainer):
     training_data: Any = None
     plane_axes: tuple[int, ...] = ()
     masks: tuple[int, ...]
-    preprocessed: Preprocessed
+    preprocessed: SparsePreprocessed
     ignore_label: int
 
     @property
@@ -98,7 +98,7 @@ class SparseTraining(ExtTrainer):
             train, validation = super().do_split()
             self._require_labelled_among_chosen(train, labelled)
             return train, [case for case in validation if case in labelled]
-        file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+        file = self.preprocessed.splits_file
         subjects = recorded_subjects(self.dataset_json)
         if write_split_if_absent(file, labelled, set(annotations) - labelled, subjects):
             self.print_to_log_file(f"RADA wrote {file}: unlabelled cases are in every fold's training part.")
@@ -136,7 +136,7 @@ class SparseTraining(ExtTrainer):
         assert self.training_data is not None
         annotations = self._survey()
         planes = {case: annotations[case].planes for case in self.training_data.identifiers}
-        return case_sources(self.training_data, planes, self.configuration_manager.spacing, self.rada.image_channel)
+        return case_sources(self.preprocessed, planes, self.configuration_manager.spacing, self.rada.image_channel)
 
     def _propagated(self) -> dict[str, Path] | None:
         """Files of the training cases' propagated planes; None without registration."""
@@ -145,7 +145,7 @@ class SparseTraining(ExtTrainer):
         return propagate_cases(
             self.training_sources(),
             cache_root(self.preprocessed_dataset_folder_base),
-            plans_key(self.plans_manager.plans_name, self.configuration_manager.configuration),
+            self.preprocessed.key(),
             self.ignore_label,
             self.rada.max_distance,
             log=self.print_to_log_file,

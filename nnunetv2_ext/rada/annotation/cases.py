@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -41,3 +42,8 @@ class CaseSource:
     planes: Sequence[Sequence[int]]
     state: Any
     load: Callable[[], SparseCase]
+
+
+def cache_root(preprocessed_dataset_folder: str | Path) -> Path:
+    """Where RADA keeps what it computes offline: beside nnU-Net's configuration folders, never in them."""
+    return Path(preprocessed_dataset_folder) / "nnunetv2_ext" / "rada"

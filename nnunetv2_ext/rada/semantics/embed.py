@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunetv2_ext.core.files import atomic_write, atomic_write_text, require_writable
+from nnunetv2_ext.data.cache import CaseCache
 from nnunetv2_ext.rada.annotation.cases import CaseSource
 from nnunetv2_ext.rada.requirements import require_alpha
 from nnunetv2_ext.rada.semantics.clip_encoder import RegionEncoder
@@ -23,7 +21,7 @@ from nnunetv2_ext.rada.semantics.spread import SMALL_GAP, Spread, spread
 
 Log = Callable[[str], None]
 
-VERSION = 1  # of what is computed; a change makes old caches unread
+VERSION = 2  # of what is computed; a change makes old caches unread
 
 
 @dataclass(frozen=True)
@@ -84,19 +82,18 @@ def embed_cases(
     if not sources:
         raise ValueError("there is no case with annotated planes to embed")
     key = {"version": VERSION, "region": region, **key}
-    folder = require_writable(Path(root) / _digest(key))
-    atomic_write_text(folder / "key.json", json.dumps(key, indent=2, sort_keys=True) + "\n")
+    cache = CaseCache(Path(root), "regions", key, ".safetensors", log)
     encoder = _Lazy(make_encoder, region)
-    text = _text_vectors(folder, prompts, encoder)
-    states = {source.name: _digest(_state(source, len(prompts))) for source in sources}
-    found = {name: _read(folder / f"{name}.safetensors", state) for name, state in states.items()}
+    text = _text_vectors(CaseCache(Path(root), "text", key, ".safetensors", log), prompts, encoder)
+    states = {source.name: _state(source, len(prompts)) for source in sources}
+    found = {name: cache.read(name, state, _load) for name, state in states.items()}
     missing = [source for source in sources if found[source.name] is None]
     if missing:
         bar = tqdm(missing, desc="CLIP embeddings", unit="case", disable=not progress)
         for name, tensors in embed_regions(bar, len(prompts), encoder.get(), region):
-            _write(folder / f"{name}.safetensors", states[name], tensors)
+            cache.write(name, states[name], _packed(tensors))
             found[name] = tensors
-    log(f"CLIP embeddings of {len(sources)} cases, {len(missing)} of them computed now: {folder}")
+    log(f"CLIP embeddings of {len(sources)} cases, {len(missing)} of them computed now: {cache.folder}")
     rows = [tensors for tensors in found.values() if tensors is not None]
     result = CaseEmbeddings(
         cases=tuple(source.name for source in sources),
@@ -136,13 +133,11 @@ class _Lazy:
         return self._encoder
 
 
-def _text_vectors(folder: Path, prompts: Sequence[str], encoder: _Lazy) -> Tensor:
-    state = _digest(list(prompts))
-    path = folder / f"text_{state}.safetensors"
-    tensors = _read(path, state)
+def _text_vectors(cache: CaseCache, prompts: Sequence[str], encoder: _Lazy) -> Tensor:
+    tensors = cache.read("prompts", list(prompts), _load)
     if tensors is None:
         tensors = {"text": encoder.get().encode_text(prompts)}
-        _write(path, state, tensors)
+        cache.write("prompts", list(prompts), _packed(tensors))
     return tensors["text"]
 
 
@@ -150,29 +145,13 @@ def _state(source: CaseSource, number: int) -> dict[str, Any]:
     return {"planes": [list(map(int, indices)) for indices in source.planes], "classes": number, "state": source.state}
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def _load(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
 
 
-def _read(path: Path, state: str) -> dict[str, Tensor] | None:
-    """The tensors of a file, if it is there, whole, and of the wanted state."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("state") != state:
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (FileNotFoundError, SafetensorError):
-        return None
-
-
-def _write(path: Path, state: str, tensors: dict[str, Tensor]) -> None:
+def _packed(tensors: Mapping[str, Tensor]) -> bytes:
     from safetensors.torch import save
 
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"state": state})
-
-    def write(file: Any) -> None:
-        file.write(content)
-
-    atomic_write(path, write)
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})

@@ -17,12 +17,12 @@ import SimpleITK as sitk
 from nnunetv2_ext.cli.dispatch import main
 from nnunetv2_ext.phantom import write_phantom_dataset
 from nnunetv2_ext.rada.annotation import sparsify as sparsify_module
-from nnunetv2_ext.rada.annotation.check import open_preprocessed
 from nnunetv2_ext.rada.annotation.planes import find_planes, on_planes
 from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify
 from nnunetv2_ext.rada.annotation.survey import survey_cases
 from nnunetv2_ext.rada.annotation.survival import lost_planes, require_planes_survived
 from nnunetv2_ext.rada.annotation.thickened import thicken_dataset
+from nnunetv2_ext.rada.annotation.trainable import open_sparse
 from tests.conftest import TinyDataset, run_command
 from tests.rada.sparse_data import add_lowres, plan_and_preprocess
 
@@ -197,9 +197,9 @@ def test_erased_planes_are_reported_and_thicken_only_is_the_remedy(mixed: Path, 
     lost = {}
     for dataset_id, name in ((3, "Dataset003_Phantom"), (4, "Dataset004_Phantom")):
         plan_and_preprocess(TinyDataset(mixed.parent, dataset_id, name))
-        data = open_preprocessed(dataset_id, "3d_fullres")
+        data = open_sparse(dataset_id, "3d_fullres")
         cases = cases_of(mixed / name / "labelsTr")
-        annotations = survey_cases(data.folder, cases, data.ignore)
+        annotations = survey_cases(data, cases, data.ignore)
         lost[dataset_id] = lost_planes(data, annotations)
         if dataset_id == 3:
             with pytest.raises(ValueError, match=r"fine_000: axis .* spacing 0\.4 -> 1 mm.*--thicken-only"):
