@@ -73,8 +73,7 @@ def read_image(case: str, files: Sequence[str | Path], reader: Any) -> tuple[npt
         if not np.isfinite(content).all():
             number = int((~np.isfinite(content)).sum())
             raise ValueError(
-                f"case {case}: the image {file} holds {number} values that are NaN or infinite: replace them, and "
-                "preprocess again"
+                f"case {case}: the image {file} holds {number} values that are NaN or infinite: replace them"
             )
         channels.append(content)
         volumes.append(Volume(f"channel {Path(file).name}", content.shape[1:], properties))

@@ -9,7 +9,8 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from pydantic import BaseModel
 
 from nnunetv2_ext.core.trainer import ExtTrainer
-from nnunetv2_ext.data.split import clean_fold, recorded_subjects, write_split_if_absent
+from nnunetv2_ext.data.split import clean_fold, write_split_if_absent
+from nnunetv2_ext.data.subjects import divided, subjects_of_dataset
 from nnunetv2_ext.rada.annotation.cases import CaseSource, cache_root
 from nnunetv2_ext.rada.annotation.survey import Annotation, log_lines
 from nnunetv2_ext.rada.annotation.survival import erased_annotations, require_planes_survived
@@ -87,7 +88,7 @@ class SparseTraining(ExtTrainer):
         require_planes_survived(data, annotations)
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """nnU-Net's: unlabelled cases train in every fold and validate in none (see `split.rada_splits`).
+        """nnU-Net's: unlabelled cases train in every fold and validate in none (see `split.labelled_splits`).
 
         Raises:
             ValueError: no labelled case to train on, or none to validate on.
@@ -99,11 +100,16 @@ class SparseTraining(ExtTrainer):
             self._require_labelled_among_chosen(train, labelled)
             return train, [case for case in validation if case in labelled]
         file = self.preprocessed.splits_file
-        subjects = recorded_subjects(self.dataset_json)
+        subjects = subjects_of_dataset(self.dataset_json, annotations, self.settings.group_regex)
         if write_split_if_absent(file, labelled, set(annotations) - labelled, subjects):
             self.print_to_log_file(f"RADA wrote {file}: unlabelled cases are in every fold's training part.")
         train, validation = super().do_split()
         self._require_labelled_among_chosen(train, labelled)
+        if both := divided(train, validation, subjects):
+            self.print_to_log_file(
+                f"WARNING: {len(both)} subjects, e.g. {both[0]}, have cases in training and validation: delete {file}, "
+                "and a split that keeps subjects together is written"
+            )
         return clean_fold(train, validation, labelled, self.print_to_log_file)
 
     def _require_labelled_among_chosen(self, train: list[str], labelled: set[str]) -> None:

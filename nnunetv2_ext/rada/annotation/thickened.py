@@ -22,8 +22,8 @@ from nnunetv2_ext.data.derive import (
     write_label,
 )
 from nnunetv2_ext.data.raw import Grid, Target, measure, open_raw, require_free_id, target_grids
-from nnunetv2_ext.data.split import recorded_subjects, write_split_for
-from nnunetv2_ext.data.subjects import BLOCK
+from nnunetv2_ext.data.split import write_split_for
+from nnunetv2_ext.data.subjects import BLOCK, recorded_subjects
 from nnunetv2_ext.rada.annotation.planes import Array, Planes, find_planes
 from nnunetv2_ext.rada.annotation.thicken import Slab, thicken
 from nnunetv2_ext.rada.requirements import require_ignore_label
@@ -134,7 +134,9 @@ def thicken_dataset(
             "labelled": report.provenance(),
             "classes_on_no_plane": report.missing(dataset.json["labels"]),
         }
-        write_json(dataset, target_id, folder, dataset.cases, {BLOCK: {"sparsify": block}})
+        write_json(
+            dataset, target_id, folder, dataset.cases, {BLOCK: {**(dataset.json.get(BLOCK) or {}), "sparsify": block}}
+        )
     final = final_folder(dataset, target_id)
     say(f"{final}: {len(report.planes)} cases with planes of {len(dataset.cases)}")
     for case in loose:
