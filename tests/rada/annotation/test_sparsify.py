@@ -361,7 +361,7 @@ def test_a_test_set_that_divides_what_looks_like_pairs_is_refused(paired: Path, 
     divided = json.loads((world / "Dataset003_Phantom" / "dataset.json").read_text())["nnunetv2_ext"]["sparsify"][
         "test"
     ]
-    assert len({case[:4] for case in divided}) == 2
+    assert len({case[:4] for case in block["test"]}) == 2
 
 
 def test_what_looks_like_pairs_is_pointed_out(paired: Path, capsys) -> None:
