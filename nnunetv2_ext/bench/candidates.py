@@ -76,9 +76,9 @@ def parse_candidates(trainers: Sequence[str], settings: Sequence[str] = ()) -> l
 def check_settings(candidate: Candidate, cls: type) -> None:
     """Raise ValueError if ``cls`` takes no settings or refuses those of ``candidate``."""
     from nnunetv2_ext.core.resolve import resolve
-    from nnunetv2_ext.core.trainer_settings import ConfiguredTrainer
+    from nnunetv2_ext.core.trainer_settings import SettingsTrainer
 
-    if issubclass(cls, ConfiguredTrainer):
+    if issubclass(cls, SettingsTrainer):
         resolve(cls.settings_model(), trainer_defaults=cls.default_settings, environment=candidate.settings or None)
     elif candidate.settings:
         raise ValueError(f"{candidate.trainer} takes no settings; only the trainers of nnunetv2-ext do")
