@@ -49,6 +49,7 @@ class ConfiguredTrainer(nnUNetTrainer):
 
     Attributes:
         method_settings: *method hook*; block name to pydantic model, merged over all base classes.
+        common_settings: keys without a block; rooms above core offer further ones (parts/settings.py).
         default_settings: *method hook*; dotted keys whose default differs for this trainer.
         settings: the resolved settings.
         generator: the methods' own random stream, on the device, per rank; it leaves nnU-Net's augmentation stream
@@ -56,6 +57,7 @@ class ConfiguredTrainer(nnUNetTrainer):
     """
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {}
+    common_settings: ClassVar[type[ext_settings.CommonSettings]] = ext_settings.CommonSettings
     default_settings: ClassVar[dict[str, Any]] = {}
     generator: torch.Generator  # -> initialize
     _train_cases: list[str] | None = None  # -> do_split, or the checkpoint
@@ -95,7 +97,8 @@ class ConfiguredTrainer(nnUNetTrainer):
     @classmethod
     def settings_model(cls) -> type[ext_settings.CommonSettings]:
         """The pydantic model of this trainer's settings: the common keys and a block per method it inherits from."""
-        return ext_settings.settings_model(cls.__name__, merged_over_bases(cls, "method_settings"))
+        common = [vars(base)["common_settings"] for base in cls.__mro__ if "common_settings" in vars(base)]
+        return ext_settings.settings_model(cls.__name__, merged_over_bases(cls, "method_settings"), common)
 
     def _apply_settings(self, resolved: Resolved) -> None:
         s = resolved.settings
