@@ -22,10 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the keys; raises ValueError for an unknown trainer."""
     from nnunetv2_ext.core.settings import CommonSettings, fields_by_key, is_marked
+    from nnunetv2_ext.parts.settings import HouseSettings
 
     known = sorted(installed_trainers())
     if args.trainer is None:
-        model: type[CommonSettings] = CommonSettings
+        model: type[CommonSettings] = HouseSettings
         presets: dict[str, dict[str, dict[str, Any]]] = {}
         defaults: dict[str, Any] = {}
         print(textwrap.fill(f"Common to all trainers ({', '.join(known)}):", width=100))

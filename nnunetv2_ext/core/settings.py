@@ -7,7 +7,7 @@ values come from a file or the environment (core/sources.py) and are merged in c
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
@@ -132,15 +132,19 @@ class CommonSettings(Settings):
         return value
 
 
-def settings_model(name: str, methods: Mapping[str, type[BaseModel]]) -> type[CommonSettings]:
+def settings_model(
+    name: str, methods: Mapping[str, type[BaseModel]], common: Sequence[type[CommonSettings]] = (CommonSettings,)
+) -> type[CommonSettings]:
     """The settings model of a trainer: the common keys and one block per method.
 
     Args:
         name: name of the trainer class, for messages.
         methods: block name (the method's name) to the method's own pydantic model.
+        common: models of the common keys; one that another one is derived from adds nothing.
     """
     blocks: dict[str, Any] = {method: (model, model()) for method, model in methods.items()}
-    return create_model(name, __base__=CommonSettings, **blocks)
+    bases = tuple(a for a in dict.fromkeys(common) if not any(b is not a and issubclass(b, a) for b in common))
+    return create_model(name, __base__=bases, **blocks)
 
 
 def fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:

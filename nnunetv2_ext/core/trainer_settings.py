@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -60,11 +60,13 @@ class SettingsTrainer(MethodHooks, nnUNetTrainer):
     """The part of ExtTrainer that knows the settings.
 
     Attributes:
+        common_settings: keys without a block; rooms above core offer further ones (parts/settings.py).
         settings: the resolved settings.
         generator: the methods' own random stream, on the device, per rank; it leaves nnU-Net's augmentation stream
             untouched, so runs of one seed see the same batches whatever the method draws.
     """
 
+    common_settings: ClassVar[type[ext_settings.CommonSettings]] = ext_settings.CommonSettings
     generator: torch.Generator  # -> initialize
 
     def __init__(
@@ -112,7 +114,8 @@ class SettingsTrainer(MethodHooks, nnUNetTrainer):
     @classmethod
     def settings_model(cls) -> type[ext_settings.CommonSettings]:
         """The pydantic model of this trainer's settings: the common keys and a block per method it inherits from."""
-        return ext_settings.settings_model(cls.__name__, merged_over_bases(cls, "method_settings"))
+        common = [vars(base)["common_settings"] for base in cls.__mro__ if "common_settings" in vars(base)]
+        return ext_settings.settings_model(cls.__name__, merged_over_bases(cls, "method_settings"), common)
 
     def _apply_settings(self, resolved: Resolved) -> None:
         s = resolved.settings

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, unwrap
 from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
-from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose
 from nnunetv2_ext.medcontext.panel import draw_panel
 from nnunetv2_ext.medcontext.settings import MedContextSettings
@@ -29,9 +28,10 @@ from nnunetv2_ext.parts.consistency import consistency_loss, valid_mask
 from nnunetv2_ext.parts.masking import apply_mask, block_mask, cell_counts, resolve_block
 from nnunetv2_ext.parts.ramps import momentum, ramp, released_momentum
 from nnunetv2_ext.parts.teacher import EMATeacher
+from nnunetv2_ext.parts.trainer import MethodTrainer
 
 
-class MedContextTraining(ExtTrainer):
+class MedContextTraining(MethodTrainer):
     """Adds a masked pass with a moving-average teacher in front of nnU-Net's supervised pass.
 
     The network that is trained, validated, saved and predicted with is the student, nnU-Net's own; the teacher is an

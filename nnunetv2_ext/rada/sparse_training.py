@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.data.split import clean_fold, recorded_subjects, write_split_if_absent
+from nnunetv2_ext.parts.trainer import MethodTrainer
 from nnunetv2_ext.rada.annotation.cases import CaseSource
 from nnunetv2_ext.rada.annotation.survey import Annotation, log_lines
 from nnunetv2_ext.rada.annotation.survival import erased_annotations, require_planes_survived
@@ -21,7 +21,7 @@ from nnunetv2_ext.rada.targets import supervised_target
 from nnunetv2_ext.rada.views import AXES, view_masks
 
 
-class SparseTraining(ExtTrainer):
+class SparseTraining(MethodTrainer):
     """The part of RADATraining that knows the data.
 
     Attributes:

@@ -75,7 +75,8 @@ def test_rada_costs_no_quarter_more_than_promised(asked_for, tmp_path: Path, mon
 
 def test_every_promise_is_guarded() -> None:
     assert {*OTHERS, *JRAS, *RADA} == set(PROMISES) - {"nnUNetTrainerRADA"}  # the default needs CLIP's weights
-    assert {label.split()[0] for label in PROMISES} >= set(installed_trainers()) - {"nnUNetTrainerMedContextJRAS"}
+    without = {"nnUNetTrainerMedContextJRAS", "nnUNetTrainerExt"}  # a combination, and plain nnU-Net
+    assert {label.split()[0] for label in PROMISES} >= set(installed_trainers()) - without
 
 
 def measure(

@@ -16,9 +16,10 @@ from nnunetv2_ext.cli import main
 from nnunetv2_ext.cli._trainers import load_trainer
 from nnunetv2_ext.cli.settings import type_name
 from nnunetv2_ext.core.resolve import resolve
-from nnunetv2_ext.core.settings import CommonSettings, fields_by_key
+from nnunetv2_ext.core.settings import fields_by_key
 from nnunetv2_ext.core.sources import from_environment
 from nnunetv2_ext.medcontext.settings import MedContextSettings
+from nnunetv2_ext.parts.settings import HouseSettings
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
 
 HEAD = re.compile(r"^(\S+) = (.*?)    \[(.+)\]$", re.MULTILINE)
@@ -38,11 +39,11 @@ def printed(capsys: pytest.CaptureFixture[str], *trainer: str) -> tuple[str, dic
 
 
 @pytest.mark.parametrize(
-    ("arguments", "model"), [([], CommonSettings), (["nnUNetTrainerMedContext"], nnUNetTrainerMedContext)]
+    ("arguments", "model"), [([], HouseSettings), (["nnUNetTrainerMedContext"], nnUNetTrainerMedContext)]
 )
 def test_every_key_has_its_default_type_and_meaning(capsys, arguments, model):
     text, blocks = printed(capsys, *arguments)
-    fields = fields_by_key(model if model is CommonSettings else model.settings_model())
+    fields = fields_by_key(model if model is HouseSettings else model.settings_model())
     assert set(blocks) == set(fields)
     for key, field in fields.items():
         default, kind, meaning = blocks[key]
