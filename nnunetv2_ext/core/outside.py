@@ -131,14 +131,25 @@ def method_of(module: str) -> Method | None:
     while parts:
         name = ".".join([*parts, "outside"])
         try:
-            return importlib.import_module(name).METHOD
+            found = getattr(importlib.import_module(name), "METHOD", None)  # core has a file of this name too: this one
         except ModuleNotFoundError as error:
             if error.name not in (name, *(".".join(parts[:n]) for n in range(1, len(parts) + 1))):
                 raise
-        except AttributeError:  # core has a file of this name too: this one
-            return None
+        else:
+            return found
         parts.pop()
     return None
+
+
+def methods_of(cls: type) -> list[Method]:
+    """The methods that a trainer is made of, by the modules of its base classes, the nearest first; [] for core's."""
+    found = {method.name: method for base in cls.__mro__ if (method := method_of(base.__module__)) is not None}
+    return list(found.values())
+
+
+def trainer_of(cls: type) -> Trainer | None:
+    """What a method says of a trainer's class; None if none names it."""
+    return next((m.trainers[cls.__name__] for m in methods_of(cls) if cls.__name__ in m.trainers), None)
 
 
 def load(reference: str) -> Any:

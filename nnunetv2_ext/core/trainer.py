@@ -34,7 +34,7 @@ class ExtTrainer(ResumableTrainer):
     """Base of all our trainers: nnUNetTrainer with loss passes, settings, exact resume, logs and clean interruption.
 
     Further *method hooks* are ``method_settings`` and ``default_settings`` (core/trainer_settings.py),
-    ``method_state``, ``load_method_state``, ``export_weights`` and ``export_edits`` (core/trainer_checkpoints.py).
+    ``method_state``, ``load_method_state`` and ``export_weights`` (core/trainer_checkpoints.py).
     """
 
     last_batch: dict | None = None  # the loader's, on the CPU, for pictures

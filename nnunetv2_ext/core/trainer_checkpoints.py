@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, distributed
 
 from nnunetv2_ext.core import checkpoint as checkpoints
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core import settings as ext_settings
-from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.core.files import atomic_torch_save
 from nnunetv2_ext.core.logs import EpochLog
 from nnunetv2_ext.core.resolve import resume
-from nnunetv2_ext.core.trainer_settings import ConfiguredTrainer, merged_over_bases
+from nnunetv2_ext.core.trainer_settings import ConfiguredTrainer
 
 
 class CheckpointedTrainer(ConfiguredTrainer):
@@ -29,11 +28,7 @@ class CheckpointedTrainer(ConfiguredTrainer):
         global_step: optimiser steps done, over all epochs.
         epoch_log: this run's CSV and TensorBoard log; None before on_train_start.
         epochs_without_improvement: epochs since the moving average of the pseudo Dice was last best.
-        export_edits: *method hook*; what can be taken out of a model before it is handed on, by the name of the option
-            of ``nnUNetv2_ext export``, merged over all base classes.
     """
-
-    export_edits: ClassVar[dict[str, ExportEdit]] = {}
 
     global_step = 0
     epochs_without_improvement = 0
@@ -66,11 +61,6 @@ class CheckpointedTrainer(ConfiguredTrainer):
         if weights != "student":
             raise ValueError(f"{cls.__name__} has no {weights!r} weights to export; it has: student")
         return checkpoint["network_weights"]
-
-    @classmethod
-    def all_export_edits(cls) -> dict[str, ExportEdit]:
-        """Those of this trainer and of all its base classes, by name."""
-        return merged_over_bases(cls, "export_edits")
 
     def save_checkpoint(self, filename: str) -> None:
         """Replaces nnUNetTrainer.save_checkpoint: its keys and ours, written atomically (temporary, fsync, rename)."""
