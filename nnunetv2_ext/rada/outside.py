@@ -24,14 +24,11 @@ METHOD = Method(
     },
     commands={
         "sparsify": Command(
-            "nnunetv2_ext.cli.sparsify", "make a dense dataset sparse for nnUNetTrainerRADA, or thicken own planes"
-        ),
-        "fix-fingerprint": Command(
-            "nnunetv2_ext.cli.fix_fingerprint",
-            "take CT intensities from annotated voxels only, in a dataset with an ignore label",
+            "nnunetv2_ext.rada.commands.sparsify",
+            "make a dense dataset sparse for nnUNetTrainerRADA, or thicken own planes",
         ),
         "check-planes": Command(
-            "nnunetv2_ext.cli.check",
+            "nnunetv2_ext.rada.commands.check_planes",
             "show which annotated planes a preprocessed sparse dataset has",
             formerly="check",
         ),
