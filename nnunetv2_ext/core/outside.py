@@ -35,6 +35,10 @@ class Promise:
     memory: float | None = None
     predict: float | None = None
 
+    def step(self, device: str) -> float | None:
+        """Of the step on a type of device; None elsewhere than on ``cpu`` and ``cuda``."""
+        return {"cpu": self.cpu, "cuda": self.cuda}.get(device)
+
 
 @dataclass(frozen=True)
 class Trainer:
@@ -47,7 +51,8 @@ class Trainer:
         off: settings with which the trainer is plain nnU-Net bit for bit; None if there are none.
         data: ``dense`` labels, or ``sparse``: an ignore label on all but a few planes.
         refuses: what it cannot do, and words of its refusal.
-        promises: by the settings of a candidate of ``nnUNetv2_ext bench``, ``""`` for the defaults.
+        promises: by the settings of a candidate of ``nnUNetv2_ext bench``, as one types them (dotted keys), ``""`` for
+            the defaults.
     """
 
     summary: str
@@ -156,6 +161,11 @@ def load(reference: str) -> Any:
     """What ``"module:attribute"`` names."""
     module, _, attribute = reference.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def load_trainer(name: str) -> Any:
+    """The class of one of `installed_trainers`. Raises ImportError if something that its module needs is missing."""
+    return load(f"{nnunetv2_ext.installed_trainers()[name]}:{name}")
 
 
 def _found() -> Iterator[Method]:

@@ -16,9 +16,9 @@ METHOD = Method(
             refuses={"2d": "two-dimensional", "cascade": "cascade", "regions": "regions", "ddp": "one GPU"},
             promises={
                 "": _COST,
-                "semantics=learned": _COST,
-                "semantics=off": _COST,
-                "semantics=learned infer=single:1": Promise(cpu=3.6, cuda=3.6, memory=1.6, predict=1.0),
+                "rada.semantics=learned": _COST,
+                "rada.semantics=off": _COST,
+                "rada.semantics=learned rada.infer=single:1": Promise(cpu=3.6, cuda=3.6, memory=1.6, predict=1.0),
             },
         )
     },
