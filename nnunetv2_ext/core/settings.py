@@ -48,7 +48,7 @@ class Settings(BaseModel):
 class CommonSettings(Settings):
     """Settings every trainer of this package understands.
 
-    A method adds its own below its name (``medcontext.mask_ratio``).
+    A method adds its own below its name (``mymethod.weight``).
     """
 
     num_epochs: int = Field(
@@ -148,7 +148,7 @@ def settings_model(
 
 
 def fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Every settable key, dotted (``medcontext.mask_ratio``), with its pydantic field."""
+    """Every settable key, dotted (``mymethod.weight``), with its pydantic field."""
     fields: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -225,7 +225,7 @@ def flatten(settings: BaseModel) -> dict[str, Any]:
 
 
 def flatten_layer(layer: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """Nested blocks of a source as dotted keys; a block without a key in it (``medcontext:``) is no key."""
+    """Nested blocks of a source as dotted keys; a block without a key in it (``mymethod:``) is no key."""
     blocks = {key.partition(".")[0] for key in fields_by_key(model) if "." in key}
     flat: dict[str, Any] = {}
     for key, value in layer.items():

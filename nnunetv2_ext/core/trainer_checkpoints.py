@@ -11,19 +11,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import distributed
 
 from nnunetv2_ext.core import checkpoint as checkpoints
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core import settings as ext_settings
-from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.core.files import atomic_torch_save
 from nnunetv2_ext.core.logs import EpochLog
 from nnunetv2_ext.core.resolve import resume
 from nnunetv2_ext.core.trainer_data import DataTrainer
-from nnunetv2_ext.core.trainer_settings import merged_over_bases
 from nnunetv2_ext.core.training_modules import load_states, states_of
 
 TRAINING_MODULES = "training_modules"  # name of their group in the optimiser
@@ -36,11 +34,7 @@ class CheckpointTrainer(DataTrainer):
         global_step: optimiser steps done, over all epochs.
         epoch_log: this run's CSV and TensorBoard log; None before on_train_start.
         epochs_without_improvement: epochs since the moving average of the pseudo Dice was last best.
-        export_edits: *method hook*; what can be taken out of a model before it is handed on, by the name of the option
-            of ``nnUNetv2_ext export``, merged over all base classes.
     """
-
-    export_edits: ClassVar[dict[str, ExportEdit]] = {}
 
     global_step = 0
     epochs_without_improvement = 0
@@ -52,11 +46,6 @@ class CheckpointTrainer(DataTrainer):
     _log_state: dict[str, Any] | None = None
     _is_resumed = False  # a checkpoint was loaded
     _score: float | None = None  # moving average of the validation score
-
-    @classmethod
-    def all_export_edits(cls) -> dict[str, ExportEdit]:
-        """Those of this trainer and of all its base classes, by name."""
-        return merged_over_bases(cls, "export_edits")
 
     def save_checkpoint(self, filename: str) -> None:
         """Replaces nnUNetTrainer.save_checkpoint: its keys and ours, written atomically (temporary, fsync, rename)."""

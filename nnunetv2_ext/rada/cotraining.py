@@ -10,7 +10,6 @@ import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
-from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
 from nnunetv2_ext.core.trainer_settings import method_settings_in
 from nnunetv2_ext.parts.epoch_means import EpochMeans
@@ -25,7 +24,7 @@ from nnunetv2_ext.parts.pseudo_labels import (
     teach,
     teacher_weight,
 )
-from nnunetv2_ext.rada.export import EXPORT_EDITS, export_network
+from nnunetv2_ext.rada.export import export_network
 from nnunetv2_ext.rada.network import MemberOutput, RADANet, build_rada_network
 from nnunetv2_ext.rada.settings import RADASettings
 from nnunetv2_ext.rada.sparse_training import SparseTraining
@@ -40,8 +39,6 @@ from nnunetv2_ext.rada.targets import (
 
 class CoTraining(SparseTraining):
     """Adds the networks and the passes of a step: one without gradient, then one per network."""
-
-    export_edits: ClassVar[dict[str, ExportEdit]] = EXPORT_EDITS
 
     strides: list[list[int]]  # of the resolutions that have a loss, highest first
     # the networks are called one by one, not as one module

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunetv2_ext.core.export_edit import ExportEdit
-
 _MEMBER = re.compile(r"members\.(\d+)\.network\.")
 
 
@@ -91,14 +89,6 @@ def without_semantics(network_weights: Mapping[str, Tensor]) -> dict[str, Tensor
     return {name: torch.zeros_like(value) if name in gates else value for name, value in network_weights.items()}
 
 
-def _drop_semantics(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def drop_semantics(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A RADA checkpoint `without_semantics`: what `export --drop-semantics` applies."""
     return checkpoint | {"network_weights": without_semantics(checkpoint["network_weights"])}
-
-
-EXPORT_EDITS = {
-    "drop-semantics": ExportEdit(
-        "leave out the semantic head of a RADA network, which plain nnU-Net cannot compute: predictions change, so "
-        "validate the exported model",
-        _drop_semantics,
-    )
-}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from pydantic import BaseModel, Field
 
 from nnunetv2_ext import installed_trainers
 from nnunetv2_ext.cli import main
-from nnunetv2_ext.cli._trainers import load_trainer
 from nnunetv2_ext.cli.settings import type_name
+from nnunetv2_ext.core.outside import load_trainer
 from nnunetv2_ext.core.resolve import resolve
 from nnunetv2_ext.core.settings import fields_by_key
 from nnunetv2_ext.core.sources import from_environment
@@ -53,6 +54,20 @@ def test_every_key_has_its_default_type_and_meaning(capsys, arguments, model):
         assert meaning.startswith(field.description[:20]) and meaning.endswith("."), key
         assert not meaning.endswith(".."), key
     assert max(map(len, text.split("stands for")[0].splitlines())) <= 110
+
+
+def test_json_says_the_same(capsys):
+    _, blocks = printed(capsys, "nnUNetTrainerMedContext")
+    assert main(["settings", "nnUNetTrainerMedContext", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["trainer"] == "nnUNetTrainerMedContext" and list(content["settings"]) == list(blocks)
+    for key, (default, kind, _) in blocks.items():
+        found = content["settings"][key]
+        assert (found["type"], "none" if found["default"] is None else str(found["default"])) == (kind, default)
+    assert content["settings"]["num_epochs"]["resumable"] and not content["settings"]["seed"]["resumable"]
+    assert content["presets"]["medcontext.preset=paper_code"] == {
+        f"medcontext.{key}": value for key, value in MedContextSettings.PRESETS["paper_code"].items()
+    }
 
 
 def test_marks_say_what_may_change_on_continue(capsys):
