@@ -131,3 +131,24 @@ def test_a_known_foreign_import_is_gone(name: str, room: str) -> None:
 def test_a_known_name_of_a_method_is_gone(name: str) -> None:
     file = CHECKOUT / name
     assert not file.exists() or not names_in(file.read_text())
+
+
+# ---- the page that shows the house
+
+
+def imported_rooms() -> dict[str, set[str]]:
+    """Room to the rooms that it imports in fact; the methods are one room, ``a method``."""
+    found: dict[str, set[str]] = {}
+    for room in ROOMS:
+        name = "a method" if room in METHODS else room
+        for file in sources(room):
+            rooms = {full.split(".")[1] for full in imports_of(file.read_text()) if "." in full} - OF_ALL - {room}
+            found.setdefault(name, set()).update("a method" if other in METHODS else other for other in rooms)
+    return found
+
+
+def test_the_table_of_the_architecture_page_is_true() -> None:
+    text = (CHECKOUT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w[\w ]*) \| ([\w ,-]+) \| [^|]+ \|$", text, flags=re.MULTILINE)
+    table = {room: set() if rooms == "nothing" else set(rooms.split(", ")) for room, rooms in rows if room != "room"}
+    assert table == imported_rooms()
