@@ -33,18 +33,6 @@ def plain_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size
     return plain
 
 
-def backbone_weights(plain: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse: a plain network's weights for a backbone; further inputs (`fusion=concat`) start with weight 0."""
-    weights: dict[str, Tensor] = {}
-    for name, value in plain.items():
-        target = wanted.get(name)
-        if target is not None and value.ndim > 1 and value.shape[1] < target.shape[1]:
-            missing = target.new_zeros((len(target), target.shape[1] - value.shape[1], *target.shape[2:]))
-            value = torch.cat((value.to(target), missing), 1)
-        weights[name] = value
-    return weights
-
-
 def without_bank(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint with every guide removed, and with what names the guides' cases; it predicts on the plain path.
 

@@ -86,6 +86,11 @@ class RADANet(nn.Module):
                 names.update(f"{path}.{name}" for name, _ in module.named_parameters())
         return frozenset(names)
 
+    @property
+    def stock_prefixes(self) -> tuple[str, ...]:
+        """Where nnU-Net's own networks sit (see parts/start.py)."""
+        return tuple(f"members.{k}.network." for k in range(len(self.members)))
+
     def member(self, k: int) -> Member:
         """Network k, from 0."""
         return self.members[k]  # type: ignore[return-value]
