@@ -109,7 +109,8 @@ class Method:
         commands: by name.
         weights: what ``export --weights`` takes besides ``student``, with one phrase each.
         export_edits: by the option's name, without dashes.
-        requires: distributions that ``pip install nnunetv2-ext`` brings for it.
+        requires: distributions that ``pip install nnunetv2-ext`` brings for it, with what pip understands behind the
+            name (``>=3``, ``; sys_platform == 'linux'``).
         extras: by the name of the extra, distributions that it brings.
         card: its page below ``docs/``.
     """
