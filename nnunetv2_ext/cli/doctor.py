@@ -14,6 +14,7 @@ from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 
 Check = Callable[[], Iterable[Finding]]
 
+EPILOG = "Exit status: 0 if nothing is marked FAIL, else 1."
 SUBJECT_WIDTH = 28  # of the column with what was checked; the longest trainer names fit
 
 SECTIONS: dict[str, tuple[Check, ...]] = {
@@ -32,7 +33,6 @@ SECTIONS: dict[str, tuple[Check, ...]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.epilog = "Exit status: 0 if nothing is marked FAIL, else 1."
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 

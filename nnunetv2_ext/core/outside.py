@@ -68,7 +68,8 @@ class Command:
     """A subcommand of ``nnUNetv2_ext``.
 
     Attributes:
-        module: has ``add_arguments(parser) -> None`` and ``run(args) -> int``, the exit status.
+        module: has ``add_arguments(parser) -> None`` and ``run(args) -> int``, the exit status; an ``EPILOG`` stands
+            below its help.
         summary: one line for the overview.
         formerly: an old name, which still works and says so.
     """
