@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,10 +143,9 @@ def known_trainers() -> list[str]:
     """Names of all trainers that are imported by now, and of ours."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    names, waiting = {BASELINE, *installed_trainers()}, [nnUNetTrainer]
-    while waiting:
-        for subclass in waiting.pop().__subclasses__():
-            if subclass.__name__ not in names and subclass.__name__.startswith("nnUNetTrainer"):
-                names.add(subclass.__name__)
-            waiting.append(subclass)
-    return sorted(names)
+    def below(cls: type[nnUNetTrainer]) -> Iterator[str]:
+        for subclass in cls.__subclasses__():
+            yield subclass.__name__
+            yield from below(subclass)
+
+    return sorted({BASELINE, *installed_trainers(), *(n for n in below(nnUNetTrainer) if n.startswith(BASELINE))})

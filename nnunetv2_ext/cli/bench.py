@@ -21,8 +21,6 @@ Exit status: 0, or 1 if a trainer failed (the others are still reported).
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
     parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of a preprocessed dataset")
     parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="e.g. 3d_fullres")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: %(default)s)")

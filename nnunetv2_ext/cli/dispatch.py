@@ -1,7 +1,8 @@
 """Finds and runs the subcommands of ``nnUNetv2_ext``: those of the house and those of each method's ``outside.py``.
 
-A subcommand is a module with ``add_arguments(parser) -> None`` and ``run(args) -> int`` (the exit status). Only the
-module of the command that was typed is imported, so that the overview is immediate.
+A subcommand is a module with ``add_arguments(parser) -> None``, ``run(args) -> int`` (the exit status) and, shown below
+its help as it stands, ``EPILOG``. Only the module of the command that was typed is imported, so that the overview is
+immediate.
 """
 
 import argparse
@@ -60,8 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name != typed:
         print(f"nnUNetv2_ext {typed} is now called {name}; use the new name", file=sys.stderr)
     summary = known[name].summary
-    parser = argparse.ArgumentParser(prog=f"nnUNetv2_ext {name}", description=f"{summary[0].upper()}{summary[1:]}.")
     module = importlib.import_module(known[name].module)
+    parser = argparse.ArgumentParser(
+        prog=f"nnUNetv2_ext {name}",
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=getattr(module, "EPILOG", None),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     module.add_arguments(parser)
     args = parser.parse_args(rest)
     try:

@@ -68,7 +68,8 @@ class Command:
     """A subcommand of ``nnUNetv2_ext``.
 
     Attributes:
-        module: has ``add_arguments(parser) -> None`` and ``run(args) -> int``, the exit status.
+        module: has ``add_arguments(parser) -> None`` and ``run(args) -> int``, the exit status; an ``EPILOG`` stands
+            below its help.
         summary: one line for the overview.
         formerly: an old name, which still works and says so.
     """
@@ -109,7 +110,8 @@ class Method:
         commands: by name.
         weights: what ``export --weights`` takes besides ``student``, with one phrase each.
         export_edits: by the option's name, without dashes.
-        requires: distributions that ``pip install nnunetv2-ext`` brings for it.
+        requires: distributions that ``pip install nnunetv2-ext`` brings for it, with what pip understands behind the
+            name (``>=3``, ``; sys_platform == 'linux'``).
         extras: by the name of the extra, distributions that it brings.
         card: its page below ``docs/``.
     """

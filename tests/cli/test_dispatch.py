@@ -29,6 +29,7 @@ def echo(monkeypatch: pytest.MonkeyPatch) -> None:
 
     module = types.ModuleType("echo_command")
     module.add_arguments, module.run = add_arguments, run
+    module.EPILOG = "Example:\n  echo hello\n"
     monkeypatch.setitem(sys.modules, "echo_command", module)
     monkeypatch.setitem(dispatch.HOUSE, "echo", Command("echo_command", "print a text", formerly="say"))
     monkeypatch.setitem(dispatch.HOUSE, "absent", Command("no_such_module", "never imported"))
@@ -59,6 +60,15 @@ def test_a_disk_that_cannot_be_written_is_one_line(echo, monkeypatch, capsys) ->
     monkeypatch.setattr(sys.modules["echo_command"], "run", full)
     assert dispatch.main(["echo", "hello"]) == 2
     assert capsys.readouterr().err == "nnUNetv2_ext echo: [Errno 28] No space left on device: 'model/plans.json'\n"
+
+
+def test_help_of_a_command_ends_with_its_examples_as_they_stand(echo, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        dispatch.main(["echo", "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: nnUNetv2_ext echo") and "Print a text." in out
+    assert out.endswith("Example:\n  echo hello\n")
 
 
 def test_missing_arguments_are_exit_status_2(echo, capsys) -> None:

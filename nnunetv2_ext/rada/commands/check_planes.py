@@ -17,8 +17,6 @@ Exit status: 0, or 1 if preprocessing erased a plane.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
     parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of a preprocessed dataset")
     parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")

@@ -19,8 +19,6 @@ Thickness follows the spacing nnU-Net will choose for 3d_fullres; with -p the pl
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
     parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of the source dataset")
     parser.add_argument("-o", required=True, type=int, metavar="ID", help="id of the new dataset; must be free")
     parser.add_argument("--labelled", metavar="N", help="labelled training cases: a number, or a share such as 0.1")
