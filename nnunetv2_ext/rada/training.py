@@ -51,7 +51,7 @@ class RADATraining(CoTraining):
                 "annotate whole slices, or set rada.semantics=learned or off"
             )
         channels = self.dataset_json.get("channel_names") or self.dataset_json.get("modality")
-        source = ClipSource(settings.clip_model, settings.clip_weights, settings.alpha_weights)
+        source = ClipSource(settings.clip_model, str(settings.clip_weights), settings.alpha_weights)
         self._weights_identity = same_identity(source, self._weights_identity)
         return embed_preprocessed(
             cases,
@@ -183,7 +183,7 @@ def same_identity(source: ClipSource, before: dict[str, str] | None) -> dict[str
     """
     if before is None:
         return source.identity()
-    changed = {name: now for name, now in source.known_identity().items() if before.get(name) != now}
+    changed = {name: now for name, now in source.identity(missing_ok=True).items() if before.get(name) != now}
     if changed:
         settings = {"model": "rada.clip_model", "weights": "rada.clip_weights", "alpha": "rada.alpha_weights"}
         what = "; ".join(f"{settings[name]}: {before.get(name)} became {now}" for name, now in changed.items())

@@ -11,7 +11,7 @@ import torch
 
 from nnunetv2_ext.rada.annotation.cases import CaseSource, SparseCase
 from nnunetv2_ext.rada.requirements import require_alpha
-from nnunetv2_ext.rada.semantics.clip_encoder import Precision, load_encoder
+from nnunetv2_ext.rada.semantics.clip_encoder import load_encoder
 from nnunetv2_ext.rada.semantics.clip_model import ClipSource
 from nnunetv2_ext.rada.semantics.embed import CaseEmbeddings, embed_cases
 from nnunetv2_ext.rada.semantics.slices import Region
@@ -101,7 +101,6 @@ def embed_preprocessed(
     region: str = "auto",
     channel: int = 0,
     device: torch.device | str = "cpu",
-    precision: Precision = "fp32",
     log: Callable[[str], None] = print,
     progress: bool = True,
     identity: Mapping[str, str] | None = None,
@@ -116,7 +115,7 @@ def embed_preprocessed(
         prompts: C sentences, see ``class_prompts``.
         region: ``auto``, ``alpha``, ``crop`` or ``pool``.
         channel: image channel that they were asked for, which CLIP sees.
-        device, precision: where and how CLIP runs.
+        device: where CLIP runs.
         log, progress: see ``embed_cases``.
         identity: of the weights, if it is known without them, see ``ClipSource.identity``: vectors that are kept
             complete are then read without the weights.
@@ -127,13 +126,13 @@ def embed_preprocessed(
     return embed_cases(
         cases,
         prompts,
-        lambda: load_encoder(source, device, precision, log),
+        lambda: load_encoder(source, device, log),
         cache_root(dataset_folder),
         {
             **plans_key(plans_name, configuration),
             **(source.identity() if identity is None else identity),
             "channel": channel,
-            "precision": precision,
+            "precision": "fp32",  # the only one; in the key, so that existing files stay valid
         },
         resolve_region(region, source.alpha_weights is not None, log),
         log,

@@ -396,8 +396,6 @@ def test_preprocessed_cases_are_embedded_again_when_they_change(folder):
     assert folder.dataset.loaded == ["a", "b"]
     folder(channel=1)
     assert folder.dataset.loaded == ["a", "b"]
-    folder(precision="bf16")
-    assert folder.dataset.loaded == ["a", "b"]
 
 
 def test_missing_channel_names_the_case(folder):
