@@ -280,8 +280,12 @@ class CoTraining(SparseTraining):
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def train_step(self, batch: dict) -> dict:
-        """Reports as ``loss`` the mean of the networks' supervised terms."""
+        """Reports as ``loss`` the mean of the networks' supervised terms; gates stay within their bound."""
         figures = super().train_step(batch)
+        for k in range(len(self.rada_network.members)):
+            head = self.rada_network.member(k).head
+            if head is not None:
+                head.bound_gate()
         supervised = [value for name, value in figures.items() if name.startswith("supervised")]
         return figures | {"loss": sum(supervised) / len(supervised)}
 
