@@ -10,13 +10,12 @@ from pydantic import BaseModel
 
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.data.split import clean_fold, recorded_subjects, write_split_if_absent
-from nnunetv2_ext.rada.annotation.cases import CaseSource
-from nnunetv2_ext.rada.annotation.survey import Annotation, log_lines
-from nnunetv2_ext.rada.annotation.survival import erased_annotations, require_planes_survived
-from nnunetv2_ext.rada.annotation.trainable import Preprocessed, require_trainable
+from nnunetv2_ext.rada.annotation.annotations import Annotation, log_lines
+from nnunetv2_ext.rada.annotation.cases import CaseSource, cache_root, case_sources, plans_key
+from nnunetv2_ext.rada.annotation.lost import erased_annotations, require_planes_survived
+from nnunetv2_ext.rada.annotation.preprocessed import Preprocessed, require_trainable
 from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset, in_workers
 from nnunetv2_ext.rada.propagation.propagate import propagate_cases
-from nnunetv2_ext.rada.semantics.preprocessed import cache_root, case_sources, plans_key
 from nnunetv2_ext.rada.settings import RADASettings
 from nnunetv2_ext.rada.targets import supervised_target
 from nnunetv2_ext.rada.views import AXES, view_masks

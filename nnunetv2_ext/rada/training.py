@@ -20,8 +20,7 @@ from nnunetv2_ext.rada.panel import SampleView, draw_panel, pseudo_label_states
 from nnunetv2_ext.rada.propagation.propagate import NONE, voxel_weights
 from nnunetv2_ext.rada.semantics.bank import CaseVectors, draw_own
 from nnunetv2_ext.rada.semantics.clip_model import ClipSource
-from nnunetv2_ext.rada.semantics.embed import CaseEmbeddings
-from nnunetv2_ext.rada.semantics.preprocessed import embed_preprocessed
+from nnunetv2_ext.rada.semantics.embed import CaseEmbeddings, embed_preprocessed
 from nnunetv2_ext.rada.semantics.prompts import class_prompts
 from nnunetv2_ext.rada.targets import propagated_loss, propagated_target, spread_axes, unannotated
 
@@ -44,7 +43,7 @@ class RADATraining(CoTraining):
         return datasets
 
     def _embed(self) -> CaseEmbeddings:
-        settings, cases = self.rada, self.training_sources()
+        settings, cases, log = self.rada, self.training_sources(), self.print_to_log_file
         if not cases:
             raise ValueError(
                 f"no training case of fold {self.fold} has an annotated plane, so there is no slice to show to CLIP: "
@@ -59,18 +58,12 @@ class RADATraining(CoTraining):
             self.configuration_manager.configuration,
             self.preprocessed_dataset_folder_base,
             source,
-            class_prompts(
-                self.dataset_json["labels"],
-                channels,
-                settings.prompts,
-                settings.image_channel,
-                log=self.print_to_log_file,
-            ),
+            class_prompts(self.dataset_json["labels"], channels, settings.prompts, settings.image_channel, log),
             settings.region,
             settings.image_channel,
+            self._weights_identity,
             self.device,
-            log=self.print_to_log_file,
-            identity=self._weights_identity,
+            log,
         )
 
     # ---- one step ----------------------------------------------------------------------------------------------------
@@ -99,16 +92,8 @@ class RADATraining(CoTraining):
         settings, target = self.rada, batch.top_target
         if settings.has_semantics and settings.mu_align > 0:
             vectors, valid = (None, None) if self._own is None else self._own[:2]
-            loss = self.rada_network.alignment_loss(
-                k,
-                output.features,
-                target[:, 0],
-                target[:, 1],
-                vectors,
-                valid,
-                settings.tau,
-                settings.min_voxels,
-            )
+            label, bits, options = target[:, 0], target[:, 1], (settings.tau, settings.min_voxels)
+            loss = self.rada_network.alignment_loss(k, output.features, label, bits, vectors, valid, *options)
             if loss is not None:
                 terms["align"] = Term(loss, settings.mu_align)
         if settings.registration == "on" and self.plane_axes:
@@ -160,17 +145,8 @@ class RADATraining(CoTraining):
             torch.stack([getattr(lesson, name) for lesson in lessons], 1).cpu().numpy() for name in ("label", "keep")
         )
         image, target, free = batch.data[:, 0].cpu().numpy(), batch.top_target.cpu().numpy(), allowed.cpu().numpy()
-        return [
-            SampleView(
-                key,
-                image[i],
-                target[i, 0],
-                target[i, 1],
-                labels[i],
-                pseudo_label_states(labels[i], keeps[i], free[i]),
-            )
-            for i, key in enumerate(batch.keys)
-        ]
+        states = map(pseudo_label_states, labels, keeps, free)
+        return [SampleView(*patch) for patch in zip(batch.keys, image, target[:, 0], target[:, 1], labels, states)]
 
 
 def same_identity(source: ClipSource, before: dict[str, str] | None) -> dict[str, str]:
@@ -198,6 +174,6 @@ def own_vectors(embeddings: CaseEmbeddings) -> CaseVectors:
     """The cases' vectors with the background's in the place of class 0, for every axis."""
     vectors, valid = embeddings.vectors.clone(), embeddings.present.clone()
     vectors[:, :, 0] = embeddings.background[:, None]
-    valid[:, :, 0] = embeddings.has_background[:, None]
+    valid[:, :, 0] = embeddings.background.any(1)[:, None]
     cases = {case: (vectors[n], valid[n]) for n, case in enumerate(embeddings.cases)}
     return CaseVectors(cases, vectors.shape[2], vectors.shape[3])

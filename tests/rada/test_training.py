@@ -48,7 +48,7 @@ def test_clip_fills_the_bank_from_training_cases_alone(make_rada, tiny_clip, spa
     trainer = started(make_rada(clip_settings(tiny_clip)))
     bank = trainer.rada_network.bank
     cases = set(trainer.training_data.identifiers) & trainer.labelled_cases
-    assert bank.is_filled and bank.text.shape == (3, 16) and len(trainer._own_vectors) == len(cases) == 3
+    assert bank.is_filled and bank.text.shape == (3, 16) and len(trainer._own_vectors._cases) == len(cases) == 3
     torch.testing.assert_close(bank.image, trainer._own_vectors.mean())
     vectors, valid = trainer._own_vectors.of(mixed_keys(trainer))
     assert valid[0].any() and not valid[1].any()
@@ -61,7 +61,7 @@ def test_clip_fills_the_bank_from_training_cases_alone(make_rada, tiny_clip, spa
 
 def test_a_second_training_reads_the_vectors_from_disk(make_rada, tiny_clip, monkeypatch, tmp_path):
     first = started(make_rada(clip_settings(tiny_clip)))
-    monkeypatch.setattr("nnunetv2_ext.rada.semantics.preprocessed.load_encoder", None)  # calling it would fail
+    monkeypatch.setattr("nnunetv2_ext.rada.semantics.embed.load_encoder", None)  # calling it would fail
     second = started(make_rada(clip_settings(tiny_clip), results=tmp_path / "second"))
     assert torch.equal(first.rada_network.bank.image, second.rada_network.bank.image)
     assert "0 of them computed now" in log_of(second)
@@ -325,7 +325,7 @@ def test_continuing_takes_the_bank_of_the_checkpoint_and_needs_no_weights(make_r
     with pytest.raises(ValueError, match=r"other CLIP weights \(rada.clip_weights: sha256:\w+ became sha256"):
         continued(here)
     here.unlink()
-    monkeypatch.setattr("nnunetv2_ext.rada.semantics.preprocessed.cache_root", lambda folder: tmp_path / "no cache")
+    monkeypatch.setattr("nnunetv2_ext.rada.semantics.embed.cache_root", lambda folder: tmp_path / "no cache")
     with pytest.raises(ValueError, match=r"rada.clip_weights: there is no file .*here.safetensors"):
         continued(here)
     assert same(continued(there))  # computed anew

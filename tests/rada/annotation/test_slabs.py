@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, resample_data_or_seg_to_shape
 
+from nnunetv2_ext.rada.annotation.lost import unmatched
 from nnunetv2_ext.rada.annotation.planes import Planes, find_planes, on_planes
 from nnunetv2_ext.rada.annotation.slabs import sample_positions, slab_for, thicken
-from nnunetv2_ext.rada.annotation.survival import unmatched
 
 IGNORE = 3
 

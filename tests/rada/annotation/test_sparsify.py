@@ -17,11 +17,11 @@ import SimpleITK as sitk
 from nnunetv2_ext.cli.dispatch import main
 from nnunetv2_ext.phantom import write_phantom_dataset
 from nnunetv2_ext.rada.annotation import sparsify as sparsify_module
+from nnunetv2_ext.rada.annotation.annotations import survey_cases
 from nnunetv2_ext.rada.annotation.check import open_preprocessed
+from nnunetv2_ext.rada.annotation.lost import lost_planes, require_planes_survived
 from nnunetv2_ext.rada.annotation.planes import find_planes, on_planes
 from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify, thicken_dataset
-from nnunetv2_ext.rada.annotation.survey import survey_cases
-from nnunetv2_ext.rada.annotation.survival import lost_planes, require_planes_survived
 from tests.conftest import TinyDataset, run_command
 from tests.rada.sparse_data import add_lowres, plan_and_preprocess
 
