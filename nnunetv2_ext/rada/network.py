@@ -74,11 +74,9 @@ class RADANet(nn.Module):
     @property
     def buffers_of_any_size(self) -> frozenset[str]:
         """Names of weights that take the size of what is loaded into them: all that depends on D."""
-        names = {f"bank.{name}" for name in ("image", "text")}
-        for path, module in self.named_modules():
-            if isinstance(module, ResizableLinear):
-                names.update(f"{path}.{name}" for name, _ in module.named_parameters())
-        return frozenset(names)
+        resizable = [(path, m) for path, m in self.named_modules() if isinstance(m, ResizableLinear)]
+        names = {f"{path}.{name}" for path, module in resizable for name, _ in module.named_parameters()}
+        return frozenset(names | {"bank.image", "bank.text"})
 
     def member(self, k: int) -> Member:
         """Network k, from 0."""
@@ -147,8 +145,7 @@ class RADANet(nn.Module):
         features: Tensor,
         label: Tensor,
         bits: Tensor,
-        vectors: Tensor | None = None,
-        valid: Tensor | None = None,
+        own: tuple[Tensor, Tensor] | None = None,
         tau: float = 0.07,
         min_voxels: int = 32,
     ) -> Tensor | None:
@@ -156,7 +153,7 @@ class RADANet(nn.Module):
 
         Args:
             features, label, bits, tau, min_voxels: see there.
-            vectors, valid: own vectors of the samples, needed for `clip`.
+            own: vectors of the samples and which are valid, needed for `clip`.
 
         Returns:
             None if no class has enough voxels on a plane in view.
@@ -170,9 +167,20 @@ class RADANet(nn.Module):
             valid = torch.ones(vectors.shape[:3], dtype=torch.bool, device=features.device)
         else:
             text, bank = self.bank.text, self.bank.image
-            assert vectors is not None and valid is not None
+            assert own is not None
+            vectors, valid = own
         return alignment_loss(
-            features, label, bits, member.view_axes, vectors, valid, text, member.projection, tau, min_voxels, bank
+            features,
+            label,
+            bits,
+            self.bank.view_axes[k],
+            vectors,
+            valid,
+            text,
+            member.projection,
+            tau,
+            min_voxels,
+            bank,
         )
 
 

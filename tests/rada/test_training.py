@@ -22,6 +22,7 @@ from nnunetv2_ext.phantom import write_phantom_dataset
 from nnunetv2_ext.rada import training
 from nnunetv2_ext.rada.panel import AGREE, DISAGREE, DROPPED, pseudo_label_states
 from nnunetv2_ext.rada.propagation.propagate import plane_weight
+from nnunetv2_ext.rada.semantics.bank import mean_vectors, vectors_of
 from nnunetv2_ext.rada.semantics.head import GATE_BOUND
 from tests.conftest import TinyDataset, run_command, shrink
 from tests.rada.trainers import log_of, mixed_keys, sparse_batch
@@ -48,9 +49,10 @@ def test_clip_fills_the_bank_from_training_cases_alone(make_rada, tiny_clip, spa
     trainer = started(make_rada(clip_settings(tiny_clip)))
     bank = trainer.rada_network.bank
     cases = set(trainer.training_data.identifiers) & trainer.labelled_cases
-    assert bank.is_filled and bank.text.shape == (3, 16) and len(trainer._own_vectors._cases) == len(cases) == 3
-    torch.testing.assert_close(bank.image, trainer._own_vectors.mean())
-    vectors, valid = trainer._own_vectors.of(mixed_keys(trainer))
+    assert bank.is_filled and bank.text.shape == (3, 16) and len(trainer._own_vectors) == len(cases) == 3
+    mean = mean_vectors(*(torch.stack(parts) for parts in zip(*trainer._own_vectors.values())))
+    torch.testing.assert_close(bank.image, mean)
+    vectors, valid = vectors_of(trainer._own_vectors, mixed_keys(trainer))
     assert valid[0].any() and not valid[1].any()
     assert valid[0, :, 0].all() and torch.equal(vectors[0, 0, 0], vectors[0, 1, 0])  # one background per case
     assert (sparse_tiny.preprocessed / sparse_tiny.name / "nnunetv2_ext" / "rada").is_dir()
@@ -61,7 +63,7 @@ def test_clip_fills_the_bank_from_training_cases_alone(make_rada, tiny_clip, spa
 
 def test_a_second_training_reads_the_vectors_from_disk(make_rada, tiny_clip, monkeypatch, tmp_path):
     first = started(make_rada(clip_settings(tiny_clip)))
-    monkeypatch.setattr("nnunetv2_ext.rada.semantics.embed.load_encoder", None)  # calling it would fail
+    monkeypatch.setattr("nnunetv2_ext.rada.training.load_encoder", None)  # calling it would fail
     second = started(make_rada(clip_settings(tiny_clip), results=tmp_path / "second"))
     assert torch.equal(first.rada_network.bank.image, second.rada_network.bank.image)
     assert "0 of them computed now" in log_of(second)
@@ -315,7 +317,7 @@ def test_continuing_takes_the_bank_of_the_checkpoint_and_needs_no_weights(make_r
 
     def same(trainer: Any) -> bool:
         keys = sorted(first.labelled_cases)
-        own = all(map(torch.equal, trainer._own_vectors.of(keys), first._own_vectors.of(keys)))
+        own = all(map(torch.equal, *(vectors_of(one._own_vectors, keys) for one in (trainer, first))))
         return own and torch.equal(trainer.rada_network.bank.image, first.rada_network.bank.image)
 
     here.rename(there)
@@ -325,7 +327,7 @@ def test_continuing_takes_the_bank_of_the_checkpoint_and_needs_no_weights(make_r
     with pytest.raises(ValueError, match=r"other CLIP weights \(rada.clip_weights: sha256:\w+ became sha256"):
         continued(here)
     here.unlink()
-    monkeypatch.setattr("nnunetv2_ext.rada.semantics.embed.cache_root", lambda folder: tmp_path / "no cache")
+    monkeypatch.setattr("nnunetv2_ext.rada.training.cache_root", lambda folder: tmp_path / "no cache")
     with pytest.raises(ValueError, match=r"rada.clip_weights: there is no file .*here.safetensors"):
         continued(here)
     assert same(continued(there))  # computed anew

@@ -147,16 +147,14 @@ def _derive(
 ) -> Path:
     """Write the dataset whose training labels hold the chosen planes, thick enough to survive preprocessing.
 
-    Labels in which `choose` finds no plane are linked if the source is sparse, written if it is dense.
+    Labels without a plane are linked if the source is sparse, written if it is dense.
 
     Args:
         dataset: dense, or sparse with `ignore` as its ignore label.
-        target_id: of the new dataset.
-        ignore: its ignore label.
+        target_id, ignore: of the new dataset.
         choose: see there.
         plans: name and configuration, which decide the thickness.
-        block: provenance.
-        subjects: case to subject, for the split.
+        block, subjects: for provenance and split.
         say: gets each line.
         test: cases of a dense dataset that become imagesTs and labelsTs.
         loose: cases with annotations on no plane, complete once every case was chosen from.

@@ -60,30 +60,19 @@ def draw_own(has_own: Tensor, probability: float, generator: torch.Generator | N
     return has_own & (torch.rand(has_own.shape, device=has_own.device, generator=generator) < probability)
 
 
-class CaseVectors:
-    """Every training case's own vectors, by case id.
+def vectors_of(
+    cases: Mapping[str, tuple[Tensor, Tensor]], keys: Sequence[str], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Own vectors of a batch, `(B, 3, C, D)` fp32, and which are valid, `(B, 3, C)`.
 
     Args:
-        cases: case id to `(vectors (3, C, D), valid (3, C) bool)`; cases without planes need not be there.
-        num_classes: C, with background.
-        dimension: D.
+        cases: case id to vectors `(3, C, D)` and which are valid `(3, C)`, at least one; others have none.
+        keys: the batch's cases.
+        device: where they are wanted.
     """
-
-    def __init__(self, cases: Mapping[str, tuple[Tensor, Tensor]], num_classes: int, dimension: int) -> None:
-        self.shape = (NUM_AXES, num_classes, dimension)
-        self._cases = cases
-
-    def of(self, keys: Sequence[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Vectors `(B, 3, C, D)` fp32 and which are valid `(B, 3, C)` of a batch; a case without any is not valid."""
-        none = torch.zeros(self.shape), torch.zeros(self.shape[:2], dtype=torch.bool)
-        found = [self._cases.get(str(key), none) for key in keys]
-        vectors, valid = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return vectors.to(device, non_blocking=True), valid.to(device, non_blocking=True)
-
-    def mean(self) -> Tensor:
-        """R of all cases, at least one; see `mean_vectors`."""
-        vectors, valid = zip(*self._cases.values(), strict=True)
-        return mean_vectors(torch.stack(vectors), torch.stack(valid))
+    none = tuple(torch.zeros_like(tensor) for tensor in next(iter(cases.values())))
+    vectors, valid = (torch.stack(parts) for parts in zip(*(cases.get(str(key), none) for key in keys), strict=True))
+    return vectors.to(device, non_blocking=True), valid.to(device, non_blocking=True)
 
 
 class SemanticBank(nn.Module):

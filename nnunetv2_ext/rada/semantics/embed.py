@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from nnunetv2_ext.core.files import atomic_write, atomic_write_text, require_writable
-from nnunetv2_ext.rada.annotation.cases import CaseSource, cache_root, plans_key
+from nnunetv2_ext.rada.annotation.cases import CaseSource, plans_key
 from nnunetv2_ext.rada.requirements import require_alpha
-from nnunetv2_ext.rada.semantics.clip_encoder import RegionEncoder, load_encoder
-from nnunetv2_ext.rada.semantics.clip_model import ClipSource
+from nnunetv2_ext.rada.semantics.clip_encoder import RegionEncoder
 from nnunetv2_ext.rada.semantics.regions import embed_regions
 from nnunetv2_ext.rada.semantics.slices import Region
 
@@ -70,7 +69,7 @@ def embed_cases(
         prompts: C sentences, background first.
         make_encoder: loads CLIP.
         root: folder of all caches, outside of nnU-Net's configuration folders.
-        key: whatever else the vectors depend on (weights, plans, precision); JSON-serialisable.
+        key: whatever else the vectors depend on, see ``embedding_key``; JSON-serialisable.
         region: how the encoder sees a class.
         log: told about the cache and about how well the vectors separate the classes.
 
@@ -113,59 +112,41 @@ def embed_cases(
         background=torch.stack([tensors["background"] for tensors in rows]),
         text=text["text"],
     )
-    report(spread(result.vectors, result.present, result.background), log)
+    report(result.vectors, result.present, result.background, log)
     return result
 
 
-class Spread(NamedTuple):
-    """Mean cosines over pairs of vectors, which tell how well they separate the classes; nan without such a pair."""
-
-    within: float  # two regions of one class
-    between: float  # regions of two classes
-    background: float  # a region and the background of any case
-
-    @property
-    def gap(self) -> float:
-        """`within` less the larger of the other two; nan if there is nothing to compare."""
-        others = [value for value in (self.between, self.background) if not math.isnan(value)]
-        return self.within - max(others) if others else math.nan
-
-
-def spread(vectors: Tensor, present: Tensor, background: Tensor) -> Spread:
-    """Mean cosines of unit `vectors` ``(N, 3, C, D)`` where `present`, and `background` ``(N, D)`` where not zero.
+def report(vectors: Tensor, present: Tensor, background: Tensor, log: Log = print) -> None:
+    """Say how well the vectors tell the classes apart, by mean cosines over pairs, and warn if they hardly do.
 
     Sums of cosines over all pairs are products of sums of vectors: the sum over i, j of v_i . v_j is |sum v|^2.
+
+    Args:
+        vectors: ``(N, 3, C, D)``, unit length where `present`.
+        present: ``(N, 3, C)`` bool.
+        background: ``(N, D)``, unit length or zero.
+        log: gets both.
     """
     masked = (vectors * present[..., None]).double()
-    sums = masked.sum((0, 1))  # (C, D)
-    counts = present.sum((0, 1)).double()  # (C,)
-    squares = masked.square().sum()
-    own = sums.square().sum()
-    everything = sums.sum(0)
-    pairs_within = (counts * (counts - 1)).sum()
-    pairs_between = counts.sum() ** 2 - counts.square().sum()
-    return Spread(
-        within=_mean(own - squares, pairs_within),
-        between=_mean(everything.square().sum() - own, pairs_between),
-        background=_mean(everything @ background.double().sum(0), counts.sum() * background.any(1).sum()),
+    sums, counts = masked.sum((0, 1)), present.sum((0, 1)).double()  # (C, D), (C,)
+    own, everything, regions = sums.square().sum(), sums.sum(0), counts.sum()
+    within = _mean(own - masked.square().sum(), (counts * (counts - 1)).sum())
+    between = _mean(everything.square().sum() - own, regions**2 - counts.square().sum())
+    apart = _mean(everything @ background.double().sum(0), regions * background.any(1).sum())
+    log(
+        f"CLIP embeddings, mean cosine within a class {within:.3f}, between classes {between:.3f}, against background "
+        f"{apart:.3f}"
     )
+    gap = within - max((value for value in (between, apart) if not math.isnan(value)), default=math.nan)
+    if gap < SMALL_GAP:
+        log(
+            f"WARNING: the embeddings hardly separate the classes (gap {gap:.3f} < {SMALL_GAP}): their guidance "
+            "is weak; try rada.alpha_weights, other rada.prompts or rada.region, or rada.semantics=learned"
+        )
 
 
 def _mean(total: Tensor, number: Tensor) -> float:
     return float(total / number) if number > 0 else math.nan
-
-
-def report(found: Spread, log: Log = print) -> None:
-    """Say how well the vectors tell the classes apart, and warn if they hardly do."""
-    log(
-        f"CLIP embeddings, mean cosine within a class {found.within:.3f}, between classes {found.between:.3f}, against "
-        f"background {found.background:.3f}"
-    )
-    if found.gap < SMALL_GAP:
-        log(
-            f"WARNING: the embeddings hardly separate the classes (gap {found.gap:.3f} < {SMALL_GAP}): their guidance "
-            "is weak; try rada.alpha_weights, other rada.prompts or rada.region, or rada.semantics=learned"
-        )
 
 
 def _state(source: CaseSource, number: int) -> dict[str, Any]:
@@ -196,41 +177,12 @@ def _write(path: Path, state: str, tensors: dict[str, Tensor]) -> None:
     atomic_write(path, lambda file: file.write(content) and None)
 
 
-def embed_preprocessed(
-    cases: Sequence[CaseSource],
-    plans_name: str,
-    configuration: Mapping[str, Any],
-    dataset_folder: str | Path,
-    source: ClipSource,
-    prompts: Sequence[str],
-    region: str,
-    channel: int,
-    identity: Mapping[str, str],
-    device: torch.device | str = "cpu",
-    log: Log = print,
-) -> CaseEmbeddings:
-    """``embed_cases`` for nnU-Net's preprocessed cases, cached in ``DATASET_FOLDER/nnunetv2_ext/rada/HASH``.
-
-    Args:
-        cases: from ``case_sources``.
-        plans_name, configuration: of the plans (``configuration_manager.configuration``).
-        dataset_folder: nnUNet_preprocessed/DatasetXXX.
-        source: which CLIP.
-        prompts: C sentences, see ``class_prompts``.
-        region: ``auto``, ``alpha``, ``crop`` or ``pool``.
-        channel: image channel that they were asked for, which CLIP sees.
-        identity: of the weights, see ``ClipSource.identity``: vectors that are kept complete are read without them.
-        device: where CLIP runs.
-        log: see ``embed_cases``.
-
-    Raises:
-        ValueError: see ``embed_cases`` and ``load_encoder``.
-    """
+def embedding_key(
+    plans_name: str, configuration: Mapping[str, Any], identity: Mapping[str, str], channel: int
+) -> dict[str, Any]:
+    """What the vectors of preprocessed cases depend on: their plans, CLIP's weights, and the image channel it sees."""
     # one precision only; in the key, so that existing files stay valid
-    key = {**plans_key(plans_name, configuration), **identity, "channel": channel, "precision": "fp32"}
-    region = resolve_region(region, source.alpha_weights is not None, log)
-    root = cache_root(dataset_folder)
-    return embed_cases(cases, prompts, lambda: load_encoder(source, device, log), root, key, region, log)
+    return {**plans_key(plans_name, configuration), **identity, "channel": channel, "precision": "fp32"}
 
 
 def resolve_region(region: str, has_alpha: bool, log: Log = print) -> Region:

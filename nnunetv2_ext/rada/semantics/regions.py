@@ -57,31 +57,38 @@ def embed_regions(
         ValueError: a case without planes or not finite; names it.
     """
     encode = encoder.encode_pooled if region == "pool" else encoder.encode_images
-    sums: dict[str, Tensor] = {}  # of the cases that are not done
+    # of the cases that are not done: regions to come, sums of vectors, background
+    left: dict[str, int] = {}
+    sums: dict[str, Tensor] = {}
     backgrounds: dict[str, Tensor] = {}
 
     def inputs() -> Iterator[tuple[_Job, tuple[Tensor, Tensor]]]:
         for source in sources:
+            found = list(_inputs(source, number, encoder.image_size, region))
+            left[source.name] = len(found)
             sums[source.name], backgrounds[source.name] = torch.zeros(3, number, encoder.dim), torch.zeros(encoder.dim)
-            yield from _inputs(source, number, encoder.image_size, region)
+            yield from found
 
-    def done(keep: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        for name in list(sums)[: len(sums) - keep]:
-            vectors = sums.pop(name)
-            present = vectors.any(-1)
-            found = {"vectors": F.normalize(vectors, dim=-1), "present": present, "background": backgrounds.pop(name)}
-            yield name, found
+    def done() -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name in [name for name, count in left.items() if count == 0]:
+            del left[name]
+            vectors, background = sums.pop(name), backgrounds.pop(name)
+            yield (
+                name,
+                {"vectors": F.normalize(vectors, dim=-1), "present": vectors.any(-1), "background": background},
+            )
 
     waiting = inputs()
     while part := list(islice(waiting, BATCH)):
         images, masks = (torch.stack(tensors) for tensors in zip(*(seen for _, seen in part)))
         for (job, _), vector in zip(part, encode(images, masks)):
+            left[job.case] -= 1
             if job.label == 0:
                 backgrounds[job.case] = vector.clone()  # not the whole batch
             else:
                 sums[job.case][job.axis, job.label] += vector
-        yield from done(keep=1)  # the last case may have more regions
-    yield from done(keep=0)
+        yield from done()
+    yield from done()  # without a single region, all outside the body
 
 
 def _inputs(source: CaseSource, number: int, size: int, region: Region) -> Iterator[tuple[_Job, tuple[Tensor, Tensor]]]:

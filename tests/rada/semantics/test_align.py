@@ -242,7 +242,7 @@ def test_learned_tokens_are_aligned_and_learn(make_rada_net) -> None:
         member.projection,
         0.07,
         3,
-        None,
+        tokens.expand(3, -1, -1),
     )
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     loss.backward()
@@ -254,7 +254,7 @@ def test_clip_uses_the_networks_view_and_bank(make_rada_net) -> None:
     given_ = make() | {"vectors": torch.randn(2, 3, 3, 16), "features": torch.randn(2, 4, *SHAPE)}
     for k, axes in enumerate([(0, 1), (0, 2), (1, 2)]):
         got = net.alignment_loss(
-            k, given_["features"], given_["label"], given_["bits"], given_["vectors"], given_["valid"], 0.3, 4
+            k, given_["features"], given_["label"], given_["bits"], (given_["vectors"], given_["valid"]), 0.3, 4
         )
         expected = slow_loss(
             **given_

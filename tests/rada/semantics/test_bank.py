@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunetv2_ext.rada.semantics.bank import (
-    CaseVectors,
     SemanticBank,
     draw_own,
     mean_in_view,
     mean_vectors,
     own_or_bank,
+    vectors_of,
 )
 
 C, D = 3, 4
@@ -79,11 +79,9 @@ def test_draw_own_keeps_its_rate_and_draws_only_those_that_have_some() -> None:
 def test_a_batchs_vectors_are_looked_up_by_case() -> None:
     first, second = torch.randn(3, C, D), torch.randn(3, C, D)
     valid = torch.rand(3, C) < 0.5
-    cases = CaseVectors({"a": (first, valid), "b": (second, ~valid)}, C, D)
-    vectors, found = cases.of(["b", "unlabelled", "a"])
+    vectors, found = vectors_of({"a": (first, valid), "b": (second, ~valid)}, ["b", "unlabelled", "a"])
     assert torch.equal(vectors[0], second) and torch.equal(vectors[2], first)
     assert torch.equal(found[0], ~valid) and torch.equal(found[2], valid) and not found[1].any()
-    assert torch.equal(cases.mean(), mean_vectors(torch.stack((first, second)), torch.stack((valid, ~valid))))
 
 
 def test_the_buffer_takes_vectors_of_any_dimension() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,12 +17,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnunetv2_ext.rada.annotation.cases import CaseSource, SparseCase, case_sources
+from nnunetv2_ext.rada.annotation.cases import CaseSource, SparseCase, cache_root, case_sources
 from nnunetv2_ext.rada.annotation.planes import Planes
 from nnunetv2_ext.rada.semantics import embed, regions
 from nnunetv2_ext.rada.semantics.clip_encoder import load_encoder
 from nnunetv2_ext.rada.semantics.clip_model import ClipSource
-from nnunetv2_ext.rada.semantics.embed import Spread, embed_cases, spread
+from nnunetv2_ext.rada.semantics.embed import embed_cases, embedding_key, report
 from nnunetv2_ext.rada.semantics.regions import representatives
 from nnunetv2_ext.rada.semantics.slices import encoder_input, intensity_window, rescale
 
@@ -288,39 +290,45 @@ def test_hidden_labels_change_nothing(counter):
     torch.testing.assert_close(first.background[:1], second.background, atol=1e-5, rtol=0)
 
 
-def test_spread_against_a_loop():
+def told(vectors, present, background):
+    lines = []
+    report(vectors, present, background, lines.append)
+    return [float(text) for text in re.findall(r"\d\.\d{3}|nan", lines[0])], lines[1:]
+
+
+def test_mean_cosines_against_a_loop():
     generator = torch.Generator().manual_seed(0)
-    vectors = F.normalize(torch.randn(4, 3, 3, 5, generator=generator), dim=-1)
+    vectors = F.normalize(torch.rand(4, 3, 3, 5, generator=generator), dim=-1)
     present = torch.rand(4, 3, 3, generator=generator) > 0.4
     present[:, :, 0] = False
     has = torch.tensor([True, False, True, True])
-    background = F.normalize(torch.randn(4, 5, generator=generator), dim=-1) * has[:, None]
+    background = F.normalize(torch.rand(4, 5, generator=generator), dim=-1) * has[:, None]
     items = [(c, vectors[n, a, c]) for n in range(4) for a in range(3) for c in range(3) if present[n, a, c]]
     cosines = {"within": [], "between": [], "background": []}
     for i, (c, v) in enumerate(items):
         for d, u in items[:i]:
             cosines["within" if c == d else "between"].append(float(v @ u))
         cosines["background"] += [float(v @ background[n]) for n in range(4) if has[n]]
-    found = spread(vectors, present, background)
-    for name, values in cosines.items():
-        assert getattr(found, name) == pytest.approx(np.mean(values), abs=1e-6), name
+    found, _ = told(vectors, present, background)
+    assert found == pytest.approx([np.mean(values) for values in cosines.values()], abs=6e-4)
 
 
-def test_gap():
-    assert Spread(0.9, 0.6, 0.7).gap == pytest.approx(0.2)
-    assert Spread(0.9, float("nan"), 0.7).gap == pytest.approx(0.2)
-    assert np.isnan(Spread(0.9, float("nan"), float("nan")).gap)
+@pytest.mark.parametrize(("between", "background", "warns"), [(0.0, 0.0, False), (0.99, 0.0, True), (0.0, 0.99, True)])
+def test_a_small_gap_is_warned_about(between, background, warns):
+    def towards_first(cosine):
+        return torch.tensor([cosine, (1 - cosine**2) ** 0.5])
 
-
-def test_small_gap_is_warned_about(said):
-    lines, log = said
-    embed.report(Spread(0.90, 0.89, 0.5), log)
-    assert "0.900" in lines[0] and "0.890" in lines[0] and "0.500" in lines[0]
-    assert lines[1].startswith("WARNING") and "rada.semantics=learned" in lines[1]
-    lines.clear()
-    embed.report(Spread(0.90, 0.87, 0.5), log)
-    embed.report(Spread(float("nan"), float("nan"), 0.5), log)
-    assert len(lines) == 2
+    vectors, present = torch.zeros(2, 3, 3, 2), torch.zeros(2, 3, 3, dtype=torch.bool)
+    present[:, 0, 1], vectors[:, 0, 1] = True, towards_first(1.0)
+    present[:, 0, 2], vectors[:, 0, 2] = True, towards_first(between)
+    found, warnings = told(vectors, present, towards_first(background).expand(2, 2))
+    assert found[:2] == [1.0, pytest.approx(between)] and len(warnings) == warns
+    assert all(line.startswith("WARNING") and "rada.semantics=learned" in line for line in warnings)
+    # one region alone: nothing to compare
+    assert told(vectors[:1, :, :2], present[:1, :, :2], torch.zeros(1, 2)) == (
+        [pytest.approx(math.nan, nan_ok=True)] * 3,
+        [],
+    )
 
 
 class FakeDataset:
@@ -351,19 +359,10 @@ def folder(tmp_path, counter):
 
     def run(**changes):
         dataset.loaded.clear()
-        arguments = {
-            "cases": case_sources(dataset, planes, plans["spacing"], changes.get("channel", 0)),
-            "plans_name": "nnUNetPlans",
-            "configuration": plans,
-            "dataset_folder": base,
-            "source": counter.source,
-            "prompts": PROMPTS,
-            "region": "auto",
-            "channel": 0,
-            "identity": counter.source.identity(),
-            "log": lambda _: None,
-        }
-        return embed.embed_preprocessed(**{**arguments, **changes})
+        configuration, channel = changes.get("configuration", plans), changes.get("channel", 0)
+        sources = case_sources(dataset, planes, plans["spacing"], channel)
+        key = embedding_key("nnUNetPlans", configuration, counter.source.identity(), channel)
+        return embed_cases(sources, PROMPTS, counter.make_encoder, cache_root(base), key, "alpha", lambda _: None)
 
     run.dataset, run.base, run.configuration, run.plans = dataset, base, configuration, plans
     return run
