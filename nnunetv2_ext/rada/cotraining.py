@@ -113,8 +113,7 @@ class CoTraining(SparseTraining):
         return super()._do_i_compile()
 
     def _do_i_compile(self) -> bool:
-        """False: nnU-Net would compile all networks as one; see `initialize`."""
-        return False
+        return False  # nnU-Net would compile all networks as one; see `initialize`
 
     def _build_loss(self) -> nn.Module:
         """nnU-Net's Dice and cross-entropy, with batch Dice: a patch holds few annotated voxels."""
@@ -233,14 +232,10 @@ class CoTraining(SparseTraining):
             own_share -= len(others) * weight
             log_probabilities = logits.float().log_softmax(1)
             loss = torch.stack([lesson_loss(log_probabilities, lesson, allowed) for lesson in others]).sum()
-            co_training = {self._named("co_training", k): Term(loss, weight)}
-        supervised = Term(self._supervised_loss(k, output, target), own_share)
-        further = self.further_terms(k, batch, output, own_share)
-        return (
-            {self._named("supervised", k): supervised}
-            | co_training
-            | {self._named(name, k): term for name, term in further.items()}
-        )
+            co_training = {"co_training": Term(loss, weight)}
+        terms = {"supervised": Term(self._supervised_loss(k, output, target), own_share), **co_training}
+        terms |= self.further_terms(k, batch, output, own_share)
+        return terms if len(self.rada_network.members) == 1 else {f"{t}_{k + 1}": term for t, term in terms.items()}
 
     def forward_member(self, k: int, batch: Batch) -> MemberOutput:
         """Network k on the whole batch, with gradient."""
@@ -249,11 +244,7 @@ class CoTraining(SparseTraining):
     def further_terms(self, k: int, batch: Batch, output: MemberOutput, own_share: float) -> dict[str, Term]:
         """Terms of network k besides supervision and co-training, by name without its number.
 
-        Args:
-            k: from 0.
-            batch: of the step.
-            output: network k's on it.
-            own_share: weight of the network's own supervision against its teachers'.
+        `own_share` is the weight of the network's own supervision against its teachers'.
         """
         return {}
 
@@ -263,9 +254,6 @@ class CoTraining(SparseTraining):
             return self.loss(output.full_resolution, label)
         classes = self.label_manager.num_segmentation_heads
         return self.pooled_loss(output.logits, pooled_targets(label, self.strides, classes, self.ignore_label))
-
-    def _named(self, term: str, k: int) -> str:
-        return term if len(self.rada_network.members) == 1 else f"{term}_{k + 1}"
 
     def clip_gradients(self) -> Tensor:
         """Each network with its head on its own: one norm over all would let one network's gradient slow the others.
@@ -277,8 +265,12 @@ class CoTraining(SparseTraining):
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def train_step(self, batch: dict) -> dict:
-        """Reports as ``loss`` the mean of the networks' supervised terms."""
+        """Reports as ``loss`` the mean of the networks' supervised terms; gates stay within their bound."""
         figures = super().train_step(batch)
+        for k in range(len(self.rada_network.members)):
+            head = self.rada_network.member(k).head
+            if head is not None:
+                head.bound_gate()
         supervised = [value for name, value in figures.items() if name.startswith("supervised")]
         return figures | {"loss": sum(supervised) / len(supervised)}
 

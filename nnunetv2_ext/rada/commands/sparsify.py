@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give either --labelled N (dense dataset) or --thicken-only (sparse dataset)")
     from nnunetv2_ext.data.raw import open_raw
     from nnunetv2_ext.rada.annotation.choose import subjects_of
-    from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify
-    from nnunetv2_ext.rada.annotation.thickened import thicken_dataset
+    from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify, thicken_dataset
 
     if args.thicken_only:
         thicken_dataset(args.d, args.o, args.p or "nnUNetPlans", args.c)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from nnunetv2_ext.cli.dispatch import main
 from nnunetv2_ext.data.fingerprint import MARK, PROPERTIES
-from nnunetv2_ext.rada.annotation.draw import AXIS_COLOURS, CaseView, draw_planes
+from nnunetv2_ext.rada.annotation.picture import AXIS_COLOURS, CaseView, draw_planes
 from nnunetv2_ext.rada.annotation.planes import find_planes
 from tests.conftest import TinyDataset
 
