@@ -11,7 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_ext.data.fingerprint import stale_intensities
 from nnunetv2_ext.data.preprocessed import Preprocessed, open_preprocessed
 from nnunetv2_ext.data.raw import require_consecutive_labels
-from nnunetv2_ext.rada.annotation.survey import (
+from nnunetv2_ext.rada.annotation.annotations import (
     Annotation,
     require_annotations,
     survey_cache,

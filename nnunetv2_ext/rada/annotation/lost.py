@@ -10,9 +10,9 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 
 from nnunetv2_ext.data.case import read_label_map
 from nnunetv2_ext.data.preprocessed import file_stamp
+from nnunetv2_ext.rada.annotation.annotations import Annotation, survey_cache, survey_labels
 from nnunetv2_ext.rada.annotation.planes import THRESHOLD, Array, Planes
-from nnunetv2_ext.rada.annotation.survey import Annotation, survey_cache, survey_labels
-from nnunetv2_ext.rada.annotation.trainable import SparsePreprocessed
+from nnunetv2_ext.rada.annotation.preprocessed import SparsePreprocessed
 
 _TOLERANCE = 1.0 + 1e-6  # slices of the preprocessed array
 _SPARSIFY_DEFAULTS = {"-c": "3d_fullres", "-p": "nnUNetPlans"}  # of nnUNetv2_ext sparsify --thicken-only
@@ -20,21 +20,13 @@ _SPARSIFY_DEFAULTS = {"-c": "3d_fullres", "-p": "nnUNetPlans"}  # of nnUNetv2_ex
 
 @dataclass(frozen=True)
 class Lost:
-    """A raw plane without a counterpart.
-
-    Args:
-        case: Its case.
-        axis: Axis of the preprocessed array.
-        raw_axis: Axis of the raw array as nnU-Net reads it (0 = z, 1 = y, 2 = x for NIfTI).
-        index: Slice of the raw array.
-        spacing: mm along the axis before and after.
-    """
+    """A raw plane without a counterpart."""
 
     case: str
-    axis: int
-    raw_axis: int
-    index: int
-    spacing: tuple[float, float]
+    axis: int  # of the preprocessed array
+    raw_axis: int  # of the raw array as nnU-Net reads it (0 = z, 1 = y, 2 = x for NIfTI)
+    index: int  # slice of the raw array
+    spacing: tuple[float, float]  # mm along the axis before and after
 
     def __str__(self) -> str:
         before, after = self.spacing
@@ -47,7 +39,7 @@ class Lost:
 def raw_planes(data: SparsePreprocessed, identifiers: Iterable[str]) -> dict[str, Annotation]:
     """Annotation of the raw labels (``gt_segmentations``), transposed and cropped as preprocessing does; cached.
 
-    Indices count slices of the cropped array. The crop is read from the properties of the preprocessed cases.
+    Indices count slices of the cropped array.
 
     Raises:
         ValueError: a label file is missing or damaged.
@@ -69,12 +61,7 @@ def raw_planes(data: SparsePreprocessed, identifiers: Iterable[str]) -> dict[str
 
 
 def lost_planes(data: SparsePreprocessed, annotations: Mapping[str, Annotation]) -> list[Lost]:
-    """The raw planes without a plane within one slice after preprocessing.
-
-    Args:
-        data: The preprocessed dataset.
-        annotations: Of its cases.
-    """
+    """The raw planes without a plane within one slice after preprocessing; `annotations` are of its cases."""
     order, target = data.plans.transpose_forward, data.configuration.spacing
     lost = []
     for case, before in raw_planes(data, annotations).items():
@@ -109,11 +96,7 @@ def unmatched(before: Planes, after: Planes, old: Sequence[int], new: Sequence[i
 
 
 def require_planes_survived(data: SparsePreprocessed, annotations: Mapping[str, Annotation]) -> None:
-    """Stop if preprocessing erased an annotated plane; arguments as `lost_planes`.
-
-    Raises:
-        ValueError: case, axis, raw slice, spacing before and after, and the command that mends it.
-    """
+    """Raise ValueError if preprocessing erased a plane: case, axis, raw slice, spacings, and the command that helps."""
     lost = lost_planes(data, annotations)
     if lost:
         raise ValueError(
@@ -136,10 +119,6 @@ def erased_annotations(data: SparsePreprocessed, annotations: Mapping[str, Annot
 
     Lost planes stop a training; these are lost to it in silence: a case that has nothing else becomes an unlabelled
     one, and a class that a case has nowhere else is missing there.
-
-    Args:
-        data: The preprocessed dataset.
-        annotations: Of its cases.
     """
     unlabelled = sum(not a.labelled for a in annotations.values())
     remedy = "draw it thicker than the spacing of the plans, annotate whole slices, or train a finer configuration"
