@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from nnunetv2_ext.compare.runs import Arm, FoldRun
+from nnunetv2_ext.compare.arms import Arm
+from nnunetv2_ext.compare.runs import FoldRun
 from nnunetv2_ext.evaluate import plot
 
 if TYPE_CHECKING:

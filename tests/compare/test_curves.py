@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nnunetv2_ext.compare import curves
-from nnunetv2_ext.compare.runs import Arm, FoldRun, Repeat
+from nnunetv2_ext.compare.arms import Arm, Repeat
+from nnunetv2_ext.compare.runs import FoldRun
 from tests.compare.conftest import EPOCHS, LOG
 
 

@@ -6,11 +6,12 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_simple, load_summary_json
 
 from nnunetv2_ext.evaluate import pairs, plot, table
-from nnunetv2_ext.evaluate.folder import Source, evaluate_folder
+from nnunetv2_ext.evaluate.folder import Evaluation, Source, evaluate_folder, with_mean
 from nnunetv2_ext.evaluate.metrics import Rules
 from nnunetv2_ext.evaluate.structures import Labels, from_dataset_json
 
@@ -19,20 +20,29 @@ RULES = Rules(("dice", "hd95", "nsd"), {"a": 1.0, "b": 1.0})
 SOURCE = Source(LABELS, RULES)
 
 
+def values(result: Evaluation, metric: str) -> list[float]:
+    """Of all cases and structures, in order."""
+    return result.table.loc[result.table["metric"] == metric, "value"].tolist()
+
+
 def test_scores_of_a_folder(folders, two_cases) -> None:
     result = evaluate_folder(*folders(two_cases, spacing=(0.5, 1.0, 2.0)), SOURCE)
     assert result.cases == ["x", "y"]
-    assert result.values("dice") == pytest.approx(np.array([[0.75, 0], [1, math.nan]]), nan_ok=True)
+    assert values(result, "dice") == pytest.approx([0.75, 0, 1, math.nan], nan_ok=True)
     # moved along X, whose voxels are 0.5 mm
     diagonal = math.hypot(3.5, 7, 14)
-    assert result.values("hd95") == pytest.approx(np.array([[0.5, diagonal], [0, math.nan]]), nan_ok=True)
-    assert result.case_means("dice").tolist() == [0.375, 1]
-    assert [result.count(s) for s in ("found", "missed", "absent", "invented")] == [2, 1, 1, 0]
+    assert values(result, "hd95") == pytest.approx([0.5, diagonal, 0, math.nan], nan_ok=True)
+    means = with_mean(result.table).query("metric == 'dice' and structure == 'mean of structures'")
+    assert means["value"].tolist() == [0.375, 1]
+    counts = table.count_states(result.table)
+    assert counts.loc["mean of structures"].to_dict() == {"found": 2, "absent": 1, "missed": 1}
+    assert counts.loc["b"].to_dict() == {"absent": 1, "missed": 1}
 
 
 def test_several_processes_give_the_same(folders, two_cases) -> None:
     where = folders(two_cases)
-    assert repr(evaluate_folder(*where, SOURCE).scores) == repr(evaluate_folder(*where, SOURCE, processes=2).scores)
+    one, two = (evaluate_folder(*where, SOURCE, processes=number) for number in (1, 2))
+    assert one.table.equals(two.table) and one.files.equals(two.files)
 
 
 def test_an_error_in_a_process_arrives_as_one_line(folders, two_cases) -> None:
@@ -90,8 +100,9 @@ def test_folders_that_are_missing_or_empty(tmp_path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         evaluate_folder(tmp_path / "no", tmp_path, SOURCE)
     (tmp_path / "readme.txt").write_text("")
+    (tmp_path / "truth").mkdir()
     with pytest.raises(ValueError, match=r"has no file that ends in .nii.gz"):
-        evaluate_folder(tmp_path, tmp_path, SOURCE)
+        evaluate_folder(tmp_path, tmp_path / "truth", SOURCE)
 
 
 # --- grids
@@ -141,18 +152,21 @@ def test_2d_pictures(tmp_path) -> None:
         Image.fromarray(content).save(tmp_path / folder / "case.png")
     source = Source(Labels(LABELS.structures[:1]), RULES, ".png")
     result = evaluate_folder(tmp_path / "p", tmp_path / "t", source)
-    assert result.values("hd95").tolist() == [[1.0]]
+    assert values(result, "hd95") == [1.0]
 
 
 # --- tables and pictures
 
 
 def test_summary_numbers() -> None:
-    s = table.summarise(np.array([1.0, 2.0, math.nan, 4.0]), higher_is_better=True)
-    assert (s.n, s.mean, s.median, s.worst) == (3, pytest.approx(7 / 3), 2.0, 1.0)
-    assert s.sd == pytest.approx(np.std([1, 2, 4], ddof=1)) and (s.q1, s.q3) == (1.5, 3.0)
-    assert table.summarise(np.array([1.0, 5.0]), higher_is_better=False).worst == 5.0
-    assert table.summarise(np.array([math.nan]), True).n == 0 and math.isnan(table.summarise(np.ones(1), True).sd)
+    def summary(metric: str, *given: float) -> dict[str, float]:
+        return table.summarise(pd.DataFrame({"metric": metric, "structure": "a", "value": given}))[metric, "a"]
+
+    s = summary("dice", 1.0, 2.0, math.nan, 4.0)
+    assert (s["n"], s["mean"], s["median"], s["worst"]) == (3, pytest.approx(7 / 3), 2.0, 1.0)
+    assert s["sd"] == pytest.approx(np.std([1, 2, 4], ddof=1)) and (s["q1"], s["q3"]) == (1.5, 3.0)
+    assert summary("hd95", 1.0, 5.0)["worst"] == 5.0
+    assert summary("dice", math.nan)["n"] == 0 and math.isnan(summary("dice", 1.0)["sd"])
 
 
 def test_table_json_and_csv(folders, two_cases) -> None:
