@@ -113,7 +113,7 @@ def cases_csv(scores: Scores) -> str:
 def differences_csv(report: Report) -> str:
     """One row per method, metric, structure and case: the pairs behind every interval."""
     scores = report.scores
-    about = scores.per_case[[c for c in ("fold", "subject", "remark") if c in scores.per_case]]
+    about = scores.per_case
     parts = []
     for d in report.differences:
         both = scores.case_scores(d.key, d.structure)

@@ -184,7 +184,7 @@ def reading(report: Report) -> list[str]:
     scores = report.scores
     first = next(iter(scores.metrics.values()))
     unit = report.differences[0].unit
-    dependent = "Cases of one patient, or validated" if unit == "cases" else "Subjects that were validated"
+    dependent = "Cases of one patient, or validated" if unit == "cases" else "Subjects validated"
     return [
         f"Differences are method minus {scores.first}, case by case. The paired unit is the case: its score is first "
         "averaged over repeated trainings, so more seeds do not count as more patients.",

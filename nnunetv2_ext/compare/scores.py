@@ -41,8 +41,10 @@ class Scores(Evaluation):
 
     @cached_property
     def per_case(self) -> pd.DataFrame:
-        """``files`` with a row per case: its fold and, where known, its subject."""
-        return self.files.drop_duplicates("case").set_index("case")
+        """By case: its fold, its subject where known, and the remarks on its files in all arms."""
+        remarks = self.files.groupby("case")["remark"].agg(lambda some: "; ".join(filter(None, dict.fromkeys(some))))
+        about = self.files.drop_duplicates("case").set_index("case")
+        return about[[c for c in ("fold", "subject") if c in about]].assign(remark=remarks)
 
     @cached_property
     def compared(self) -> pd.DataFrame:

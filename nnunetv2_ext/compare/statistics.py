@@ -98,10 +98,10 @@ class Difference:
 
     @property
     def direction(self) -> str:
-        """better, worse, equal in every case, or unclear: the interval over cases holds zero."""
+        """better, worse, equal in every case, or unclear: the interval over cases holds zero, or there are too few."""
         if self.n and self.ties == self.n:
             return EQUAL
-        if not self.interval.excludes_zero:
+        if self.units < TOO_FEW_CASES or not self.interval.excludes_zero:
             return UNCLEAR
         return BETTER if self.sign > 0 else WORSE
 
@@ -247,14 +247,14 @@ def verdict(d: Difference) -> str:
     """What may be concluded of one metric, in one sentence; the parts of chance (cases, training) are told apart."""
     unit = d.metric.unit
     if not d.n:
-        return f"{d.arm}: no case counts for {d.metric.name}, so nothing can be said."
+        return f"{d.metric.name}: no case counts, so nothing can be said."
     what = f"{d.metric.name} ({d.structure}) {signed(d.mean)}{' ' + unit if unit else ''}"
     counts = f"better in {d.wins}, worse in {d.losses} of {d.n} cases"
     if d.units < 2:
-        return f"{d.arm} against {d.first}: {what} on a single {d.unit[:-1]}, which says nothing about others."
+        return f"{what} on a single {d.unit[:-1]}, which says nothing about others."
     over = f"{d.units} subjects" if d.unit == "subjects" else "cases"
     span = f"95 % interval {signed(d.interval.low)} to {signed(d.interval.high)} over {over}"
-    return f"{d.arm} against {d.first}: {what}, {span}; {counts}. {_conclusion(d)}"
+    return f"{what}, {span}; {counts}. {_conclusion(d)}"
 
 
 def _conclusion(d: Difference) -> str:

@@ -187,7 +187,7 @@ def read(pair: Pair, from_file: Any, compare_origin: bool = True) -> Case:
             _require_same(pair.case, what, our_properties, their_properties)
     else:
         differ = [what for what in ("direction", "origin") if _differ(what, our_properties, their_properties)]
-        remarks.append("direction and origin not compared" + (f": {' and '.join(differ)} differ" if differ else ""))
+        remarks.append("direction and origin not compared" + (f", differing: {', '.join(differ)}" if differ else ""))
     spacing = [float(s) for s in _spacing(our_properties if known == [True, False] else their_properties)]
     if not all(np.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"case {pair.case}: the voxels measure {_by(spacing)} mm; correct the spacing in the file")

@@ -74,7 +74,7 @@ def relaxations(evaluation: Evaluation) -> list[str]:
     lines = []
     files = evaluation.files
     if not evaluation.source.compare_origin:
-        differ = files.loc[files["remark"].str.contains("differ"), "case"].unique()
+        differ = files.loc[files["remark"].str.contains("differing"), "case"].unique()
         found = f"they differ in {listed(list(differ))}" if len(differ) else "they agree in all cases"
         lines.append(f"Grids: origin and direction were not compared (--ignore-origin); {found}.")
     if not files["spacing_known"].all():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from nnunetv2_ext.cli import dispatch
 from tests.compare.conftest import CASES, LABELS, World, save, truth_of, world  # noqa: F401
@@ -106,7 +107,8 @@ def test_predictions_of_a_test_set(world: World, no_plots, capsys) -> None:  # n
     command = ["compare", "-d", "5", "--predictions", "old", "old", "--predictions", "new", "new1", "new2"]
     assert dispatch.main([*command, "--truth", "truth", "-o", "out", "--worst", "0"]) == 0
     out = capsys.readouterr().out
-    assert "3 test cases" in out and "new against old: Dice (mean of structures) +0.375" in out
+    assert "3 test cases" in out and "new against old: Too few cases" in out
+    assert "  - Dice (mean of structures) +0.375" in out
     assert "curves.png" not in Path("out/report.md").read_text()
     assert dispatch.main([*command, "-o", "out"]) == 2
     assert "--predictions needs --truth" in capsys.readouterr().err
@@ -209,6 +211,26 @@ def test_the_answer_names_structures_never_found_and_unequal_settings(world: Wor
     assert "**b was found in no case by nnUNetTrainerB**" in answer and "a was found" not in answer
     assert "The trainings differ in mirroring as well" in answer
     assert "Too few cases to conclude anything**: 4" in answer
+
+
+def test_what_was_let_pass_is_in_every_output(trained: World, monkeypatch, capsys) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr("nnunetv2_ext.evaluate.plot.save", lambda figure, path: titles.append(figure.get_suptitle()))
+    file = str(trained.truth / "c1.nii.gz")
+    image = sitk.ReadImage(file)
+    image.SetOrigin((9.0, 0.0, 0.0))
+    sitk.WriteImage(image, file)
+    command = ["compare", *TWO, "--results", "r0", "--worst", "0", "--metrics", "dice", "-o", "out"]
+    assert dispatch.main(command) == 2
+    assert "case c1: prediction and truth differ in origin" in capsys.readouterr().err
+    assert dispatch.main([*command, "--ignore-origin"]) == 0
+    words = "origin and direction were not compared (--ignore-origin); they differ in case c1."
+    assert words in capsys.readouterr().out and words in Path("out/report.md").read_text()
+    assert any(words in line for line in json.loads(Path("out/comparison.json").read_text())["reading"])
+    assert all(words in title for title in titles[:2])  # differences.png, boxes.png
+    for name in ("cases.csv", "differences.csv"):
+        rows = list(csv.DictReader(Path(f"out/{name}").read_text().splitlines()))
+        assert {r["case"] for r in rows if r["remark"].endswith("differing: origin")} == {"c1"}
 
 
 def test_no_truth(trained: World, monkeypatch, capsys) -> None:

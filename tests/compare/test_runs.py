@@ -1,6 +1,7 @@
 """Finished folds only, of the same cases; repeats and their names."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,52 @@ def test_differing_settings(world) -> None:
         "train_cases": ["all", "5", "5"],
         "medcontext.beta": ["-", "2.0", "0.0"],
     }
+
+
+# --- one training is not two
+
+
+@pytest.mark.parametrize("spelled", ["results", "results/", "./results/../results", "link"])
+def test_the_same_folder_in_other_words_is_given_twice(spelled: str, world) -> None:
+    model = world.train("nnUNetTrainer")
+    (world.root / "link").symlink_to(world.root / "results")
+    with pytest.raises(ValueError, match=r"fold 0 of .* was given twice"):
+        arm(world, results=("results", spelled))
+    folders = [
+        model / "fold_0" / "validation",
+        world.root / spelled / Path(*model.parts[-2:]) / "fold_0" / "validation",
+    ]
+    with pytest.raises(ValueError, match="a folder was given twice"):
+        predictions_arm("x", [folders[0], Path(f"{folders[1]}/")], ENDING)
+
+
+def test_equal_seeds_are_one_training(world) -> None:
+    for seed, draw in ((0, 0), (0, 1), (1, 1)):
+        settings = {"seed": seed, "train_cases": 3, "train_cases_seed": draw}
+        world.train("nnUNetTrainerMedContext", results=f"s{seed}d{draw}", settings=settings)
+    med = "nnUNetTrainerMedContext"
+    assert len(arm(world, med, results=("s0d0", "s0d1", "s1d1")).repeats) == 3  # other training cases, another training
+    world.train(med, results="copy", settings={"seed": 0, "train_cases": 3, "train_cases_seed": 1, "panel_every": 7})
+    with pytest.raises(ValueError, match=r"s0d1 and copy were both trained with seed=0 \(fold 0\), so they are one"):
+        arm(world, med, results=("s0d1", "s1d1", "copy"))
+
+
+def test_results_of_windows_are_read(world) -> None:
+    summary = world.train("nnUNetTrainer") / "fold_0" / "validation" / "summary.json"
+    content = json.loads(summary.read_text())
+    for row in content["metric_per_case"]:
+        row["prediction_file"] = "C:\\Users\\me\\" + row["prediction_file"].lstrip("/").replace("/", "\\")
+    summary.write_text(json.dumps(content))
+    run = runs.read_fold(model_of(world), "0", ENDING)
+    assert set(runs.nnunet_dice(run, ENDING)) == set(run.cases) == {"c0", "c1", "c2", "c3"}
+
+
+def test_cases_of_two_folds_are_answered_by_something_that_helps(world) -> None:
+    for trainer in ("nnUNetTrainer", "nnUNetTrainerMedContext"):
+        fold = world.train(trainer) / "fold_0"
+        shutil.copytree(fold, fold.with_name("fold_all"))
+    names = ("nnUNetTrainer", "nnUNetTrainerMedContext")
+    with pytest.raises(ValueError, match=r"of fold all were also validated in fold 0.*add -f all, or -f with folds"):
+        require_comparable([arm(world, name, folds=("0", "all")) for name in names])
+    assert require_comparable([arm(world, name, folds=("0",)) for name in names]) == []
+    assert "say nothing about new patients" in require_comparable([arm(world, n, folds=("all",)) for n in names])[0]
