@@ -37,33 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that ``evaluate`` and ``compare`` share."""
-    parser.add_argument(
-        "--metrics",
-        nargs="+",
-        default=["dice", "hd95", "nsd"],
-        choices=["dice", "hd95", "nsd"],
-        help="(default: all three)",
-    )
-    parser.add_argument(
-        "--tolerance",
-        nargs="+",
-        default=["1"],
-        metavar="MM",
-        help="NSD: surfaces this close agree; mm for all structures, or NAME=mm for some. Take what two experts "
-        "differ by (default: 1)",
-    )
-    parser.add_argument(
-        "--empty",
-        choices=["worst", "leave-out"],
-        default="worst",
-        help="HD95 of a structure that only truth or prediction has: the image's diagonal, or none (default: worst)",
-    )
-    parser.add_argument(
-        "--ignore-origin",
-        action="store_true",
-        help="score voxel by voxel even where origin or direction of prediction and truth differ; outputs say so",
-    )
-    parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+
+    def add(option: str, text: str, **how: Any) -> None:
+        parser.add_argument(option, help=text, **how)
+
+    names = ["dice", "hd95", "nsd"]
+    add("--metrics", "(default: all three)", nargs="+", default=names, choices=names)
+    add("--tolerance", "NSD: surfaces this close agree; mm for all structures, or NAME=mm for some. Take what two "
+        "experts differ by (default: 1)", nargs="+", default=["1"], metavar="MM")  # fmt: skip
+    add("--empty", "HD95 of a structure that only truth or prediction has: the image's diagonal, or none (default: "
+        "worst)", choices=["worst", "leave-out"], default="worst")  # fmt: skip
+    add("--ignore-origin", "score voxel by voxel even where origin or direction of prediction and truth differ; all "
+        "outputs say so", action="store_true")  # fmt: skip
+    add("-np", "processes (default: %(default)s)", type=int, default=1, metavar="N")
 
 
 def run(args: argparse.Namespace) -> int:

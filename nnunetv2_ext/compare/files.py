@@ -83,26 +83,13 @@ def as_dict(report: Report) -> dict[str, Any]:
 
 def _difference(d: Difference) -> dict[str, Any]:
     return {
-        "method": d.arm,
-        "reference": d.first,
-        "metric": d.metric.name,
-        "structure": d.structure,
-        "mean": d.mean,
-        "interval_over_cases": [d.interval.low, d.interval.high],
-        "resampled": d.unit,
-        "number_resampled": d.units,
-        "cases": d.n,
-        "better": d.wins,
-        "worse": d.losses,
-        "equal": d.ties,
-        "reading": d.direction,
-        "by_repeat": d.by_repeat,
-        "repeats_paired": d.paired_repeats,
-        "pairs_of_trainings": d.agreeing[0],
-        "pairs_that_agree": d.agreeing[1],
-        "interval_over_repeats": [d.repeat_interval.low, d.repeat_interval.high],
+        "method": d.arm, "reference": d.first, "metric": d.metric.name, "structure": d.structure, "mean": d.mean,
+        "interval_over_cases": [d.interval.low, d.interval.high], "resampled": d.unit, "number_resampled": d.units,
+        "cases": d.n, "better": d.wins, "worse": d.losses, "equal": d.ties, "reading": d.direction,
+        "by_repeat": d.by_repeat, "repeats_paired": d.paired_repeats, "pairs_of_trainings": d.agreeing[0],
+        "pairs_that_agree": d.agreeing[1], "interval_over_repeats": [d.repeat_interval.low, d.repeat_interval.high],
         "by_fold": d.by_fold,
-    }
+    }  # fmt: skip
 
 
 def cases_csv(scores: Scores) -> str:
