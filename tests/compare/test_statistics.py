@@ -224,6 +224,7 @@ def test_few_subjects_are_few_however_many_cases_they_have() -> None:
     owners = ["p", "q", "r", "s"] * 3
     d = difference_of(plain, plain + 0.1 + plain / 10, subjects=owners)
     assert (d.n, d.units, d.unit) == (12, 4, "subjects")
+    assert d.interval.excludes_zero and d.direction == "unclear"
     assert "Too few subjects to conclude anything**: 4" in verdict(d)
     assert headline([d]) == "Too few subjects to conclude anything (4)"
     assert "over cases" in verdict(difference_of(plain, plain + 0.1)) and "over 4 subjects" in verdict(d)
