@@ -11,11 +11,11 @@ from nnunetv2_ext.cli.evaluate import add_metric_arguments
 EPILOG = """\
 Examples:
   finished folds of two trainers in nnUNet_results (the first is what the others are compared with)
-    nnUNetv2_ext compare -d 4 -c 3d_fullres -tr nnUNetTrainer nnUNetTrainerMedContext
+    nnUNetv2_ext compare -d 4 -c 3d_fullres -tr nnUNetTrainer TRAINER
   repeated trainings (seeds) in results folders of their own
-    nnUNetv2_ext compare -d 4 -c 3d_fullres -tr nnUNetTrainer nnUNetTrainerMedContext --results seed0 seed1 seed2
+    nnUNetv2_ext compare -d 4 -c 3d_fullres -tr nnUNetTrainer TRAINER --results seed0 seed1 seed2
   runs named by hand: each folder is a results folder, a model folder or a fold, and one repeated training
-    nnUNetv2_ext compare -d 4 -c 3d_fullres --run plain ladder/A_plain/n5_seed* --run ours ladder/E_default/n5_seed*
+    nnUNetv2_ext compare -d 4 -c 3d_fullres --run plain ladder/A/n5_seed* --run ours ladder/E/n5_seed*
   predictions of a test set
     nnUNetv2_ext compare -d 4 --predictions plain OUT_A --predictions ours OUT_B --truth labelsTs --images imagesTs
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,8 @@ def _classes(scores: Scores) -> dict[int, str]:
 def _draw_row(axes, scores: Scores, case: str, shown: dict[str, str], images: Path | None, classes, titles) -> None:
     files = scores.files.set_index(["case", "arm", "repeat"]).loc[case]
     truth = read_volume(files["truth"].iloc[0], scores)
+    if not truth.oriented and len(spacing := files["spacing"].iloc[0]) == 3:  # the truth's own may be assumed
+        truth = replace(truth, spacing=spacing)
     labels = [truth.array, *(read_volume(files["prediction"][training], scores).array for training in shown.items())]
     image = _image(scores, case, images, truth)
     axis = viewing_axis(truth)
@@ -132,7 +136,8 @@ def read_volume(path: Path, scores: Scores) -> Volume:
         if image.GetDimension() == 3:
             image = sitk.DICOMOrient(image, "LPS")
             return Volume(sitk.GetArrayFromImage(image), tuple(image.GetSpacing()[::-1]), True)
-    content, properties = reader(source.ending, source.reader, path).read_seg(str(path))
+    with redirect_stdout(io.StringIO()):  # nnU-Net's warning of an assumed spacing
+        content, properties = reader(source.ending, source.reader, path).read_seg(str(path))
     return Volume(content[0], tuple(float(s) for s in properties["spacing"]), False)
 
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import tifffile
 
+from nnunetv2_ext.compare import pictures
 from nnunetv2_ext.compare.arms import Arm, predictions_arm
 from nnunetv2_ext.compare.scores import Scores, collect
+from nnunetv2_ext.compare.statistics import all_differences
 from nnunetv2_ext.evaluate.folder import make_source
 from nnunetv2_ext.evaluate.structures import from_dataset_json
 from tests.compare.conftest import LABELS, save, truth_of
@@ -68,7 +70,7 @@ def test_a_copied_training_counts_once(copied: str, world) -> None:
     assert len(found.arms[1].repeats) == 3 and not found.notes
 
 
-def test_3d_tiff_is_compared_in_the_mm_of_the_predictions(world, capsys) -> None:
+def test_3d_tiff_is_compared_in_the_mm_of_the_predictions(world, monkeypatch, capsys) -> None:
     """nnU-Net's gt_segmentations have no .json with the spacing, its predictions do."""
     source = make_source(from_dataset_json({"labels": LABELS}), ".tif", metrics=("hd95",))
     arms = []
@@ -81,7 +83,12 @@ def test_3d_tiff_is_compared_in_the_mm_of_the_predictions(world, capsys) -> None
         arms.append(predictions_arm(name, [world.root / name], ".tif"))
     found = collect(arms[1:], world.root / "truth", source, own_truth=False)
     assert found.case_scores("hd95", "a").loc["c0"].to_dict() == {"x": 1.0, "y": 0.5}
-    assert set(found.files["remark"]) == {"spacing of the prediction only"} and capsys.readouterr().out == ""
+    assert set(found.files["remark"]) == {"spacing of the prediction only"}
+    shown = []
+    monkeypatch.setattr(pictures, "draw_slice", lambda *args, **how: shown.append(how["spacing"]))
+    (difference,) = [d for d in all_differences(found) if d.structure == "a"]
+    assert pictures.draw_cases(found, difference, world.root / "x.png", None, 1)[1] == ["c1"]
+    assert set(shown) == {(1.0, 0.5)} and capsys.readouterr().out == ""  # across the thickest axis, without chatter
 
     (world.root / "y" / "c1.json").write_text(json.dumps({"spacing": [1, 1, 1]}))
     with pytest.raises(ValueError, match=r"case c1: the predictions tell different sizes of a voxel in mm .*x/c1.tif"):
