@@ -116,10 +116,10 @@ def collect(
     if subjects is not None:
         for frame in (scores.table, scores.files):
             frame.insert(4, "subject", frame["case"].map(subjects))
-    return _independent(scores)
+    return independent(scores)
 
 
-def _independent(scores: Scores) -> Scores:
+def independent(scores: Scores) -> Scores:
     """The scores without repeats that are another one's copy: equal in every case of a fold is not a new training."""
     measured = ["value", "truth_ml", "prediction_ml"]
     arms, notes = [], []

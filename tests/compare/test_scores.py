@@ -9,11 +9,12 @@ import tifffile
 
 from nnunetv2_ext.compare import pictures
 from nnunetv2_ext.compare.arms import Arm, predictions_arm
-from nnunetv2_ext.compare.scores import Scores, collect
+from nnunetv2_ext.compare.scores import Scores, collect, independent
 from nnunetv2_ext.compare.statistics import all_differences
 from nnunetv2_ext.evaluate.folder import make_source
 from nnunetv2_ext.evaluate.structures import from_dataset_json
 from tests.compare.conftest import LABELS, save, truth_of
+from tests.compare.test_statistics import scores_of
 
 SOURCE = make_source(from_dataset_json({"labels": LABELS}), ".nii.gz", metrics=("dice", "hd95"))
 
@@ -101,3 +102,12 @@ def test_3d_tiff_is_compared_in_the_mm_of_the_predictions(world, monkeypatch, ca
     (world.root / "y" / "c0.json").unlink()
     found = collect(arms[1:], world.root / "truth", source, own_truth=False)
     assert found.metrics["hd95"].title == "HD95 [voxels]" and found.table["truth_ml"].isna().all()
+
+
+def test_a_copied_fold_makes_the_whole_repeat_doubtful() -> None:
+    plain, ours = [[0.5, 0.6, 0.7]], [[0.5, 0.6, 0.7], [0.5, 0.6, 0.8], [0.4, 0.7, 0.7]]
+    given = scores_of(plain, ours, folds=["0", "0", "1"])
+    given.table = given.table.assign(truth_ml=1.0, prediction_ml=1.0)
+    found = independent(given)
+    assert [r.label for r in found.arms[1].repeats] == ["seed 0"]
+    assert ["fold 0" in found.notes[0], "fold 1" in found.notes[1]] == [True, True]
