@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from nnunetv2_ext.core.files import require_writable
 
 _SHOWN = 8  # of a list of cases in a message
 _OF_A_VOXEL = 0.01  # origins further apart than this share of a voxel differ
@@ -56,6 +60,37 @@ def find_pairs(
     return [Pair(case, ours[case], theirs[case]) for case in sorted(wanted) if case in ours]
 
 
+# files that nnU-Net leaves beside predictions, and nobody beside a truth
+_PREDICTION_FILES = ("predict_from_raw_data_args.json", "plans.json", "summary.json")
+
+
+def require_roles(predictions: Path, truth: Path) -> None:
+    """Make sure that the two folders are not the same, and not swapped as far as cheap evidence shows.
+
+    Raises:
+        ValueError: they are; says which files tell.
+    """
+    if predictions.resolve() == truth.resolve():
+        raise ValueError(f"predictions and truth are the same folder, {predictions}: give the folder of the truth")
+    found = [name for name in _PREDICTION_FILES if (truth / name).is_file()]
+    if found and not any((predictions / name).is_file() for name in _PREDICTION_FILES):
+        raise ValueError(
+            f"the folders look swapped: the folder of the truth, {truth}, holds {' and '.join(found)}, which nnU-Net "
+            f"writes beside predictions. The predictions come first; if {truth} is the truth, move these files away"
+        )
+
+
+def require_output(folder: Path, inputs: Sequence[Path]) -> Path:
+    """The output folder, writable and none of the inputs, where its pictures would pass for cases.
+
+    Raises:
+        ValueError: it is one of them, or cannot be written.
+    """
+    if folder.resolve() in [given.resolve() for given in inputs]:
+        raise ValueError(f"the output folder {folder} holds the input: choose another with -o")
+    return require_writable(folder)
+
+
 def case_files(folder: Path, ending: str, what: str = "segmentations") -> dict[str, Path]:
     """Case name to file, sorted.
 
@@ -94,71 +129,124 @@ def reader(ending: str, name: str | None, example: Path) -> Any:
 
     dataset_json = {"file_ending": ending, **({"overwrite_image_reader_writer": name} if name else {})}
     try:
-        found = registry.determine_reader_writer_from_dataset_json(
-            dataset_json, str(example) if ending in (".tif", ".tiff") else None, verbose=False
-        )
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # tracebacks of the readers it tries
+            found = registry.determine_reader_writer_from_dataset_json(
+                dataset_json, str(example) if ending in (".tif", ".tiff") else None, verbose=False
+            )
     except RuntimeError as error:
         raise ValueError(f"nnU-Net cannot read files that end in {ending!r} ({error})") from error
     return found()
 
 
-def read(pair: Pair, from_file: Any, compare_origin: bool = True) -> tuple[Any, Any, list[float]]:
-    """Prediction and truth of a case, as (X, Y, Z) in array order, and the spacing in mm along these axes.
+@dataclass(frozen=True)
+class Case:
+    """A case as read.
+
+    Attributes:
+        prediction, truth: (X, Y, Z) in array order; (X, Y) of 2-D files.
+        spacing: voxel size in mm along these axes; ones where no file tells it.
+        spacing_known: whether a file tells it.
+        remark: what was not as it should be and was let pass; empty if nothing.
+    """
+
+    prediction: npt.NDArray[np.int32]
+    truth: npt.NDArray[np.int32]
+    spacing: tuple[float, ...]
+    spacing_known: bool
+    remark: str
+
+
+def read(pair: Pair, from_file: Any, compare_origin: bool = True) -> Case:
+    """Prediction and truth of a case.
+
+    nnU-Net's readers of TIFF and of pictures assume a spacing where the file has none. An assumed spacing is not
+    compared, and the other file's is taken if that one tells it: nnU-Net writes CASE.json beside a 3-D TIFF prediction,
+    but copies none to gt_segmentations.
 
     Args:
         pair: the files.
         from_file: one of nnU-Net's readers, see ``reader``.
-        compare_origin: whether origin and direction have to agree; shape and spacing always have to.
+        compare_origin: whether origin and direction have to agree; shape and known spacings always have to.
 
     Raises:
         ValueError: unreadable, not a label map, or on different grids; names the case.
     """
     ours, our_properties = _read(pair.case, "prediction", pair.prediction, from_file)
     theirs, their_properties = _read(pair.case, "truth", pair.truth, from_file)
-    _same_grid(pair.case, (ours.shape, our_properties), (theirs.shape, their_properties), compare_origin)
-    return ours, theirs, [abs(float(s)) for s in their_properties["spacing"]]
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"case {pair.case}: the prediction has {_by(ours.shape)} voxels, the truth {_by(theirs.shape)} (array "
+            "order); predict on the images that the truth was drawn on"
+        )
+    known = [_tells_spacing(from_file, path) for path in (pair.prediction, pair.truth)]
+    remarks = [] if all(known) or not any(known) else [f"spacing of the {'prediction' if known[0] else 'truth'} only"]
+    if all(known):
+        _require_same(pair.case, "spacing", our_properties, their_properties)
+    if compare_origin:
+        for what in ("direction", "origin"):
+            _require_same(pair.case, what, our_properties, their_properties)
+    else:
+        differ = [what for what in ("direction", "origin") if _differ(what, our_properties, their_properties)]
+        remarks.append("direction and origin not compared" + (f", differing: {', '.join(differ)}" if differ else ""))
+    spacing = [float(s) for s in _spacing(our_properties if known == [True, False] else their_properties)]
+    if not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise ValueError(f"case {pair.case}: the voxels measure {_by(spacing)} mm; correct the spacing in the file")
+    # readers of 2-D files put an axis in front, 999 times as thick as the largest pixel
+    if theirs.shape[0] == 1 and np.isclose(spacing[0], 999 * max(spacing[1:])):
+        ours, theirs, spacing = ours[0], theirs[0], spacing[1:]
+    return Case(ours, theirs, tuple(spacing), any(known), "; ".join(remarks))
 
 
-def _read(case: str, what: str, path: Path, from_file: Any) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+def _tells_spacing(from_file: Any, path: Path) -> bool:
+    name = type(from_file).__name__
+    return path.with_suffix(".json").is_file() if name == "Tiff3DIO" else name != "NaturalImage2DIO"
+
+
+def _read(case: str, what: str, path: Path, from_file: Any) -> tuple[npt.NDArray[np.int32], dict[str, Any]]:
     try:
-        content, properties = from_file.read_seg(str(path))
+        with redirect_stdout(io.StringIO()):  # nnU-Net's warning of an assumed spacing, which `read` takes care of
+            content, properties = from_file.read_seg(str(path))
     except Exception as error:  # every reader has its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise ValueError(f"case {case}: the {what} {path} cannot be read ({reason})") from error
     if content.ndim != 4 or content.shape[0] != 1:
         raise ValueError(f"case {case}: the {what} {path} has shape {content.shape}; a label map has one channel")
     if not np.array_equal(content, np.round(content)):
-        raise ValueError(f"case {case}: the {what} {path} holds fractions, so it is no label map (an image?)")
+        raise ValueError(f"case {case}: the {what} {path} holds fractions, so it is not a label map (an image?)")
     return content[0].astype(np.int32), properties
 
 
-def _same_grid(case: str, ours: tuple[Any, Mapping], theirs: tuple[Any, Mapping], compare_origin: bool) -> None:
-    (our_shape, our_properties), (their_shape, their_properties) = ours, theirs
-    if our_shape != their_shape:
-        raise ValueError(
-            f"case {case}: the prediction has {_by(our_shape)} voxels, the truth {_by(their_shape)} (array order); "
-            "predict on the images that the truth was drawn on"
-        )
-    spacing = np.abs(np.asarray(their_properties["spacing"], dtype=float))
-    for name, position, tolerance in (
-        ("spacing", lambda p: np.abs(np.asarray(p["spacing"], dtype=float)), 1e-3 * spacing.min()),
-        ("origin", _origin, _OF_A_VOXEL * spacing.min()),
-        ("direction", _direction, 1e-3),
-    ):
-        if name != "spacing" and not compare_origin:
-            continue
-        here, there = position(our_properties), position(their_properties)
-        if here is None or there is None:
-            continue
-        if here.shape != there.shape or np.abs(here - there).max() > tolerance:
-            remedy = (
-                "the two do not show the same grid"
-                if name == "spacing"
-                else "--ignore-origin scores them voxel by voxel, as nnU-Net does"
-            )
-            raise ValueError(
-                f"case {case}: prediction and truth differ in {name}, {_short(here)} and {_short(there)}; {remedy}"
-            )
+_REMEDIES = {
+    "spacing": "the two do not show the same grid",
+    "direction": "one of them is turned or mirrored against the other. Bring both to one orientation (DICOMOrient of "
+    "SimpleITK) or one grid; voxel by voxel a perfect prediction would score low",
+    "origin": "--ignore-origin scores them voxel by voxel, as nnU-Net does. Use the option only if the header is wrong "
+    "and the voxels are right",
+}
+
+
+def _require_same(case: str, what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if (found := _differ(what, ours, theirs)) is not None:
+        here, there = map(_short, found)
+        raise ValueError(f"case {case}: prediction and truth differ in {what}, {here} and {there}; {_REMEDIES[what]}")
+
+
+def _differ(what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[npt.NDArray, npt.NDArray] | None:
+    """Both values if they differ; None also where a file has none."""
+    smallest = _spacing(theirs).min()
+    get, tolerance = {
+        "spacing": (_spacing, 1e-3 * smallest),
+        "direction": (_direction, 1e-3),
+        "origin": (_origin, _OF_A_VOXEL * smallest),
+    }[what]
+    here, there = get(ours), get(theirs)
+    if here is None or there is None or (here.shape == there.shape and np.abs(here - there).max() <= tolerance):
+        return None
+    return here, there
+
+
+def _spacing(properties: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+    return np.abs(np.asarray(properties["spacing"], dtype=float))
 
 
 def _origin(properties: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
@@ -180,8 +268,8 @@ def _affine(properties: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
     return None if stuff is None else np.asarray(stuff["original_affine"], dtype=float)
 
 
-def _by(sizes: Sequence[int]) -> str:
-    return " x ".join(str(size) for size in sizes)
+def _by(sizes: Sequence[float]) -> str:
+    return " x ".join(f"{size:g}" for size in sizes)
 
 
 def _short(values: npt.NDArray[np.float64]) -> str:
