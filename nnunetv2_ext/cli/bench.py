@@ -11,8 +11,7 @@ from nnunetv2_ext.bench.candidates import parse_candidates
 
 EPILOG = """\
 Example:
-  nnUNetv2_ext bench -d 4 -c 3d_fullres -tr nnUNetTrainerMedContext \\
-      "nnUNetTrainerMedContext:medcontext.masked_fraction=0.5" --plot cost.png
+  nnUNetv2_ext bench -d 4 -c 3d_fullres -tr nnUNetTrainerExt "nnUNetTrainerExt:batch_size=4" --plot cost.png
 
 Nothing is written into nnUNet_results. Every trainer steps on one fixed batch, so loading and augmentation do not
 count.

@@ -12,10 +12,8 @@ from pydantic import BaseModel
 from torch import Tensor, distributed, nn
 
 from nnunetv2_ext.core.checkpoint import unwrap
-from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.core.stock import stock_shapes
-from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.core.trainer_settings import method_settings_in
 from nnunetv2_ext.jras.bank import OUTSIDE
 from nnunetv2_ext.jras.build import BankContent, draw_bank, read_patch
@@ -26,12 +24,13 @@ from nnunetv2_ext.jras.search import check_index
 from nnunetv2_ext.jras.settings import JRASSettings
 from nnunetv2_ext.jras.size import checkpoint_growth
 from nnunetv2_ext.jras.start import load_backbone
-from nnunetv2_ext.jras.strip import EXPORT_EDITS, plain_weights
+from nnunetv2_ext.jras.strip import plain_weights
+from nnunetv2_ext.parts.trainer import MethodTrainer
 
 MIN_ANNOTATED = 0.05  # of the guides' cells, below which the log warns
 
 
-class BankTraining(ExtTrainer):
+class BankTraining(MethodTrainer):
     """The part of JRASTraining that owns the bank.
 
     With `jras.retriever=none` it is plain nnU-Net. The bank belongs to the network and travels in its weights; what
@@ -39,7 +38,6 @@ class BankTraining(ExtTrainer):
     """
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"jras": JRASSettings}
-    export_edits: ClassVar[dict[str, ExportEdit]] = EXPORT_EDITS
 
     _datasets: tuple[Any, Any] | None = None  # training, validation -> get_tr_and_val_datasets
     _bank_state: dict[str, Any] | None = None  # group key, cases, coordinates, patch size and spacing of the guides

@@ -10,8 +10,7 @@ import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
-from nnunetv2_ext.core.export_edit import ExportEdit
-from nnunetv2_ext.core.step import Batch, LossPass, Term
+from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
 from nnunetv2_ext.core.trainer_settings import method_settings_in
 from nnunetv2_ext.parts.epoch_means import EpochMeans
 from nnunetv2_ext.parts.pseudo_labels import (
@@ -25,7 +24,7 @@ from nnunetv2_ext.parts.pseudo_labels import (
     teach,
     teacher_weight,
 )
-from nnunetv2_ext.rada.export import EXPORT_EDITS, export_network
+from nnunetv2_ext.rada.export import export_network
 from nnunetv2_ext.rada.network import MemberOutput, RADANet, build_rada_network
 from nnunetv2_ext.rada.settings import RADASettings
 from nnunetv2_ext.rada.sparse_training import SparseTraining
@@ -40,8 +39,6 @@ from nnunetv2_ext.rada.targets import (
 
 class CoTraining(SparseTraining):
     """Adds the networks and the passes of a step: one without gradient, then one per network."""
-
-    export_edits: ClassVar[dict[str, ExportEdit]] = EXPORT_EDITS
 
     strides: list[list[int]]  # of the resolutions that have a loss, highest first
     # the networks are called one by one, not as one module
@@ -145,24 +142,24 @@ class CoTraining(SparseTraining):
             )
 
     # ---- one step ----------------------------------------------------------------------------------------------------
-    def loss_passes(self, batch: Batch) -> list[LossPass]:
+    def loss_passes(self, batch: Batch) -> Passes:
         """One pass without gradient in which the networks label the batch, then one per network.
 
         The first network teaches from its own training pass where that says the same: one forward less.
         They replace the supervised pass, nnU-Net's last one.
         """
-        passes, count = super().loss_passes(batch)[:-1], len(self.rada_network.members)
+        mine, count = [], len(self.rada_network.members)
         weight = teacher_weight(self.training_share, self.rada.lambda_max) if count > 1 else 0.0
         rows = self._co_training_rows(batch)
         lessons: dict[int, Lesson] = {}
         if weight > 0:
             # a pass of its own: under autocast a pass without gradient must not share the block of one with it
             teachers = [k for k in range(count) if k > 0 or not self.training_pass_teaches(batch, rows)]
-            passes.append(LossPass("teachers", partial(self._teach, batch, rows, teachers, lessons)))
+            mine.append(LossPass("teachers", partial(self._teach, batch, rows, teachers, lessons)))
         for k in range(count):
             compute = partial(self._network_terms, k, batch, rows, lessons, weight)
-            passes.append(LossPass(f"network {k + 1}", compute))
-        return passes
+            mine.append(LossPass(f"network {k + 1}", compute))
+        return super().loss_passes(batch).replaced("supervised", *mine)
 
     def training_pass_teaches(self, batch: Batch, rows: list[int]) -> bool:
         """Whether a network's training pass says of samples ``rows`` what its clean pass in eval mode would."""

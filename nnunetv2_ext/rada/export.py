@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunetv2_ext.core.export_edit import ExportEdit
-
 _MEMBER = re.compile(r"members\.(\d+)\.network\.")
 
 
@@ -60,12 +58,3 @@ def drop_semantics(checkpoint: dict[str, Any]) -> dict[str, Any]:
     if not gates:
         raise ValueError("this model has no semantic heads (rada.semantics=off); export it without --drop-semantics")
     return checkpoint | {"network_weights": weights | gates}
-
-
-EXPORT_EDITS = {
-    "drop-semantics": ExportEdit(
-        "leave out the semantic head of a RADA network, which plain nnU-Net cannot compute: predictions change, so "
-        "validate the exported model",
-        drop_semantics,
-    )
-}

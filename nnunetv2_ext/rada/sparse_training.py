@@ -5,23 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from pydantic import BaseModel
 
-from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.data.split import clean_fold, recorded_subjects, write_split_if_absent
+from nnunetv2_ext.parts.trainer import MethodTrainer
 from nnunetv2_ext.rada.annotation.annotations import Annotation, log_lines
 from nnunetv2_ext.rada.annotation.cases import CaseSource, cache_root, case_sources, plans_key
 from nnunetv2_ext.rada.annotation.lost import erased_annotations, require_planes_survived
 from nnunetv2_ext.rada.annotation.preprocessed import Preprocessed, require_trainable
-from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset, in_workers
+from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset
 from nnunetv2_ext.rada.propagation.propagate import propagate_cases
 from nnunetv2_ext.rada.settings import RADASettings
 from nnunetv2_ext.rada.targets import supervised_target
 from nnunetv2_ext.rada.views import AXES, view_masks
 
 
-class SparseTraining(ExtTrainer):
+class SparseTraining(MethodTrainer):
     """The part of RADATraining that knows the data."""
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"rada": RADASettings}
@@ -142,52 +141,12 @@ class SparseTraining(ExtTrainer):
             log=self.print_to_log_file,
         )
 
-    def get_dataloaders(self) -> tuple[Any, Any]:
-        """Replaces nnUNetTrainer.get_dataloaders, which hard-wires its loader; transforms and workers are nnU-Net's."""
-        configuration, labels = self.configuration_manager, self.label_manager
-        patch_size = configuration.patch_size
-        rotation, dummy_2d, initial_patch_size, mirror_axes = (
-            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        common: dict[str, Any] = {
-            "is_cascaded": False,
-            "foreground_labels": labels.foreground_labels,
-            "regions": None,
-            "ignore_label": labels.ignore_label,
-        }
-        train_transforms = self.get_training_transforms(
-            patch_size,
-            rotation,
-            None,
-            mirror_axes,
-            dummy_2d,
-            use_mask_for_norm=configuration.use_mask_for_norm,
-            **common,
-        )
-        validation_transforms = self.get_validation_transforms(None, **common)
-        train, validation = self.get_tr_and_val_datasets()
-        sampling = {
-            "batch_size": self.batch_size,
-            "final_patch_size": patch_size,
-            "label_manager": labels,
-            "oversample_foreground_percent": self.oversample_foreground_percent,
-        }
-        train_loader = TwoStreamLoader(
-            train,
-            self.rada.labelled_share,
-            self.rada.min_labelled,
-            patch_size=initial_patch_size,
-            transforms=train_transforms,
-            **sampling,
-        )
-        self._describe_streams(train, train_loader)
-        validation_loader = nnUNetDataLoader(
-            validation, patch_size=patch_size, transforms=validation_transforms, **sampling
-        )
-        loaders = in_workers(train_loader, validation_loader, pin_memory=self.device.type == "cuda")
-        for loader in loaders:
-            next(loader)
-        return loaders
+    def make_train_loader(self, dataset: ViewDataset, **nnunet_arguments: Any) -> TwoStreamLoader:
+        """Labelled and unlabelled patches in each batch."""
+        nnunet_arguments.pop("probabilistic_oversampling")
+        loader = TwoStreamLoader(dataset, self.rada.labelled_share, self.rada.min_labelled, **nnunet_arguments)
+        self._describe_streams(dataset, loader)
+        return loader
 
     def _describe_streams(self, train: ViewDataset, loader: TwoStreamLoader) -> None:
         rest = loader.batch_size - loader.number_labelled

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunetv2_ext.core.step import Batch, LossPass, Term
+from nnunetv2_ext.core.step import Batch, Passes, Term
 from nnunetv2_ext.rada.annotation.cases import cache_root
 from nnunetv2_ext.rada.cotraining import CoTraining
 from nnunetv2_ext.rada.network import MemberOutput
@@ -68,7 +68,7 @@ class RADATraining(CoTraining):
         )
 
     # ---- one step ----------------------------------------------------------------------------------------------------
-    def loss_passes(self, batch: Batch) -> list[LossPass]:
+    def loss_passes(self, batch: Batch) -> Passes:
         """As before; all networks of a step are conditioned alike."""
         if self._own_vectors is not None:
             vectors, valid = vectors_of(self._own_vectors, batch.keys, self.device)
@@ -132,7 +132,7 @@ class RADATraining(CoTraining):
         super().draw_panel(path)
         if self.last_batch is None:
             return
-        batch = Batch.from_loader(self.last_batch, self.device)
+        batch = self.on_device(self.last_batch)
         rows = sorted({key in self.labelled_cases: i for i, key in enumerate(batch.keys)}.values())
         spacing = self.configuration_manager.spacing
         title = f"{type(self).__name__}, epoch {self.current_epoch - 1}"

@@ -367,7 +367,7 @@ def test_the_real_commands_from_a_dense_dataset_to_a_score(tiny_clip, tmp_path):
     run("nnUNetv2_plan_and_preprocess -d 2 -c 3d_fullres -np 1 -npfp 1", nnUNet_n_proc_DA="1")
     plans = json.loads((dataset.preprocessed / dataset.name / "nnUNetPlans.json").read_text())
     (dataset.preprocessed / dataset.name / "tiny.json").write_text(json.dumps(shrink(plans)))
-    assert "all 9 planes of the raw labels are found" in run("nnUNetv2_ext check -d 2 -p tiny -c 3d_fullres")
+    assert "all 9 planes of the raw labels are found" in run("nnUNetv2_ext check-planes -d 2 -p tiny -c 3d_fullres")
     assert (dataset.preprocessed / dataset.name / "nnunetv2_ext" / "rada" / "planes_tiny_3d_fullres.png").is_file()
     model = "-p tiny -tr nnUNetTrainerRADA -device cpu"
     run(f"nnUNetv2_train 2 3d_fullres 0 {model}")

@@ -145,7 +145,7 @@ def require_annotations(annotations: Mapping[str, Annotation], label_values: Col
     if not any(a.labelled for a in annotations.values()):
         raise ValueError(
             f"none of the {len(annotations)} cases has any annotation: label whole slices in some of them "
-            "(nnUNetv2_ext check shows what is found), then preprocess again"
+            "(nnUNetv2_ext check-planes shows what is found), then preprocess again"
         )
 
 

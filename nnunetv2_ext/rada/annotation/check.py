@@ -1,4 +1,4 @@
-"""What of a sparse dataset's annotation reaches training: the report behind ``nnUNetv2_ext check``."""
+"""What of a sparse dataset's annotation reaches training: the report behind ``nnUNetv2_ext check-planes``."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def test_the_printed_remedy_mends_a_coarser_configuration(phantom, world: Path, 
     changed = sitk.GetImageFromArray(thin)
     changed.CopyInformation(image)
     sitk.WriteImage(changed, str(file))
-    check = ["check", "-c", "3d_lowres", "-p", "tiny", "--cases", "0", "-d"]
+    check = ["check-planes", "-c", "3d_lowres", "-p", "tiny", "--cases", "0", "-d"]
     dataset = TinyDataset(world.parent, 2, sparse.name)
     plan_and_preprocess(dataset)
     add_lowres(dataset, 2.0)

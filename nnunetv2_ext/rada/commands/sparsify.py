@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         subjects = subjects_of(open_raw(args.d).cases, args.group_regex, args.groups)
         options = SparsifyOptions(labelled, axes, args.rule, args.seed, args.test_share, subjects, args.p, args.c)
         sparsify(args.d, args.o, options)
-    print(f"next: nnUNetv2_plan_and_preprocess -d {args.o} -c {args.c}; nnUNetv2_ext check -d {args.o} -c {args.c}")
+    which = f"-d {args.o} -c {args.c}"
+    print(f"next: nnUNetv2_plan_and_preprocess {which}; nnUNetv2_ext check-planes {which}")
     return 0
 
 
