@@ -23,6 +23,8 @@ from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.jras import bank_training as banked
 from nnunetv2_ext.jras import training
 from nnunetv2_ext.jras.build import read_patch
+from nnunetv2_ext.jras.network import JRASNetwork
+from nnunetv2_ext.jras.panel import view_of_batch
 from nnunetv2_ext.jras.search import load_faiss
 from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
 from nnunetv2_ext.trainers.nnUNetTrainerMedContextJRAS import nnUNetTrainerMedContextJRAS
@@ -388,6 +390,22 @@ def test_an_export_does_not_name_the_plain_model(make_trainer, make_jras, tmp_pa
     block = json.loads((tmp_path / "out" / "plans.json").read_text())["nnunetv2_ext"]
     assert "init_from" not in block["jras"] and block["jras"]["tau"] == 0.2
     assert str(source) in (folder / "plans.json").read_text()  # the source is only read
+
+
+@pytest.mark.parametrize("kind", ["strip-bank", "blank-groups"])
+def test_an_export_names_no_training_case(make_jras, tmp_path, kind):
+    """A case id is often a patient's."""
+    trainer = make_jras("train_cases=[phantom_002,phantom_003]")
+    trainer.on_train_start()
+    trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    folder = Path(trainer.output_folder_base)
+    named = [path for path in folder.rglob("*.pth") if b"phantom_002" in path.read_bytes()]
+    assert named and "phantom_002" in (folder / "plans.json").read_text()  # what must not go along
+    export_model(folder, tmp_path / "out", edits=[kind])
+    for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
+        assert b"phantom_00" not in path.read_bytes(), path
+    block = json.loads((tmp_path / "out" / "plans.json").read_text())["nnunetv2_ext"]
+    assert "train_cases" not in block and "jras" in block
 
 
 # ---- nobody guides himself
@@ -835,3 +853,35 @@ def test_the_teacher_looks_into_the_students_bank_and_stores_it_once(make_jras):
     saved = read(path)
     teacher, student = saved[EXTENSION_KEY]["methods"]["medcontext"]["teacher"], saved["network_weights"]
     assert teacher["bank.images"].data_ptr() == student["bank.images"].data_ptr()
+
+
+def test_guides_are_dropped_in_training_only_never_for_the_teacher_an_evaluation_or_a_picture(make_jras, monkeypatch):
+    """With a dropout of 1 no guide is left where it applies."""
+    seen: list[tuple[bool, bool]] = []  # by whom: the trained network or another; and whether any guide was left
+    lookup = JRASNetwork._lookup
+
+    def noting(network: JRASNetwork, queries: torch.Tensor) -> Any:
+        guides = lookup(network, queries)
+        seen.append((network is trainer.retrieval_network, bool(guides.valid.any())))
+        return guides
+
+    def seen_in(action: Callable[[], Any]) -> set[tuple[bool, bool]]:
+        seen.clear()
+        action()
+        return set(seen)
+
+    trainer = make_jras("num_epochs=1 jras.guide_dropout=1", nnUNetTrainerMedContextJRAS)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    monkeypatch.setattr(JRASNetwork, "_lookup", noting)
+    batch = next(trainer.dataloader_train)
+    student, teacher = True, False
+    assert seen_in(lambda: trainer.train_step(batch)) == {(student, False), (teacher, True)}
+    on_device = Batch.from_loader(batch, trainer.device)
+    assert seen_in(lambda: view_of_batch(trainer, on_device)) == {(student, True)}
+    assert trainer.network.training
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        assert seen_in(lambda: trainer.validation_step(next(trainer.dataloader_val))) == {(student, True)}
+        assert seen_in(lambda: trainer.forward(on_device)) == {(student, True)}
+        assert seen_in(lambda: trainer.network(on_device.data)) == {(student, True)}
