@@ -57,18 +57,6 @@ def log(trainer: Any) -> str:
 # ---- controls
 
 
-def test_without_a_retriever_the_weights_are_plain_nnunets_bit_for_bit(make_trainer, make_jras, fixed_batches):
-    states = []
-    for trainer in (make_trainer(nnUNetTrainer, configuration="2d"), make_jras("jras.retriever=none")):
-        randomness.seed_everything(3)
-        trainer.initialize()
-        for batch in fixed_batches(trainer, 4):
-            trainer.train_step(batch)
-        states.append(trainer.network.state_dict())
-    plain, ours = states
-    assert plain.keys() == ours.keys() and all(torch.equal(plain[key], ours[key]) for key in plain)
-
-
 def test_a_frozen_retriever_moves_in_the_warm_up_only(make_jras):
     trainer = make_jras("jras.retriever=frozen num_epochs=3 num_iterations_per_epoch=2")
     trainer.on_train_start()
@@ -217,8 +205,6 @@ def test_the_retrievers_rate_is_a_third_at_every_epoch_and_after_continuing(make
 @pytest.mark.parametrize(
     ("cls", "chosen"),
     [
-        (nnUNetTrainerJRAS, ""),
-        (nnUNetTrainerMedContextJRAS, ""),
         (nnUNetTrainerJRAS, "jras.fusion=concat jras.num_guides=2 jras.detach_keys=true"),
         (nnUNetTrainerJRAS, "jras.retriever_encoder=bottleneck jras.refresh_every=1"),
         (nnUNetTrainerJRAS, "jras.retriever=frozen"),
@@ -711,34 +697,6 @@ def test_keys_are_not_renewed_once_the_retriever_is_frozen(make_jras):
 
 
 # ---- architectures and data that spoil everything
-
-
-def residual(plans: dict[str, Any]) -> dict[str, Any]:
-    """The plans with nnU-Net's residual encoder, as its ResEnc planners write them."""
-    for configuration in plans["configurations"].values():
-        if "architecture" in configuration:
-            kwargs = configuration["architecture"]["arch_kwargs"]
-            kwargs["n_blocks_per_stage"] = kwargs.pop("n_conv_per_stage")
-            name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
-            configuration["architecture"]["network_class_name"] = name
-    return plans
-
-
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_residual_encoder_plans_train_save_and_load(make_jras, tiny, configuration):
-    plans = residual(tiny.plans())
-    trainer = make_jras("save_every=1", configuration=configuration, plans=plans)
-    trainer.on_train_start()
-    assert type(trainer.network.backbone).__name__ == "ResidualEncoderUNet"
-    trainer.on_train_epoch_start()
-    trainer.on_train_epoch_end([trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)])
-    path = str(Path(trainer.output_folder) / "checkpoint_latest.pth")
-    trainer.save_checkpoint(path)
-    again = make_jras("save_every=1", configuration=configuration, plans=plans, continued=True)
-    again.load_checkpoint(path)
-    x = torch.randn(1, 1, *trainer.configuration_manager.patch_size)
-    outputs = [t.network.eval()(x) for t in (trainer, again)]
-    assert all(torch.equal(a, b) for a, b in zip(*outputs)) and again.network.last is not None
 
 
 @dataclasses.dataclass(frozen=True)
