@@ -8,11 +8,12 @@ tells nnU-Net where our trainers are. setuptools has no option for such files, h
 import base64
 import hashlib
 import os
-import re
 import shutil
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from setuptools import find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -65,20 +66,46 @@ class EditableWheel(editable_wheel):
         add_startup_files(newest_wheel(self.dist_dir, "nnunetv2_ext-*.editable-*.whl"))
 
 
-def version() -> str:
-    source = (ROOT / "nnunetv2_ext" / "__init__.py").read_text(encoding="utf-8")
-    match = re.search(r'^__version__ = "([^"]+)"', source, re.MULTILINE)
-    if match is None:
-        raise RuntimeError("nnunetv2_ext/__init__.py must contain __version__")
-    return match.group(1)
+def package() -> tuple[str, dict[str, Any]]:
+    """Version and methods of the package beside this file, of which only what is cheap is imported.
+
+    Another version may be installed where this runs, and then its start-up file has imported it already.
+    """
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nnunetv2_ext"]:
+        del sys.modules[name]
+    sys.path.insert(0, str(ROOT))
+    try:
+        import nnunetv2_ext
+        from nnunetv2_ext.core.outside import methods
+
+        return nnunetv2_ext.__version__, methods()
+    finally:
+        sys.path.remove(str(ROOT))
 
 
-LINUX_X86_64 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
-ELSEWHERE = "sys_platform != 'linux' or platform_machine != 'x86_64'"
+VERSION, METHODS = package()
+EXTRAS: dict[str, list[str]] = {
+    "tensorboard": ["tensorboard"],
+    "test": [
+        "pytest>=7.4",
+        "pytest-timeout>=2.2",
+        "pytest-xdist>=3.2",
+        "hypothesis>=6.90",
+        "monai>=1.4",  # an oracle for surface distances
+        "tensorboard",
+        "setuptools>=70.1",  # the packaging tests build without isolation
+        "wheel",
+        "ruff>=0.6",
+        "mypy>=1.10",
+    ],
+}
+for method in METHODS.values():
+    for extra, needs in method.extras.items():
+        EXTRAS.setdefault(extra, []).extend(needs)
 
 setup(
     name="nnunetv2-ext",
-    version=version(),
+    version=VERSION,
     description="Research training methods for unmodified nnU-Net v2, selected by trainer name",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
@@ -104,27 +131,10 @@ setup(
         "PyYAML",
         "pydantic>=2",
         "psutil",
-        "open_clip_torch>=3",  # first with require_pretrained and local-dir: models
-        "safetensors",
-        f"faiss-gpu>=1.14.3; {LINUX_X86_64}",  # earlier ones are for Python <= 3.10
-        f"faiss-cpu; {ELSEWHERE}",
+        "packaging>=22",
+        *dict.fromkeys(need for method in METHODS.values() for need in method.requires),
     ],
-    extras_require={
-        "tensorboard": ["tensorboard"],
-        "test": [
-            "pytest>=7.4",
-            "pytest-timeout>=2.2",
-            "pytest-xdist>=3.2",
-            "hypothesis>=6.90",
-            "packaging>=22",
-            "monai>=1.4",  # an oracle for surface distances
-            "tensorboard",
-            "setuptools>=70.1",  # the packaging tests build without isolation
-            "wheel",
-            "ruff>=0.6",
-            "mypy>=1.10",
-        ],
-    },
+    extras_require=EXTRAS,
     entry_points={"console_scripts": ["nnUNetv2_ext = nnunetv2_ext.cli:main"]},
     cmdclass={"bdist_wheel": BdistWheel, "editable_wheel": EditableWheel},
     keywords=[

@@ -6,7 +6,7 @@ nothing else: it runs at every interpreter start, so it must not import torch, n
 
 from nnunetv2_ext._register import auto_register, installed_trainers, register
 
-__version__ = "0.1.0"  # the only place; setup.py reads it from here
+__version__ = "0.1.0"  # the only place
 __all__ = ["__version__", "installed_trainers", "register"]
 
 auto_register()

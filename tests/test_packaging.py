@@ -24,6 +24,7 @@ from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 
 from nnunetv2_ext import __version__
+from nnunetv2_ext.core.outside import methods
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 STARTUP_FILES = {"nnunetv2_ext.pth", "nnunetv2_ext.start"}
@@ -37,6 +38,17 @@ class nnUNetTrainerProbe(nnUNetTrainer):
     "nnUNetTrainerLacksModule.py": "import a_module_that_nobody_has\n",
     "_helper.py": "",
 }
+
+EXTRA_METHOD = """
+from nnunetv2_ext.core.outside import Method
+
+METHOD = Method(
+    name="toy",
+    summary="a toy",
+    requires=("toy-dep>=2; sys_platform != 'nowhere'",),
+    extras={"toy": ("more",), "tensorboard": ("tb",)},
+)
+"""
 
 # run in a fresh interpreter, as a file: spawned workers import it again
 PROBE = """
@@ -157,6 +169,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(file, folder)
     for name, text in EXTRA_TRAINERS.items():
         (folder / "trainers" / name).write_text(text)
+    (folder / "nnunetv2_ext" / "toy").mkdir()
+    (folder / "nnunetv2_ext" / "toy" / "__init__.py").touch()
+    (folder / "nnunetv2_ext" / "toy" / "outside.py").write_text(EXTRA_METHOD)
     left_by_an_earlier_build = folder / "build" / "lib" / "nnunetv2_ext" / "trainers" / "nnUNetTrainerDeleted.py"
     left_by_an_earlier_build.parent.mkdir(parents=True)
     left_by_an_earlier_build.write_text("")
@@ -219,7 +234,17 @@ def test_metadata_states_version_python_and_licence(wheel: Path) -> None:
     assert str(metadata.version) == __version__
     assert "3.10" in metadata.requires_python and "3.9" not in metadata.requires_python
     assert metadata.license == "Apache-2.0"
-    assert set(metadata.provides_extra) == {"test", "tensorboard"}
+    assert set(metadata.provides_extra) == {"test", "tensorboard", "toy"}
+
+
+def test_needs_and_extras_of_a_method_are_those_of_its_outside(wheel: Path) -> None:
+    """Of the sources that are built, not of the version that is installed beside and imported at start."""
+    metadata = Metadata.from_email(_read(wheel, ".dist-info/METADATA"), validate=False)
+    by_name = {requirement.name: requirement for requirement in metadata.requires_dist}
+    assert str(by_name["toy-dep"].specifier) == ">=2" and "nowhere" in str(by_name["toy-dep"].marker)
+    assert 'extra == "toy"' in str(by_name["more"].marker) and 'extra == "tensorboard"' in str(by_name["tb"].marker)
+    ours = {Requirement(text).name for method in methods().values() for text in method.requires}
+    assert len(ours) > 2 and ours <= set(by_name)
 
 
 @pytest.mark.parametrize(

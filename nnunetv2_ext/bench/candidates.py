@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nnunetv2_ext import installed_trainers
+from nnunetv2_ext.core.outside import Promise, load_trainer, trainer_of
 
 BASELINE = "nnUNetTrainer"
 
@@ -53,7 +54,7 @@ def parse_candidates(trainers: Sequence[str], settings: Sequence[str] = ()) -> l
         if not separator or not value or not name.isidentifier():
             raise ValueError(
                 f"--settings {entry!r} is not of the form TRAINER=SETTINGS; write for example "
-                '--settings nnUNetTrainerMedContext="medcontext.masked_fraction=0.5"'
+                '--settings nnUNetTrainerExt="batch_size=4"'
             )
         common[name] = f"{common[name]} {value}" if name in common else value
     if BASELINE in common:
@@ -75,13 +76,29 @@ def parse_candidates(trainers: Sequence[str], settings: Sequence[str] = ()) -> l
 
 def check_settings(candidate: Candidate, cls: type) -> None:
     """Raise ValueError if ``cls`` takes no settings or refuses those of ``candidate``."""
-    from nnunetv2_ext.core.resolve import resolve
-    from nnunetv2_ext.core.trainer_settings import ConfiguredTrainer
+    from nnunetv2_ext.core.trainer_settings import SettingsTrainer
 
-    if issubclass(cls, ConfiguredTrainer):
-        resolve(cls.settings_model(), trainer_defaults=cls.default_settings, environment=candidate.settings or None)
+    if issubclass(cls, SettingsTrainer):
+        _settings(cls, candidate.settings or None)
     elif candidate.settings:
         raise ValueError(f"{candidate.trainer} takes no settings; only the trainers of nnunetv2-ext do")
+
+
+def promise_of(candidate: Candidate, cls: type) -> Promise:
+    """What the trainer's method promises with the candidate's settings, however they are written; else nothing."""
+    trainer = trainer_of(cls)
+    if trainer is None:
+        return Promise()
+    given = _settings(cls, candidate.settings or None)
+    return next((p for settings, p in trainer.promises.items() if _settings(cls, settings) == given), Promise())
+
+
+def _settings(cls: Any, text: str | None) -> dict[str, Any]:
+    """A trainer's settings by key with what ``nnUNet_ext_settings`` would hold; None: with what it holds."""
+    from nnunetv2_ext.core.resolve import resolve
+    from nnunetv2_ext.core.settings import flatten
+
+    return flatten(resolve(cls.settings_model(), trainer_defaults=cls.default_settings, environment=text).settings)
 
 
 def _join(name: str, common: str, own: str) -> str:
@@ -98,8 +115,13 @@ def find_trainer(name: str) -> type:
     Raises:
         ValueError: no such trainer (with the nearest names), or its module cannot be imported.
     """
-    if name in (ours := installed_trainers()):  # nnU-Net's own search imports all its trainers, which takes seconds
-        return _import_ours(name, ours[name])
+    if name in installed_trainers():  # nnU-Net's own search imports all its trainers, which takes seconds
+        try:
+            return load_trainer(name)
+        except ImportError as error:
+            raise ValueError(
+                f"{name} cannot be imported ({error}); install what is missing, nnUNetv2_ext doctor says more"
+            ) from error
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
@@ -117,23 +139,13 @@ def find_trainer(name: str) -> type:
     )
 
 
-def _import_ours(name: str, module: str) -> type:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise ValueError(
-            f"{name} cannot be imported ({error}); install what is missing, nnUNetv2_ext doctor says more"
-        ) from error
-
-
 def known_trainers() -> list[str]:
     """Names of all trainers that are imported by now, and of ours."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    names, waiting = {BASELINE, *installed_trainers()}, [nnUNetTrainer]
-    while waiting:
-        for subclass in waiting.pop().__subclasses__():
-            if subclass.__name__ not in names and subclass.__name__.startswith("nnUNetTrainer"):
-                names.add(subclass.__name__)
-            waiting.append(subclass)
-    return sorted(names)
+    def below(cls: type[nnUNetTrainer]) -> Iterator[str]:
+        for subclass in cls.__subclasses__():
+            yield subclass.__name__
+            yield from below(subclass)
+
+    return sorted({BASELINE, *installed_trainers(), *(n for n in below(nnUNetTrainer) if n.startswith(BASELINE))})

@@ -9,7 +9,6 @@ import numpy as np
 
 from nnunetv2_ext.bench.report import part_names
 from nnunetv2_ext.bench.result import Report, Result, Spread
-from nnunetv2_ext.bench.targets import promised_step_ratio
 
 LABEL_WIDTH = 26  # characters
 
@@ -66,7 +65,7 @@ def _ratios(axes, report: Report, results: list[Result]) -> None:
         bars = axes.barh(positions, medians, bar * 0.92, xerr=np.array([low, high]), error_kw={"lw": 1}, label=name)
         axes.bar_label(bars, [f"{v:.2f}" for v in medians], padding=3, fontsize=8)
     for i, result in enumerate(results):
-        promise = promised_step_ratio(result.label, report.machine["device"])
+        promise = result.promise.step(report.machine["device"])
         if promise is not None:
             axes.plot([promise] * 2, [i - 1.5 * bar, i - 0.5 * bar], color="black", lw=2)
             axes.annotate(f"promised {promise:g}", (promise, i - 1.5 * bar), fontsize=7, ha="center", va="bottom")

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -111,22 +111,14 @@ def resident_peak(step: Callable[[], object], number: int) -> int:
     Outside Linux, and where the kernel does not reset its record (some sandboxes), since the start of the process: so
     measure in a process of its own.
     """
-    _forget_resident_peak()
-    for _ in range(number):
-        step()
-    return _resident_peak()
-
-
-def _forget_resident_peak() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
-
-
-def _resident_peak() -> int:
+    for _ in range(number):
+        step()
     # not getrusage on Linux: its ru_maxrss starts with the size of the process that started this one
-    peak = _status_field("/proc/self/status", "VmHWM:")
-    if peak is not None:
-        return peak
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     if sys.platform == "win32":
         import psutil
 
@@ -134,14 +126,6 @@ def _resident_peak() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _status_field(path: str, name: str) -> int | None:
-    try:
-        lines: Iterable[str] = Path(path).read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

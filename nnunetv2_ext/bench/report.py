@@ -8,7 +8,6 @@ from typing import Any
 
 from nnunetv2_ext.bench.parts import OTHER
 from nnunetv2_ext.bench.result import Report, Result, Spread, spread
-from nnunetv2_ext.bench.targets import promised_ratio, promised_step_ratio
 
 MIB = 2**20
 MEMORY_NAMES = {
@@ -64,7 +63,7 @@ def _answer(report: Report) -> str:
         step = report.step_ratio(r, kind, clock)
         if r is report.baseline or step is None or plain is None:
             continue
-        promise = promised_step_ratio(r.label, device)
+        promise = r.promise.step(device)
         kept = (
             ""
             if promise is None
@@ -103,8 +102,8 @@ def _notes(report: Report) -> str:
     if m["threads"] == 1 and three_dimensional:  # measured with torch 2.15: aten::slow_conv3d instead of oneDNN
         notes.append(
             "Note: with one CPU thread torch runs 3d convolutions of a single sample by a slower algorithm, so "
-            "prediction and passes over one sample (masked_fraction=0.5 at batch size 2) cost several times more than "
-            "with --threads 2."
+            "prediction and passes over one sample (half of a batch of 2) cost several times more than with "
+            "--threads 2."
         )
     return "\n".join(notes)
 
@@ -116,7 +115,6 @@ def _step_table(report: Report, kind: str) -> str:
             continue
         wall = r.steps[kind].wall
         step = Spread(*_milliseconds(wall))
-        promise = promised_step_ratio(r.label, report.machine["device"])
         rows.append(
             [
                 r.label,
@@ -124,7 +122,7 @@ def _step_table(report: Report, kind: str) -> str:
                 f"({step.low:.1f} .. {step.high:.1f})",
                 *_ratio(report.step_ratio(r, kind)),
                 *_ratio(report.step_ratio(r, kind, "cpu")),
-                "" if promise is None else f"<= {promise:g}",
+                _promised(r.promise.step(report.machine["device"])),
                 f"{r.facts['batch_size'] / (step.median / 1000):.3g}",
             ]
         )
@@ -137,9 +135,9 @@ def _predict_table(report: Report) -> str:
         if r.predict.wall:
             median, low, high = _milliseconds(r.predict.wall)
             ratios = (*_ratio(report.predict_ratio(r)), *_ratio(report.predict_ratio(r, "cpu")))
-            promise = promised_ratio(r.label, "predict")
-            shown = "" if promise is None else f"<= {promise:g}"
-            rows.append([r.label, f"{median:.1f} ms", f"({low:.1f} .. {high:.1f})", *ratios, shown])
+            rows.append(
+                [r.label, f"{median:.1f} ms", f"({low:.1f} .. {high:.1f})", *ratios, _promised(r.promise.predict)]
+            )
     return f"Prediction, network on one patch\n{table(rows)}" if len(rows) > 1 else ""
 
 
@@ -154,8 +152,7 @@ def _memory_table(report: Report) -> str:
                 f"{r.memory[measure] / MIB:.1f} MiB" if measure in r.memory else "",
                 "" if ratio is None else f"{ratio:.2f}",
             ]
-        promise = promised_ratio(r.label, "memory")
-        rows.append([*cells, "" if promise is None else f"<= {promise:g}"])
+        rows.append([*cells, _promised(r.promise.memory)])
     return f"Memory of a training step\n{table(rows)}" if measures and len(rows) > 1 else ""
 
 
@@ -198,6 +195,10 @@ def _ratio(ratio: Spread | None) -> tuple[str, str]:
     if ratio is None:
         return "", ""
     return f"{ratio.median:.2f}", f"({ratio.low:.2f} .. {ratio.high:.2f})"
+
+
+def _promised(ratio: float | None) -> str:
+    return "" if ratio is None else f"<= {ratio:g}"
 
 
 def _by(sizes: Sequence[int]) -> str:

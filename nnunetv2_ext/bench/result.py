@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from nnunetv2_ext.bench.clock import Times
+from nnunetv2_ext.core.outside import Promise
 
 
 class Spread(NamedTuple):
@@ -42,6 +43,7 @@ class Result:
 
     Attributes:
         label, trainer, settings: which.
+        promise: what its method promises.
         facts: batch size, dtype, compile state; see ``Subject.facts``.
         steps: batch kind -> seconds per training step.
         predict: seconds per patch.
@@ -54,6 +56,7 @@ class Result:
     label: str
     trainer: str
     settings: str = ""
+    promise: Promise = field(default_factory=Promise)
     facts: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Rounds] = field(default_factory=dict)
     predict: Rounds = field(default_factory=Rounds)

@@ -11,7 +11,7 @@ import torch
 
 from nnunetv2_ext.bench import memory
 from nnunetv2_ext.bench.batches import KINDS
-from nnunetv2_ext.bench.candidates import Candidate, check_settings, find_trainer
+from nnunetv2_ext.bench.candidates import Candidate, check_settings, find_trainer, promise_of
 from nnunetv2_ext.bench.clock import time_block
 from nnunetv2_ext.bench.isolated import StepError, one_line, resident_size
 from nnunetv2_ext.bench.machine import describe_machine
@@ -29,7 +29,7 @@ class Options:
     Attributes:
         rounds: turns of each trainer per batch kind; ratios are taken round by round.
         steps_per_round: training steps, and patches predicted, per turn. A trainer whose steps differ
-            (``masked_every=4``) needs a multiple of its period.
+            (a pass in every fourth) needs a multiple of its period.
         warm_up: steps before the first round, not counted.
         batches: of ``batches.KINDS``.
         resident: also measure the resident size in a process of its own (CPU only).
@@ -63,9 +63,11 @@ class Session:
         self.target, self.candidates = target, list(candidates)
         self.options = options or Options()
         check(target)
-        for candidate in self.candidates:
-            check_settings(candidate, find_trainer(candidate.trainer))
-        self.results = [Result(c.label, c.trainer, c.settings) for c in self.candidates]
+        self.results = []
+        for c in self.candidates:
+            trainer = find_trainer(c.trainer)
+            check_settings(c, trainer)
+            self.results.append(Result(c.label, c.trainer, c.settings, promise_of(c, trainer)))
         self.subjects: dict[int, Subject] = {}
         self._bar = progress_bar(None, enabled=False)
 

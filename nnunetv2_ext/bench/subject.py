@@ -115,7 +115,7 @@ class Subject:
     def predicting(self) -> Iterator[None]:
         """The network as it is for prediction: eval mode, one output resolution."""
         network = self.trainer.network
-        # as it is, not as the trainer's attribute says: RADA makes its own targets and switches the loader's off
+        # as it is, not as the trainer's attribute says: one that makes its own targets may switch the loader's off
         decoder = getattr(unwrap(network), "decoder", None)
         deep_supervision = bool(getattr(decoder, "deep_supervision", self.trainer.enable_deep_supervision))
         network.eval()

@@ -1,6 +1,7 @@
 """Checks of ``nnUNetv2_ext doctor``: device, memory, worker processes, nnU-Net's folders."""
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -129,8 +130,11 @@ def nnunet_folders() -> Iterator[Finding]:
         value = os.environ.get(variable)
         if not value:
             yield Finding(FAIL, variable, "not set", f"export {variable}=/path/to/{variable}   (folder for {content})")
+        elif not os.path.exists(value) and (meant := _as_a_shell_reads(value)) != value:
+            detail = f"{value!r} is taken literally, with its quotes, blanks or ~; there is no such folder"
+            yield Finding(FAIL, variable, detail, f"export {variable}={shlex.quote(meant)}")
         elif not os.path.exists(value):
-            yield Finding(WARN, variable, f"{value} does not exist", f"mkdir -p {value}")
+            yield Finding(WARN, variable, f"{value} does not exist", f"mkdir -p {shlex.quote(value)}")
         elif not os.path.isdir(value):
             yield Finding(FAIL, variable, f"{value} is not a folder", f"point {variable} to a folder for {content}")
         elif not _is_writable(value):
@@ -140,6 +144,11 @@ def nnunet_folders() -> Iterator[Finding]:
         else:
             free = shutil.disk_usage(value).free / GIB
             yield Finding(OK, variable, f"{value}, {free:.0f} GiB free")
+
+
+def _as_a_shell_reads(value: str) -> str:
+    """A folder without what a shell takes away: quotes and blanks around it (a .env file keeps them), ``~``."""
+    return os.path.expanduser(value.strip().strip("'\"").strip())
 
 
 def _is_writable(folder: str) -> bool:

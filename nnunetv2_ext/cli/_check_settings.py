@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from nnunetv2_ext._register import installed_trainers
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
-from nnunetv2_ext.cli._trainers import load_trainer
+from nnunetv2_ext.core.outside import load_trainer
 
 
 def environment() -> Iterator[Finding]:

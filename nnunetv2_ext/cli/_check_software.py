@@ -1,4 +1,6 @@
-"""Checks of ``nnUNetv2_ext doctor``: Python, nnU-Net, torch, faiss."""
+"""Checks of ``nnUNetv2_ext doctor``: Python, nnU-Net, torch, and what the methods need."""
+
+from __future__ import annotations
 
 import importlib.util
 import json
@@ -6,11 +8,16 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 from nnunetv2_ext.core.compat import SUPPORTED, nnunet_version, require_supported_nnunet
+from nnunetv2_ext.core.outside import methods
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 
 def python() -> Iterator[Finding]:
@@ -64,33 +71,57 @@ def torch() -> Iterator[Finding]:
     yield Finding(OK, "torch", f"{torch_.__version__}, {build}")
 
 
-def faiss() -> Iterator[Finding]:
-    """Which faiss is installed and whether it loads; in its own process, as a clash of OpenMP libraries ends it."""
-    installed = [f"{name} {version(name)}" for name in ("faiss-gpu", "faiss-cpu") if _is_installed(name)]
-    if len(installed) == 2:
-        yield Finding(
-            WARN,
-            "faiss",
-            f"{' and '.join(installed)} overwrite each other's files",
-            "pip uninstall -y faiss-gpu faiss-cpu, then pip install the one you need",
-        )
-    code = "import faiss; print(faiss.__version__, getattr(faiss, 'get_num_gpus', int)())"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    if child.returncode:
-        reason = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
-        yield Finding(WARN, "faiss", f"import faiss fails: {reason}", "pip install --force-reinstall faiss-cpu")
-        return
-    number, gpus = child.stdout.split()[-2:]
-    name = " and ".join(installed) or f"{number} (not from PyPI)"
-    yield Finding(OK, "faiss", f"{name}, {gpus} GPU(s) usable by it")
+def requirements() -> Iterator[Finding]:
+    """What the methods need on this platform: is it installed, does its version fit, does it load?"""
+    from packaging.requirements import Requirement
+
+    for name, method in methods().items():
+        parsed = [Requirement(text) for text in method.requires]
+        here = [r for r in parsed if r.marker is None or r.marker.evaluate()]
+        elsewhere = [r.name for r in parsed if r not in here and _version(r.name)]
+        for requirement in here:
+            yield from _requirement(requirement, elsewhere, name)
 
 
-def _is_installed(name: str) -> bool:
+def _requirement(requirement: Requirement, elsewhere: list[str], method: str) -> Iterator[Finding]:
+    """Of one distribution; ``elsewhere``: installed ones that the method needs on other platforms only."""
+    name, version = requirement.name, _version(requirement.name)
+    install = f'pip install "{str(requirement).partition(";")[0].strip()}"'
+    rivals = [other for other in elsewhere if version is None or _modules(other) & _modules(name)]
+    remedy = f"pip uninstall -y {' '.join(sorted([name, *rivals]))}; {install}" if rivals else install
+    if version is None:
+        found = f", but {' and '.join(rivals)} is" if rivals else ""
+        yield Finding(WARN, name, f"not installed{found}; {method} needs it", remedy)
+    elif rivals:
+        yield Finding(WARN, name, f"{' and '.join([name, *rivals])} overwrite each other's files", remedy)
+    elif not requirement.specifier.contains(version, prereleases=True):
+        yield Finding(WARN, name, f"{version} is installed; {method} needs {requirement.specifier}", remedy)
+    elif error := _import_error(name):
+        remedy = install.replace("install", "install --force-reinstall", 1)
+        yield Finding(WARN, name, f"{version} is installed and cannot be imported: {error}; {method} needs it", remedy)
+    else:
+        yield Finding(OK, name, f"{version}, for {method}")
+
+
+def _version(name: str) -> str | None:
     try:
-        distribution(name)
+        return distribution(name).version
     except PackageNotFoundError:
-        return False
-    return True
+        return None
+
+
+def _modules(name: str) -> set[str]:
+    """Packages that an installed distribution puts at the top of site-packages."""
+    return {f.parts[0] for f in distribution(name).files or () if len(f.parts) == 2 and f.name == "__init__.py"}
+
+
+def _import_error(name: str) -> str:
+    """Why its packages do not load, empty if they do; in its own process, as a clash of OpenMP libraries ends it."""
+    code = "".join(f"import {module}\n" for module in sorted(_modules(name)))
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if not child.returncode:
+        return ""
+    return (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
 
 
 def _is_editable(name: str) -> bool:

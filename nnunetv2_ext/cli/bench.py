@@ -11,8 +11,7 @@ from nnunetv2_ext.bench.candidates import parse_candidates
 
 EPILOG = """\
 Example:
-  nnUNetv2_ext bench -d 4 -c 3d_fullres -tr nnUNetTrainerMedContext \\
-      "nnUNetTrainerMedContext:medcontext.masked_fraction=0.5" --plot cost.png
+  nnUNetv2_ext bench -d 4 -c 3d_fullres -tr nnUNetTrainerExt "nnUNetTrainerExt:batch_size=4" --plot cost.png
 
 Nothing is written into nnUNet_results. Every trainer steps on one fixed batch, so loading and augmentation do not
 count.
@@ -22,8 +21,6 @@ Exit status: 0, or 1 if a trainer failed (the others are still reported).
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
     parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of a preprocessed dataset")
     parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="e.g. 3d_fullres")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: %(default)s)")

@@ -1,40 +1,38 @@
-"""Finds and runs the subcommands of ``nnUNetv2_ext``.
+"""Finds and runs the subcommands of ``nnUNetv2_ext``: those of the house and those of each method's ``outside.py``.
 
-A subcommand is a module of ``nnunetv2_ext.cli`` with ``add_arguments(parser) -> None`` and ``run(args) -> int`` (the
-exit status), plus one row in :data:`COMMANDS`. Only the module of the command that was typed is imported, so that the
-overview is immediate.
+A subcommand is a module with ``add_arguments(parser) -> None``, ``run(args) -> int`` (the exit status) and, shown below
+its help as it stands, ``EPILOG``. Only the module of the command that was typed is imported, so that the overview is
+immediate.
 """
 
 import argparse
+import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
 from nnunetv2_ext import __version__
+from nnunetv2_ext.core.outside import Command, methods
 
-# command -> (module, one line for the overview); in the order of the overview
-COMMANDS: dict[str, tuple[str, str]] = {
-    "doctor": ("nnunetv2_ext.cli.doctor", "check this installation and say how to mend what is wrong"),
-    "settings": ("nnunetv2_ext.cli.settings", "list every setting of a trainer: type, default, meaning"),
-    "export": ("nnunetv2_ext.cli.export", "write a model folder that plain nnU-Net can predict with"),
-    "guides": ("nnunetv2_ext.cli.guides", "show what a J-RAS model retrieves for an image, and with which weights"),
-    "sparsify": (
-        "nnunetv2_ext.cli.sparsify",
-        "make a dense dataset sparse for nnUNetTrainerRADA, or thicken own planes",
+# in the order of the overview
+HOUSE: dict[str, Command] = {
+    "doctor": Command("nnunetv2_ext.cli.doctor", "check this installation and say how to fix what is wrong"),
+    "settings": Command("nnunetv2_ext.cli.settings", "list every setting of a trainer: type, default, meaning"),
+    "export": Command("nnunetv2_ext.cli.export", "write a model folder that plain nnU-Net can predict with"),
+    "bench": Command(
+        "nnunetv2_ext.cli.bench", "measure what trainers cost against plain nnUNetTrainer: step, prediction, memory"
     ),
-    "fix-fingerprint": (
-        "nnunetv2_ext.cli.fix_fingerprint",
-        "take CT intensities from annotated voxels only, in a dataset with an ignore label",
+    "evaluate": Command(
+        "nnunetv2_ext.cli.evaluate", "score predictions: Dice, HD95 and NSD in mm, per structure and case"
     ),
-    "check": ("nnunetv2_ext.cli.check", "show which annotated planes a preprocessed sparse dataset has"),
-    "bench": (
-        "nnunetv2_ext.cli.bench",
-        "measure what trainers cost against plain nnUNetTrainer: step, prediction, memory",
-    ),
-    "evaluate": ("nnunetv2_ext.cli.evaluate", "score predictions: Dice, HD95 and NSD in mm, per structure and case"),
-    "compare": (
+    "compare": Command(
         "nnunetv2_ext.cli.compare",
         "compare finished trainings: paired differences with intervals, plots, worst cases",
+    ),
+    "fix-fingerprint": Command(
+        "nnunetv2_ext.cli.fix_fingerprint",
+        "take CT intensities from annotated voxels only, in a dataset with an ignore label",
     ),
 }
 
@@ -42,24 +40,56 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``nnUNetv2_ext`` with ``argv`` (default: the command line) and return its exit status.
 
-    0 is success, 2 a mistake of the user (one line on stderr), anything else is the command's own.
+    0 is success, 2 a mistake of the user (one line on stderr), anything else is the command's own. Without a command
+    the overview is printed.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="nnUNetv2_ext", description="Tools for the nnunetv2-ext trainers.")
-    parser.add_argument("--version", action="version", version=f"nnunetv2-ext {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    typed = next((a for a in arguments if not a.startswith("-")), None)
-    for name, (module_name, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if name == typed:
-            module = importlib.import_module(module_name)
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
-    args = parser.parse_args(arguments)
+    typed, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    groups = _groups()
+    if typed in ("-h", "--help"):
+        print(_overview(groups))
+        return 0
+    if typed == "--version":
+        print(f"nnunetv2-ext {__version__}")
+        return 0
+    known = {name: command for group in groups.values() for name, command in group.items()}
+    name = next((new for new, command in known.items() if typed == command.formerly), typed)
+    if name not in known:
+        near = difflib.get_close_matches(typed, [*known, "--help", "--version"], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        print(f"nnUNetv2_ext: there is no command {typed!r}; {hint}nnUNetv2_ext --help lists them", file=sys.stderr)
+        return 2
+    if name != typed:
+        print(f"nnUNetv2_ext {typed} is now called {name}; use the new name", file=sys.stderr)
+    summary = known[name].summary
+    module = importlib.import_module(known[name].module)
+    parser = argparse.ArgumentParser(
+        prog=f"nnUNetv2_ext {name}",
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=getattr(module, "EPILOG", None),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(rest)
     try:
-        return int(args.run(args))
+        return int(module.run(args))
     except BrokenPipeError:  # whoever read the output has ended, as `| head` does
         return 1
     except (ValueError, OSError) as error:  # OSError: a full disk, a missing right
-        print(f"nnUNetv2_ext {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _groups() -> dict[str, Mapping[str, Command]]:
+    """Commands by name, grouped as the overview shows them."""
+    of_methods = {f"{m.name}: {m.summary}": m.commands for m in methods().values() if m.commands}
+    return {"every trainer": HOUSE, **of_methods}
+
+
+def _overview(groups: Mapping[str, Mapping[str, Command]]) -> str:
+    lines = ["usage: nnUNetv2_ext COMMAND ...", "       nnUNetv2_ext COMMAND --help", "       nnUNetv2_ext --version"]
+    for title, commands in groups.items():
+        lines += ["", textwrap.fill(title, 110)]
+        for name, command in commands.items():
+            row = f"  {name:<17} {command.summary}"
+            lines.append(textwrap.fill(row, 110, subsequent_indent=" " * 20, break_on_hyphens=False))
+    return "\n".join(lines)

@@ -1,10 +1,12 @@
-"""``nnUNetv2_ext doctor``: check this installation line by line and say how to mend what is wrong."""
+"""``nnUNetv2_ext doctor``: check this installation line by line and say how to fix what is wrong."""
 
 import argparse
+import json
 import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 
 from nnunetv2_ext import __version__
 from nnunetv2_ext.cli import _check_discovery, _check_machine, _check_settings, _check_software
@@ -12,10 +14,11 @@ from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 
 Check = Callable[[], Iterable[Finding]]
 
-SUBJECT_WIDTH = 26  # of the column with what was checked; the longest trainer names fit
+EPILOG = "Exit status: 0 if nothing is marked FAIL, else 1."
+SUBJECT_WIDTH = 28  # of the column with what was checked; the longest trainer names fit
 
 SECTIONS: dict[str, tuple[Check, ...]] = {
-    "Software": (_check_software.python, _check_software.nnunet, _check_software.torch, _check_software.faiss),
+    "Software": (_check_software.python, _check_software.nnunet, _check_software.torch, _check_software.requirements),
     "Trainers": (
         _check_discovery.startup,
         _check_discovery.folders,
@@ -29,21 +32,26 @@ SECTIONS: dict[str, tuple[Check, ...]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Exit status: 0 if nothing is marked FAIL, else 1."
+    """Declare the command's arguments."""
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print every finding; 1 if one of them is a FAIL, else 0."""
-    print(f"nnunetv2-ext {__version__}\n")
-    counts: Counter[str] = Counter()
+    say = (lambda *_: None) if args.json else print
+    say(f"nnunetv2-ext {__version__}\n")
+    found: list[dict[str, str]] = []
     for title, checks in SECTIONS.items():
-        print(title)
+        say(title)
         for check in checks:
             for finding in findings_of(check):
-                counts[finding.status] += 1
-                print(render(finding))
-        print()
-    print(", ".join(f"{counts[status]} {status}" for status in (OK, WARN, FAIL)))
+                found.append({"section": title, **asdict(finding)})
+                say(render(finding))
+        say()
+    counts = Counter(finding["status"] for finding in found)
+    say(", ".join(f"{counts[status]} {status}" for status in (OK, WARN, FAIL)))
+    if args.json:
+        print(json.dumps({"nnunetv2_ext": __version__, "findings": found}, indent=2))
     return 1 if counts[FAIL] else 0
 
 

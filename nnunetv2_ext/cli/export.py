@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from nnunetv2_ext import installed_trainers
-from nnunetv2_ext.cli._trainers import load_trainer
-
-if TYPE_CHECKING:
-    from nnunetv2_ext.core.export_edit import ExportEdit
+from nnunetv2_ext.core.outside import methods
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,29 +18,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder to write; must not exist. nnU-Net finds a model by -d and -tr if it is named "
         "nnUNetTrainer__PLANS__CONFIGURATION",
     )
-    parser.add_argument(
-        "--weights",
-        default="student",
-        help="student (the trained network, default), teacher (MedContext's moving average), or one of RADA's three "
-        "networks (net1, net2, net3)",
-    )
+    parser.add_argument("--weights", default="student", help=_escaped(_weights_help()))
     parser.add_argument(
         "--best",
         action="store_true",
         help="also export checkpoint_best.pth of each fold; it was chosen by the trained network's pseudo Dice",
     )
-    for name, edit in _export_edits().items():
-        explained = edit.description.replace("%", "%%")
+    parser.set_defaults(edits=[])
+    edits = {name: edit for method in methods().values() for name, edit in method.export_edits.items()}
+    for name, edit in edits.items():
+        explained = _escaped(edit.description)
         parser.add_argument(f"--{name}", dest="edits", action="append_const", const=name, help=explained)
 
 
-def _export_edits() -> dict[str, ExportEdit]:
-    """What the installed trainers let one take out of their models, by the name of the option."""
-    edits: dict[str, ExportEdit] = {}
-    for name in installed_trainers():
-        with suppress(Exception):  # it cannot be imported; its models say so themselves
-            edits.update(load_trainer(name).all_export_edits())
-    return edits
+def _weights_help() -> str:
+    """``student (...), teacher (...), net1 or net2 (...)``: what one phrase explains stands together."""
+    phrases = {"the trained network, default": ["student"]}
+    for method in methods().values():
+        for name, phrase in method.weights.items():
+            phrases.setdefault(phrase, []).append(name)
+    return ", ".join(f"{' or '.join(names)} ({phrase})" for phrase, names in phrases.items())
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%%")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_ext.core.checkpoint import read
     from nnunetv2_ext.core.export import STOCK_TRAINER, export_model
 
-    written = export_model(args.model_folder, args.output, args.weights, args.edits or [], args.best)
+    written = export_model(args.model_folder, args.output, args.weights, args.edits, args.best)
     for path in written:
         print(f"wrote {path}")
     names = {path.name for path in written}

@@ -16,8 +16,6 @@ Extracting the fingerprint again (--clean) undoes it. MR images are normalised o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
     parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of a planned dataset")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,24 @@ def read(path: Path, whole: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise ValueError(f"{path} is no nnU-Net checkpoint (it has no network_weights)")
     return checkpoint
+
+
+@contextmanager
+def all_of_torch_load() -> Iterator[None]:
+    """While nnU-Net reads a file that `read` has read: some of its trainers leave torch's weights_only at its default.
+
+    nnU-Net's checkpoints hold numpy scalars, at which that default ends (nnUNetTrainer_warmup, so Primus).
+    """
+    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _compare_checksums(path: Path) -> None:

@@ -1,6 +1,10 @@
-"""Which nnU-Net releases this package works with."""
+"""Which nnU-Net releases this package works with, and what is read from their code."""
 
+import ast
+import inspect
 import re
+import textwrap
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 SUPPORTED = ">=2.8,<3"  # 2.8.0 is the first release that reads nnUNet_extTrainer
@@ -27,3 +31,24 @@ def require_supported_nnunet() -> None:
     if found is None or not is_supported(found):
         what = "nnunetv2 is not installed" if found is None else f"nnunetv2 {found} is not supported"
         raise ValueError(f'{what}: nnunetv2-ext needs {SUPPORTED}. Run: pip install "nnunetv2{SUPPORTED}"')
+
+
+CLIP_NORM = 12.0  # nnUNetTrainer's
+
+
+def clip_norm_in(train_step: Callable) -> float | None:
+    """The norm at which a trainer's ``train_step`` clips gradients, from its source; None if it does not say.
+
+    nnU-Net's trainers write the number into that call and nowhere else (12, Primus 1).
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(train_step)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    norms = set()
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if getattr(call.func, "attr", getattr(call.func, "id", "")) == "clip_grad_norm_":
+            given = [*call.args[1:2], *(k.value for k in call.keywords if k.arg == "max_norm")]
+            norms |= {node.value if isinstance(node, ast.Constant) else None for node in given}
+    norm = norms.pop() if len(norms) == 1 else None
+    return float(norm) if isinstance(norm, (int, float)) else None

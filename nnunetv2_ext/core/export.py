@@ -15,9 +15,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
-from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.core.files import atomic_torch_save, atomic_write_text, read_json, require_writable
+from nnunetv2_ext.core.outside import ExportEdit, load, methods_of
 from nnunetv2_ext.core.settings import PLANS_KEY, without_local_paths
+from nnunetv2_ext.core.stock import stock_shapes
 from nnunetv2_ext.core.trainer import ExtTrainer
 
 # What nnU-Net's own zip export takes along besides checkpoints, plans.json and dataset.json; without its debug.json,
@@ -42,8 +43,8 @@ def export_model(
     Of every fold the final checkpoint (the latest of a fold that is not finished) gets the chosen weights under
     ``network_weights`` and the stock trainer's name, and loses this package's key and the optimiser's state. The
     fold's progress picture and validation result go along if they belong to these weights. No file holds a path of the
-    training machine, nor of weights that a setting names (``rada.clip_weights``): a stock model has no block of
-    settings, one of our trainers loses the keys marked LOCAL_PATH. Cases are named in the validation result only. The
+    training machine, nor of a file that a setting names: a stock model has no block of settings, one of our trainers
+    loses the keys marked LOCAL_PATH. Cases are named in the validation result only. The
     source is only read.
 
     A training cannot be continued from it (``--c``), which needs the source; it can start one (-pretrained_weights).
@@ -53,8 +54,8 @@ def export_model(
         model_folder: holds plans.json, dataset.json and the fold folders.
         output: must not exist; nothing is left there if something goes wrong.
         weights: which network, see the trainer's ``export_weights``.
-        edits: names of the trainer's ``export_edits``, what is to be taken out. One that keeps the trainer makes the
-            result a model of that trainer, which needs this package to predict.
+        edits: what is to be taken out, by name in the ``export_edits`` of the trainer's methods. One that keeps the
+            trainer makes the result a model of that trainer, which needs this package to predict.
         best: take every fold's checkpoint_best.pth along; it was chosen by the trained network's pseudo Dice.
         tell: gets a line if the validation result was left out, and what the edits have to say.
 
@@ -63,7 +64,7 @@ def export_model(
 
     Raises:
         ValueError: no model folder, output exists, not one of our trainers, no such weights or edit, edits that exclude
-            each other, or no best checkpoint.
+            each other, no best checkpoint, or a network that plain nnU-Net does not build.
     """
     missing = [name for name in ("plans.json", "dataset.json") if not (model_folder / name).is_file()]
     files = _checkpoints(model_folder, best)
@@ -87,6 +88,8 @@ def export_model(
             chosen = _chosen(trainer, edits, weights)
             ours = trainer if any(edit.keeps_trainer for edit in chosen) else None
             exported = _exported(checkpoint, trainer, weights, chosen)
+            if ours is None:
+                _require_stock_network(exported, trainer, file)
             target = partial / file.relative_to(model_folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             atomic_torch_save(exported, target)
@@ -126,7 +129,7 @@ def _checkpoints(model_folder: Path, best: bool) -> list[Path]:
 
 
 def _chosen(trainer: type[ExtTrainer], edits: Collection[str], weights: str) -> list[ExportEdit]:
-    available = trainer.all_export_edits()
+    available = {name: edit for method in methods_of(trainer) for name, edit in method.export_edits.items()}
     for name in edits:
         if name not in available:
             has = ", ".join(f"--{name}" for name in available) or "nothing of the kind"
@@ -150,7 +153,7 @@ def _exported(
     checkpoint: dict[str, Any], trainer: type[ExtTrainer], weights: str, edits: Sequence[ExportEdit]
 ) -> dict[str, Any]:
     for edit in edits:
-        checkpoint = edit.apply(checkpoint)
+        checkpoint = load(edit.apply)(checkpoint)
     exported: dict[str, Any] = {
         key: value
         for key, value in checkpoint.items()
@@ -166,6 +169,32 @@ def _exported(
         "dataset_json": _without_file_lists(checkpoint["init_args"]["dataset_json"]),
     }
     return exported
+
+
+def _require_stock_network(exported: dict[str, Any], trainer: type[ExtTrainer], source: Path) -> None:
+    """Names and shapes of the weights are those of the network that plain nnU-Net builds from the plans.
+
+    Raises:
+        ValueError: they are not, the first difference is named; or plain nnU-Net cannot build a network from them.
+    """
+    remedy = f"predict with {trainer.__name__} and this package instead, whose models need no export"
+    try:
+        stock = stock_shapes(exported["init_args"])
+    except Exception as error:  # whatever the architecture that the plans name raises
+        reason = " ".join(str(error).split())
+        raise ValueError(f"plain nnU-Net cannot build the network of {source} ({reason}); {remedy}") from error
+    ours = {name: value.shape for name, value in exported["network_weights"].items()}
+    for name in [*stock, *ours]:
+        if stock.get(name) != ours.get(name):
+            here, there = (_by(shapes[name]) if name in shapes else "missing" for shapes in (ours, stock))
+            raise ValueError(
+                f"plain nnU-Net could not load {source}: {name} is {here} in the weights and {there} in its network of "
+                f"these plans, because {trainer.__name__} trains another network; {remedy}"
+            )
+
+
+def _by(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape)) or "one number"
 
 
 def _same_weights(source: dict[str, Any], exported: dict[str, Any]) -> bool:

@@ -35,6 +35,10 @@ class Promise:
     memory: float | None = None
     predict: float | None = None
 
+    def step(self, device: str) -> float | None:
+        """Of the step on a type of device; None elsewhere than on ``cpu`` and ``cuda``."""
+        return {"cpu": self.cpu, "cuda": self.cuda}.get(device)
+
 
 @dataclass(frozen=True)
 class Trainer:
@@ -47,7 +51,8 @@ class Trainer:
         off: settings with which the trainer is plain nnU-Net bit for bit; None if there are none.
         data: ``dense`` labels, or ``sparse``: an ignore label on all but a few planes.
         refuses: what it cannot do, and a regular expression that its one-line refusal matches.
-        promises: by the settings of a candidate of ``nnUNetv2_ext bench``, ``""`` for the defaults.
+        promises: by the settings of a candidate of ``nnUNetv2_ext bench``, as one types them (dotted keys), ``""`` for
+            the defaults.
     """
 
     summary: str
@@ -63,7 +68,8 @@ class Command:
     """A subcommand of ``nnUNetv2_ext``.
 
     Attributes:
-        module: has ``add_arguments(parser) -> None`` and ``run(args) -> int``, the exit status.
+        module: has ``add_arguments(parser) -> None`` and ``run(args) -> int``, the exit status; an ``EPILOG`` stands
+            below its help.
         summary: one line for the overview.
         formerly: an old name, which still works and says so.
     """
@@ -104,7 +110,8 @@ class Method:
         commands: by name.
         weights: what ``export --weights`` takes besides ``student``, with one phrase each.
         export_edits: by the option's name, without dashes.
-        requires: distributions that ``pip install nnunetv2-ext`` brings for it.
+        requires: distributions that ``pip install nnunetv2-ext`` brings for it, with what pip understands behind the
+            name (``>=3``, ``; sys_platform == 'linux'``).
         extras: by the name of the extra, distributions that it brings.
         card: its page below ``docs/``.
     """
@@ -131,20 +138,36 @@ def method_of(module: str) -> Method | None:
     while parts:
         name = ".".join([*parts, "outside"])
         try:
-            return importlib.import_module(name).METHOD
+            found = getattr(importlib.import_module(name), "METHOD", None)  # core has a file of this name too: this one
         except ModuleNotFoundError as error:
             if error.name not in (name, *(".".join(parts[:n]) for n in range(1, len(parts) + 1))):
                 raise
-        except AttributeError:  # core has a file of this name too: this one
-            return None
+        else:
+            return found
         parts.pop()
     return None
+
+
+def methods_of(cls: type) -> list[Method]:
+    """The methods that a trainer is made of, by the modules of its base classes, the nearest first; [] for core's."""
+    found = {method.name: method for base in cls.__mro__ if (method := method_of(base.__module__)) is not None}
+    return list(found.values())
+
+
+def trainer_of(cls: type) -> Trainer | None:
+    """What a method says of a trainer's class; None if none names it."""
+    return next((m.trainers[cls.__name__] for m in methods_of(cls) if cls.__name__ in m.trainers), None)
 
 
 def load(reference: str) -> Any:
     """What ``"module:attribute"`` names."""
     module, _, attribute = reference.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def load_trainer(name: str) -> Any:
+    """The class of one of `installed_trainers`. Raises ImportError if something that its module needs is missing."""
+    return load(f"{nnunetv2_ext.installed_trainers()[name]}:{name}")
 
 
 def _found() -> Iterator[Method]:

@@ -16,7 +16,15 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from nnunetv2_ext.core.settings import PLANS_KEY, CommonSettings, fields_by_key, flatten, flatten_layer, is_marked
+from nnunetv2_ext.core.settings import (
+    PLANS_KEY,
+    CommonSettings,
+    fields_by_key,
+    flatten,
+    flatten_layer,
+    is_marked,
+    renamed_keys,
+)
 from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE, from_environment
 
 
@@ -81,6 +89,8 @@ def resume(model: type[CommonSettings], saved: Mapping[str, Any], now: Resolved,
             shown.
     """
     fields = fields_by_key(model)
+    renamed = renamed_keys(model)
+    saved = {renamed.get(key, key): value for key, value in saved.items()}
     values = {key: value for key, value in saved.items() if key in fields}
     sources = dict.fromkeys(values, "checkpoint")
     before = flatten(_validate(model, values, sources))  # with the defaults of keys an older version did not have
@@ -103,7 +113,10 @@ def _flatten_unique(layer: Any, model: type[BaseModel], source: str) -> dict[str
     twice = [key for key in nested if key in layer]
     if twice:
         raise ValueError(f"{source} sets {twice[0]!r} twice, nested and dotted; keep one of the two")
-    return flat
+    for old, new in renamed_keys(model).items():
+        if old in flat and new in flat:
+            raise ValueError(f"{source} sets {old!r} and {new!r}, which is its name today; keep {new!r}")
+    return {renamed_keys(model).get(key, key): value for key, value in flat.items()}
 
 
 def _presets(model: type[BaseModel], layers: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:

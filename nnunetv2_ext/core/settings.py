@@ -6,14 +6,17 @@ values come from a file or the environment (core/sources.py) and are merged in c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, get_args
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 PLANS_KEY = "nnunetv2_ext"
+
+Model = TypeVar("Model", bound="Settings")
 
 # What a field may say about itself, in ``json_schema_extra``:
 RESUMABLE: JsonDict = {
@@ -26,6 +29,8 @@ LOCAL_PATH: JsonDict = {"local_path": True}  # names a file of the training mach
 
 class Settings(BaseModel):
     """Base of all settings models: refuses unknown names, NaN, and true or false where the field is not a bool."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {}  # an old key of this block: the dotted key that it is called today
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -43,7 +48,7 @@ class Settings(BaseModel):
 class CommonSettings(Settings):
     """Settings every trainer of this package understands.
 
-    A method adds its own below its name (``medcontext.mask_ratio``).
+    A method adds its own below its name (``mymethod.weight``).
     """
 
     num_epochs: int = Field(
@@ -53,12 +58,19 @@ class CommonSettings(Settings):
         250, ge=1, description="optimiser steps per epoch", json_schema_extra=RESUMABLE
     )
     num_val_iterations_per_epoch: int = Field(
-        50, ge=1, description="validation batches per epoch, for the pseudo Dice", json_schema_extra=RESUMABLE
+        50,
+        ge=0,
+        description="validation batches per epoch, for the pseudo Dice; 0: no validation during training, and so no "
+        "best checkpoint",
+        json_schema_extra=RESUMABLE,
     )
     initial_lr: float = Field(
         1e-2, gt=0, description="learning rate of the first epoch (polynomial decay, exponent 0.9)"
     )
     weight_decay: float = Field(3e-5, ge=0, description="L2 penalty of the optimiser")
+    clip_norm: float | None = Field(
+        None, gt=0, description="norm to which gradients are clipped; none: the base trainer's (nnU-Net: 12)"
+    )
     batch_size: int | None = Field(
         None, ge=1, description="samples per optimiser step over all GPUs; none: what the plans say"
     )
@@ -72,6 +84,12 @@ class CommonSettings(Settings):
     )
     save_every: int = Field(
         10, ge=1, description="epochs between two checkpoint_latest.pth (nnU-Net: 50)", json_schema_extra=RESUMABLE
+    )
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        description="epochs between two checkpoints that are kept (checkpoint_epoch_0050.pth); none: none is",
+        json_schema_extra=RESUMABLE,
     )
     seed: int | None = Field(
         None,
@@ -89,7 +107,8 @@ class CommonSettings(Settings):
     early_stop_patience: int | None = Field(
         None,
         ge=1,
-        description="end the training after this many epochs without a better moving average of the pseudo Dice",
+        description="end the training after this many epochs without a better moving average of the validation score "
+        "(the pseudo Dice)",
         json_schema_extra=RESUMABLE,
     )
     panel_every: int = Field(
@@ -113,19 +132,23 @@ class CommonSettings(Settings):
         return value
 
 
-def settings_model(name: str, methods: Mapping[str, type[BaseModel]]) -> type[CommonSettings]:
+def settings_model(
+    name: str, methods: Mapping[str, type[BaseModel]], common: Sequence[type[CommonSettings]] = (CommonSettings,)
+) -> type[CommonSettings]:
     """The settings model of a trainer: the common keys and one block per method.
 
     Args:
         name: name of the trainer class, for messages.
         methods: block name (the method's name) to the method's own pydantic model.
+        common: models of the common keys; one that another one is derived from adds nothing.
     """
     blocks: dict[str, Any] = {method: (model, model()) for method, model in methods.items()}
-    return create_model(name, __base__=CommonSettings, **blocks)
+    bases = tuple(a for a in dict.fromkeys(common) if not any(b is not a and issubclass(b, a) for b in common))
+    return create_model(name, __base__=bases, **blocks)
 
 
 def fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Every settable key, dotted (``medcontext.mask_ratio``), with its pydantic field."""
+    """Every settable key, dotted (``mymethod.weight``), with its pydantic field."""
     fields: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -133,6 +156,50 @@ def fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
         else:
             fields[name] = field
     return fields
+
+
+def renamed_keys(model: type[BaseModel]) -> dict[str, str]:
+    """Old dotted keys and what they are called today, of the model and of the methods' blocks in it."""
+    renamed = dict(getattr(model, "RENAMED", {}))
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            renamed |= {f"{name}.{old}": new for old, new in field.annotation.RENAMED.items()}
+    return renamed
+
+
+def from_model_folder(block: Mapping[str, Any], model: type[Model], method: str) -> Model:
+    """A method's block of a model folder's plans, which any version of this package may have written.
+
+    Keys that this version does not know (a newer one's, or renamed ones that moved to another block) are passed over
+    with one warning: what changes the network has no such keys, or the network's weights do not fit.
+
+    Raises:
+        ValueError: a value that is not valid in this version.
+    """
+    values: dict[str, Any] = {}
+    unknown = []
+    for key, value in block.items():
+        today = model.RENAMED.get(key, f"{method}.{key}")
+        inner = today.removeprefix(f"{method}.")
+        if inner in model.model_fields:
+            values.setdefault(inner, value)
+        elif key not in model.RENAMED:
+            unknown.append(f"{method}.{key}")
+    if unknown:
+        warnings.warn(
+            f"the model was trained by another version of nnunetv2-ext: its {', '.join(unknown)} "
+            "mean nothing to this one and are passed over",
+            stacklevel=2,
+        )
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join([method, *map(str, problem["loc"])])
+        raise ValueError(
+            f"the model was trained with {key}={problem['input']!r}, which this version of nnunetv2-ext does not know "
+            f"({problem['msg']}); update it: pip install -U nnunetv2-ext"
+        ) from None
 
 
 def is_marked(field: FieldInfo, mark: str) -> bool:
@@ -158,7 +225,7 @@ def flatten(settings: BaseModel) -> dict[str, Any]:
 
 
 def flatten_layer(layer: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """Nested blocks of a source as dotted keys; a block without a key in it (``medcontext:``) is no key."""
+    """Nested blocks of a source as dotted keys; a block without a key in it (``mymethod:``) is no key."""
     blocks = {key.partition(".")[0] for key in fields_by_key(model) if "." in key}
     flat: dict[str, Any] = {}
     for key, value in layer.items():

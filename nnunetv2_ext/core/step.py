@@ -6,9 +6,9 @@ gradients are those of the summed loss (gradients accumulate in ``.grad``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,21 +27,37 @@ class Batch:
             is a cascade.
         target: ``(B, 1 or regions, *S)``, or the list of it over deep-supervision resolutions, highest first.
         keys: B case ids.
+        extras: whatever else the loader put into the batch, tensors on the device. An entry has a row for each sample
+            (tensor, array, list or tuple of length B), or is a mapping: another stream with rows of its own.
+        owner: the trainer, for messages.
     """
 
     data: Tensor
     target: Tensor | list[Tensor]
     keys: tuple[str, ...]
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    owner: str = "the trainer"
 
     @classmethod
-    def from_loader(cls, batch: Mapping[str, Any], device: torch.device) -> Batch:
-        """Move nnU-Net's batch dictionary (``data``, ``target``, ``keys``) to the device."""
-        target = batch["target"]
-        if isinstance(target, list):
-            target = [t.to(device, non_blocking=True) for t in target]
-        else:
-            target = target.to(device, non_blocking=True)
-        return cls(batch["data"].to(device, non_blocking=True), target, tuple(str(k) for k in batch["keys"]))
+    def from_loader(cls, batch: Mapping[str, Any], device: torch.device, owner: str = "the trainer") -> Batch:
+        """Move nnU-Net's batch dictionary (``data``, ``target``, ``keys``, and what a loader adds) to the device."""
+        moved = {name: _to_device(value, device) for name, value in batch.items() if name != "keys"}
+        data, target = moved.pop("data"), moved.pop("target")
+        return cls(data, target, tuple(str(k) for k in batch["keys"]), moved, owner)
+
+    def extra(self, name: str) -> Any:
+        """An entry of ``extras``.
+
+        Raises:
+            ValueError: the loader did not put it there.
+        """
+        if name not in self.extras:
+            has = ", ".join(self.extras) or "nothing beside data, target and keys"
+            raise ValueError(
+                f"{self.owner}: the batch has no {name!r} (it has {has}); the loader that make_train_loader returns "
+                "must put it into every batch"
+            )
+        return self.extras[name]
 
     @property
     def top_target(self) -> Tensor:
@@ -52,11 +68,28 @@ class Batch:
         """The samples ``index``, in that order."""
         rows = list(index)
         target = [t[rows] for t in self.target] if isinstance(self.target, list) else self.target[rows]
-        return Batch(self.data[rows], target, tuple(self.keys[i] for i in rows))
+        extras = {name: _rows(value, rows) for name, value in self.extras.items()}
+        return Batch(self.data[rows], target, tuple(self.keys[i] for i in rows), extras, self.owner)
 
     def with_data(self, data: Tensor) -> Batch:
         """The same targets and keys with other data."""
         return replace(self, data=data)
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [_to_device(v, device) for v in value]
+    if isinstance(value, Mapping):
+        return {name: _to_device(v, device) for name, v in value.items()}
+    return value
+
+
+def _rows(value: Any, rows: list[int]) -> Any:
+    if isinstance(value, Mapping):
+        return value
+    return type(value)(value[i] for i in rows) if isinstance(value, (list, tuple)) else value[rows]
 
 
 class Term(NamedTuple):
@@ -71,7 +104,7 @@ class LossPass:
     """One forward and what it is worth.
 
     Attributes:
-        name: for messages.
+        name: unique in a step; methods place theirs by it.
         compute: runs the forward under autocast and returns the named terms.
         weight: multiplies all terms of this pass.
     """
@@ -79,6 +112,68 @@ class LossPass:
     name: str
     compute: Callable[[], dict[str, Term]]
     weight: float = 1.0
+
+
+class Passes(Sequence[LossPass]):
+    """The passes of a step, in order, found and placed by their names. Each method returns a new one.
+
+    Args:
+        passes: in order.
+        owner: the trainer, for messages.
+
+    Raises:
+        ValueError: two passes of one name; and, from every method, a name that is not there.
+    """
+
+    def __init__(self, passes: Iterable[LossPass], owner: str = "the trainer") -> None:
+        self._passes, self._owner = tuple(passes), owner
+        names = self.names
+        twice = [name for number, name in enumerate(names) if name in names[:number]]
+        if twice:
+            raise ValueError(f"{owner}: loss_passes has two passes called {twice[0]!r}; give yours another name")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the passes, in order."""
+        return tuple(p.name for p in self._passes)
+
+    def before(self, name: str, *mine: LossPass) -> Passes:
+        """With passes in front of the one called ``name``."""
+        at = self._index(name)
+        return self._with([*self._passes[:at], *mine, *self._passes[at:]])
+
+    def first(self, *mine: LossPass) -> Passes:
+        """With passes in front of all others."""
+        return self._with([*mine, *self._passes])
+
+    def replaced(self, name: str, *mine: LossPass) -> Passes:
+        """With passes (or none) in the place of the one called ``name``."""
+        at = self._index(name)
+        return self._with([*self._passes[:at], *mine, *self._passes[at + 1 :]])
+
+    def weighted(self, name: str, weight: float) -> Passes:
+        """With all terms of the pass called ``name`` multiplied by ``weight``."""
+        old = self._passes[self._index(name)]
+        return self.replaced(name, replace(old, weight=old.weight * weight))
+
+    def __len__(self) -> int:
+        return len(self._passes)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._passes[self._index(index) if isinstance(index, str) else index]
+
+    def __iter__(self) -> Iterator[LossPass]:
+        return iter(self._passes)
+
+    def _with(self, passes: Iterable[LossPass]) -> Passes:
+        return Passes(passes, self._owner)
+
+    def _index(self, name: str) -> int:
+        if name not in self.names:
+            raise ValueError(
+                f"{self._owner}: loss_passes has no pass called {name!r}; it has {', '.join(self.names) or 'none'}"
+            )
+        return self.names.index(name)
 
 
 def backward_passes(

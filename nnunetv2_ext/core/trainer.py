@@ -1,13 +1,9 @@
-"""ExtTrainer: one training step as loss passes, and the hooks a method overrides.
-
-A method subclasses it once (in its own package), overrides the few hooks marked *method hook*, always calling
-``super()``, and can then be combined with another method by inheriting from both. nnU-Net's own hooks stay what they
-are.
-"""
+"""ExtTrainer: one training step as loss passes, and around it what every training needs (core/hooks.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_ext.core import randomness
+from nnunetv2_ext.core.compat import CLIP_NORM, clip_norm_in
 from nnunetv2_ext.core.files import atomic_torch_save
-from nnunetv2_ext.core.step import Batch, LossPass, Term, backward_passes
-from nnunetv2_ext.core.trainer_loop import ResumableTrainer
+from nnunetv2_ext.core.step import Batch, backward_passes
+from nnunetv2_ext.core.trainer_checkpoints import TRAINING_MODULES
+from nnunetv2_ext.core.trainer_loop import LoopTrainer
+from nnunetv2_ext.core.training_modules import average_gradients, require_own_parameters, same_on_all_ranks
 
 # Under AMP the GradScaler skips steps with non-finite gradients, which is normal now and then (its first scale, 2^16,
 # can be halved 16 times in a row); more in a row are not, nor is a scale that has fallen this far: at 0 it lets a NaN
@@ -30,47 +29,68 @@ MIN_SCALE = 2.0**-10
 DIVERGED = 10  # times the first epoch's training loss
 
 
-class ExtTrainer(ResumableTrainer):
+class ExtTrainer(LoopTrainer):
     """Base of all our trainers: nnUNetTrainer with loss passes, settings, exact resume, logs and clean interruption.
 
-    Further *method hooks* are ``method_settings`` and ``default_settings`` (core/trainer_settings.py),
-    ``method_state``, ``load_method_state``, ``export_weights`` and ``export_edits`` (core/trainer_checkpoints.py).
+    What a method overrides is in core/hooks.py.
     """
 
     last_batch: dict | None = None  # the loader's, on the CPU, for pictures
     _nonfinite_steps = 0
     _term_weights: Mapping[str, float] = MappingProxyType({})  # of each term, when it was last computed
 
+    @cached_property
+    def training_modules(self) -> dict[str, nn.Module]:  # type: ignore[override]
+        """What ``build_training_modules`` returned, ready to train; built when the optimiser asks for it."""
+        modules = self.build_training_modules()
+        require_own_parameters(modules, self.network, type(self).__name__)
+        for name, module in modules.items():
+            module = module.to(self.device)
+            modules[name] = same_on_all_ranks(module) if self.is_ddp else module
+            if self._do_i_compile():
+                modules[name].compile()  # in place: the names of its weights stay
+        return modules
+
+    def configure_optimizers(self, *args: Any, **kwargs: Any) -> tuple[torch.optim.Optimizer, Any]:
+        """nnU-Net's, or the base trainer's, with the training modules in a group of their own."""
+        optimizer, scheduler = super().configure_optimizers(*args, **kwargs)
+        parameters = [p for module in self.training_modules.values() for p in module.parameters()]
+        if parameters and not any(group.get("name") == TRAINING_MODULES for group in optimizer.param_groups):
+            optimizer.add_param_group({"params": parameters, "name": TRAINING_MODULES})
+        return optimizer, scheduler
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Of the network and of the training modules."""
+        return [p for module in (self.network, *self.training_modules.values()) for p in module.parameters()]
+
+    @cached_property
+    def clip_norm(self) -> float:  # type: ignore[override]
+        """Highest norm of the gradient: the setting, else the base trainer's."""
+        if self.settings.clip_norm is not None:
+            return self.settings.clip_norm
+        mro = type(self).__mro__
+        base: Any = next(c for c in mro[mro.index(ExtTrainer) + 1 :] if "train_step" in vars(c))
+        norm = clip_norm_in(base.train_step)
+        if norm is None:
+            self.print_to_log_file(
+                f"WARNING: {base.__name__}.train_step does not say at which norm gradients are clipped; "
+                f"{CLIP_NORM} is taken, as in nnU-Net. The setting clip_norm says otherwise."
+            )
+        return CLIP_NORM if norm is None else norm
+
+    def on_train_epoch_start(self) -> None:
+        """nnU-Net's; the training modules go into train mode with the network."""
+        super().on_train_epoch_start()
+        for module in self.training_modules.values():
+            module.train()
+
+    def on_validation_epoch_start(self) -> None:
+        """nnU-Net's; the training modules go into eval mode with the network."""
+        super().on_validation_epoch_start()
+        for module in self.training_modules.values():
+            module.eval()
+
     # ---- one step ----------------------------------------------------------------------------------------------------
-    def forward(self, batch: Batch, network: Callable[[Tensor], Any] | None = None) -> Any:
-        """*Method hook.* Logits of ``batch.data``; a network that needs to know the cases gets them here.
-
-        Args:
-            batch: data, and the case ids it belongs to.
-            network: the trained network, or another one of the same kind (a teacher).
-
-        Returns:
-            ``(B, heads, *S)``, or the list over deep-supervision resolutions.
-        """
-        return (self.network if network is None else network)(batch.data)
-
-    def loss_passes(self, batch: Batch) -> list[LossPass]:
-        """*Method hook.* The passes of this step.
-
-        Methods put theirs before the supervised one, which stays last and is nnU-Net's own.
-        """
-        return [LossPass("supervised", lambda: {"supervised": Term(self.loss(self.forward(batch), batch.target))})]
-
-    def clip_gradients(self) -> Tensor:
-        """*Method hook.* Clip after unscaling, as nnU-Net: total norm 12. Returns the norm before clipping, 0-dim."""
-        return nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-
-    def after_step(self) -> None:
-        """*Method hook.* Called after the optimiser step, also when the scaler skipped it.
-
-        ``global_step`` is still this step's.
-        """
-
     def train_step(self, batch: dict) -> dict:
         """Replaces nnUNetTrainer.train_step.
 
@@ -83,11 +103,13 @@ class ExtTrainer(ResumableTrainer):
             ValueError: a term or the gradient is not finite; the weights are still those of the step before.
         """
         self.last_batch = batch
-        on_device = Batch.from_loader(batch, self.device)
+        on_device = self.on_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
         weights: dict[str, float] = {}
         values = backward_passes(self.loss_passes(on_device), self.network, self.device, self.grad_scaler, weights)
         self._term_weights = {**self._term_weights, **weights}  # a term need not be in every step
+        if self.is_ddp:
+            average_gradients(self.training_modules.values())
         if self.grad_scaler is None:
             figures = self._read(values | {"grad_norm": self.clip_gradients()})
             self._require_finite(figures, on_device)
@@ -102,6 +124,10 @@ class ExtTrainer(ResumableTrainer):
         self.after_step()
         self.global_step += 1
         return {"loss": figures.get("supervised", next(iter(figures.values()))), **figures}
+
+    def on_device(self, batch: dict) -> Batch:
+        """A loader's batch as the hooks want it."""
+        return Batch.from_loader(batch, self.device, type(self).__name__)
 
     @staticmethod
     def _read(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -136,19 +162,6 @@ class ExtTrainer(ResumableTrainer):
         raise ValueError(message)
 
     # ---- one epoch ---------------------------------------------------------------------------------------------------
-    def epoch_figures(self) -> dict[str, float]:
-        """*Method hook.* Figures of the finished epoch for the log, named ``method/figure``.
-
-        Called with the training part done.
-        """
-        return {}
-
-    def draw_panel(self, path: Path) -> None:
-        """*Method hook.* Draw what the method does with ``last_batch`` to ``path`` (PNG).
-
-        Must not touch global random state.
-        """
-
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """nnU-Net's, plus every named term's mean over the steps (and ranks) that had it."""
         names = dict.fromkeys(name for output in train_outputs for name in output if name != "loss")

@@ -1,4 +1,4 @@
-"""CheckpointedTrainer: what a checkpoint holds, how it is written, and how a training takes it up again.
+"""CheckpointTrainer: what a checkpoint holds, how it is written, and how a training takes it up again.
 
 Besides nnU-Net's keys it holds one key of ours: settings, random states, the unfinished epoch, the log and the methods'
 state.
@@ -7,33 +7,34 @@ state.
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import Tensor, distributed
+from torch import distributed
 
 from nnunetv2_ext.core import checkpoint as checkpoints
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core import settings as ext_settings
-from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.core.files import atomic_torch_save
 from nnunetv2_ext.core.logs import EpochLog
 from nnunetv2_ext.core.resolve import resume
-from nnunetv2_ext.core.trainer_settings import ConfiguredTrainer, merged_over_bases
+from nnunetv2_ext.core.trainer_data import DataTrainer
+from nnunetv2_ext.core.training_modules import load_states, states_of
+
+TRAINING_MODULES = "training_modules"  # name of their group in the optimiser
 
 
-class CheckpointedTrainer(ConfiguredTrainer):
+class CheckpointTrainer(DataTrainer):
     """The part of ExtTrainer that saves and loads.
 
     Attributes:
         global_step: optimiser steps done, over all epochs.
         epoch_log: this run's CSV and TensorBoard log; None before on_train_start.
         epochs_without_improvement: epochs since the moving average of the pseudo Dice was last best.
-        export_edits: *method hook*; what can be taken out of a model before it is handed on, by the name of the option
-            of ``nnUNetv2_ext export``, merged over all base classes.
     """
-
-    export_edits: ClassVar[dict[str, ExportEdit]] = {}
 
     global_step = 0
     epochs_without_improvement = 0
@@ -44,33 +45,7 @@ class CheckpointedTrainer(ConfiguredTrainer):
     _random_states: list[dict[str, Any]] | None = None  # one per rank, from the checkpoint
     _log_state: dict[str, Any] | None = None
     _is_resumed = False  # a checkpoint was loaded
-
-    def method_state(self) -> dict[str, Any]:
-        """*Method hook.* What the method needs to continue, by method name; tensors and plain values."""
-        return {}
-
-    def load_method_state(self, states: dict[str, Any]) -> None:
-        """*Method hook.* Counterpart of ``method_state``; the own name may be missing (plain nnU-Net's checkpoint)."""
-
-    @classmethod
-    def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
-        """*Method hook.* Weights from this trainer's checkpoint that plain nnU-Net's network of the same plans loads.
-
-        Args:
-            checkpoint: as read from the file.
-            weights: which network; ``student`` is the one that was trained.
-
-        Raises:
-            ValueError: no such network.
-        """
-        if weights != "student":
-            raise ValueError(f"{cls.__name__} has no {weights!r} weights to export; it has: student")
-        return checkpoint["network_weights"]
-
-    @classmethod
-    def all_export_edits(cls) -> dict[str, ExportEdit]:
-        """Those of this trainer and of all its base classes, by name."""
-        return merged_over_bases(cls, "export_edits")
+    _score: float | None = None  # moving average of the validation score
 
     def save_checkpoint(self, filename: str) -> None:
         """Replaces nnUNetTrainer.save_checkpoint: its keys and ours, written atomically (temporary, fsync, rename)."""
@@ -121,6 +96,8 @@ class CheckpointedTrainer(ConfiguredTrainer):
                 "random_states": random_states,
                 "log": None if self.epoch_log is None else self.epoch_log.state_dict(),
                 "methods": self.method_state(),
+                "training_modules": states_of(self.training_modules),
+                "score": self._score,
             },
         }
 
@@ -141,7 +118,8 @@ class CheckpointedTrainer(ConfiguredTrainer):
         if not self.was_initialized:
             self.initialize()
         checkpoints.check_weights(checkpoint["network_weights"], self.network, path)
-        super().load_checkpoint(str(path))
+        with self._optimizer_as_in(checkpoint), checkpoints.all_of_torch_load():
+            super().load_checkpoint(str(path))
         self._is_resumed = True
         self.my_init_kwargs["plans"] = self.plans_manager.plans  # with today's settings, not the checkpoint's
         if extension is None:
@@ -150,6 +128,7 @@ class CheckpointedTrainer(ConfiguredTrainer):
             for group in self.optimizer.param_groups:
                 group["weight_decay"] = self.weight_decay  # the checkpoint's came with the optimiser's state
             self.load_method_state({})
+            self._score = self._logged_score()
             return
         self.global_step = extension["global_step"]
         self.epochs_without_improvement = extension["epochs_without_improvement"]
@@ -159,4 +138,35 @@ class CheckpointedTrainer(ConfiguredTrainer):
             extension["random_states"]
         )  # the file is memory-mapped; Windows would not replace it
         self._log_state = extension["log"]
+        self._score = extension["score"] if "score" in extension else self._logged_score()
+        states = extension.get("training_modules", {})  # checkpoints of older versions have none
+        for text in load_states(self.training_modules, states, type(self).__name__):
+            self.print_to_log_file(text)
         self.load_method_state(extension["methods"])
+
+    def _logged_score(self) -> float | None:
+        """Of a checkpoint that does not say: nnU-Net's moving average of the pseudo Dice."""
+        logged = self.logger.get_value("ema_fg_dice", step=None)
+        return logged[-1] if logged and not math.isnan(logged[-1]) else None
+
+    @contextmanager
+    def _optimizer_as_in(self, checkpoint: dict[str, Any]) -> Iterator[None]:
+        """Without the training modules' group while a checkpoint without one (plain nnU-Net's) is loaded.
+
+        A group loses its name if the checkpoint has none for it, as those of older versions.
+        """
+        groups = self.optimizer.param_groups
+        names = [group.get("name") for group in groups]
+        known = len(checkpoint["optimizer_state"]["param_groups"])
+        ours = [group for group in groups if group.get("name") == TRAINING_MODULES]
+        if not ours or known == len(groups):
+            yield
+            for name, group in zip(names, self.optimizer.param_groups):
+                if name is not None:
+                    group["name"] = name
+            return
+        groups.remove(ours[0])
+        try:
+            yield
+        finally:
+            self.optimizer.add_param_group({key: v for key, v in ours[0].items() if key in ("params", "name")})

@@ -1,4 +1,4 @@
-"""ResumableTrainer: a training that can be stopped at any step and continued as if it had not been.
+"""LoopTrainer: a training that can be stopped at any step and continued as if it had not been.
 
 Between steps the loop looks for signals and the stop file.
 """
@@ -10,18 +10,20 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed
 
 from nnunetv2_ext.core import randomness
+from nnunetv2_ext.core.hooks import MethodHooks
 from nnunetv2_ext.core.interruption import StopRequest
 from nnunetv2_ext.core.labelmaps import foreground_names
 from nnunetv2_ext.core.logs import EpochLog
 from nnunetv2_ext.core.progress import progress_bar
-from nnunetv2_ext.core.trainer_checkpoints import CheckpointedTrainer
+from nnunetv2_ext.core.trainer_checkpoints import CheckpointTrainer
 
 
-class ResumableTrainer(CheckpointedTrainer):
+class LoopTrainer(CheckpointTrainer):
     """The part of ExtTrainer that runs the epochs.
 
     Attributes:
@@ -30,6 +32,7 @@ class ResumableTrainer(CheckpointedTrainer):
 
     first_step_of_epoch = 0
 
+    _epoch_score: float | None = None  # of the epoch that ends
     _stop: StopRequest | None = None
 
     def on_train_start(self) -> None:
@@ -54,23 +57,59 @@ class ResumableTrainer(CheckpointedTrainer):
         if self.epoch_log is not None:
             self.epoch_log.close()
 
-    def on_epoch_end(self) -> None:
-        """nnU-Net's; the latest checkpoint is written last.
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """nnU-Net's figures where there is a Dice, and the score that best checkpoint, early stop and log go by."""
+        if val_outputs and "tp_hard" in val_outputs[0]:
+            super().on_validation_epoch_end(val_outputs)
+        else:
+            self._log_no_dice(val_outputs)
+        score = self._epoch_score = self.validation_score(val_outputs)
+        if score is not None and not math.isnan(score):  # validation batches without foreground say nothing
+            # the logger's rule, but one NaN does not stay in the average for ever
+            self._score = score if self._score is None else self._score * 0.9 + 0.1 * score
+        if self.epoch_log is not None and self._scores_otherwise and score is not None:
+            figures = {"validation_score/value": float(score), "validation_score/moving_average": self._score}
+            self.epoch_log.add({k: v for k, v in figures.items() if v is not None}, self.current_epoch)
 
-        It then holds the final best EMA, so that a continued run compares as an unbroken one.
+    @property
+    def _scores_otherwise(self) -> bool:
+        return type(self).validation_score is not MethodHooks.validation_score
+
+    def _log_no_dice(self, val_outputs: list[dict]) -> None:
+        """What nnU-Net logs after validation, where there is no Dice: its on_epoch_end reads all of it."""
+        losses = [float(np.mean(output["loss"])) for output in val_outputs if "loss" in output]
+        per_rank = self._gather(float(np.mean(losses)) if losses else math.nan)
+        classes = max(1, self.label_manager.num_segmentation_heads - (not self.label_manager.has_regions))
+        self.logger.log("mean_fg_dice", math.nan, self.current_epoch)
+        self.logger.log("dice_per_class_or_region", [math.nan] * classes, self.current_epoch)
+        self.logger.log("val_losses", float(np.mean(per_rank)), self.current_epoch)
+
+    def on_epoch_end(self) -> None:
+        """nnU-Net's; the checkpoints are written after it, by our score, the latest one last.
+
+        It then holds the final best score, so that a continued run compares as an unbroken one.
         """
         save_every, epoch = self.save_every, self.current_epoch
-        # nnU-Net's rule for checkpoint_best.pth, which is written inside super() and must hold the new count
-        ema = self.logger.get_value("ema_fg_dice", step=-1)
-        if not math.isnan(ema):  # validation batches without foreground say nothing
-            improved = self._best_ema is None or ema > self._best_ema
-            self.epochs_without_improvement = 0 if improved else self.epochs_without_improvement + 1
-        self.save_every = self.num_epochs + epoch + 2  # never due inside super()
+        best: float | None = self._best_ema
+        self.save_every, self._best_ema = self.num_epochs + epoch + 2, math.inf  # neither is due inside super()
         try:
             super().on_epoch_end()
         finally:
-            self.save_every = save_every
+            self.save_every, self._best_ema = save_every, best
+        score = self._epoch_score
+        if score is not None and not math.isnan(score):
+            assert self._score is not None
+            improved = best is None or math.isnan(best) or self._score > best
+            self.epochs_without_improvement = 0 if improved else self.epochs_without_improvement + 1
+            if improved:
+                self._best_ema = self._score
+                what = "moving average of the validation score" if self._scores_otherwise else "EMA pseudo Dice"
+                self.print_to_log_file(f"Yayy! New best {what}: {np.round(self._score, decimals=4)}")
+                self._save(Path(self.output_folder) / "checkpoint_best.pth", completed_epochs=epoch + 1)
         self.after_epoch(epoch)
+        every = self.settings.keep_every
+        if every and (epoch + 1) % every == 0:
+            self._save(Path(self.output_folder) / f"checkpoint_epoch_{epoch + 1:04d}.pth", completed_epochs=epoch + 1)
         if (epoch + 1) % save_every == 0 and epoch + 1 < self.num_epochs:
             self._save_latest(completed_epochs=epoch + 1)
 
@@ -104,7 +143,7 @@ class ResumableTrainer(CheckpointedTrainer):
         if self.stopped_early:
             self.print_to_log_file(
                 f"Early stop: {self.epochs_without_improvement} epochs "
-                "without a better moving average of the pseudo Dice."
+                "without a better moving average of the validation score."
             )
         self.on_train_end()
         if late_signal:  # it came after the last look; the training is complete, the validation would be killed
@@ -120,7 +159,8 @@ class ResumableTrainer(CheckpointedTrainer):
             if (folder / "checkpoint_final.pth").is_file():
                 (folder / "checkpoint_final.pth").replace(folder / "checkpoint_latest.pth")
             return
-        for name in ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"):
+        kept = sorted(path.name for path in folder.glob("checkpoint_epoch_*.pth"))  # keep_every
+        for name in ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth", *kept):
             if (folder / name).is_file():
                 (folder / name).replace(folder / f"previous_{name}")
                 self.print_to_log_file(f"{name} of an earlier training in {folder} is kept as previous_{name}.")
@@ -143,7 +183,7 @@ class ResumableTrainer(CheckpointedTrainer):
         self.on_train_epoch_end(outputs)
         with torch.no_grad():
             self.on_validation_epoch_start()
-            val_outputs = []
+            val_outputs: list[dict] = []
             for _ in range(self.num_val_iterations_per_epoch):
                 self._stop_if_requested(outputs, state)
                 val_outputs.append(self.validation_step(self._next_batch(self.dataloader_val, outputs, state)))

@@ -1,4 +1,4 @@
-"""ConfiguredTrainer: nnUNetTrainer that takes settings, a seed and a few-shot training set."""
+"""SettingsTrainer: nnUNetTrainer that takes settings and a seed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,36 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from pydantic import BaseModel
 
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core import settings as ext_settings
 from nnunetv2_ext.core.compat import require_supported_nnunet
-from nnunetv2_ext.core.fewshot import select_train_cases
 from nnunetv2_ext.core.files import atomic_write_text, read_json, require_writable
+from nnunetv2_ext.core.hooks import MethodHooks
 from nnunetv2_ext.core.resolve import Resolved, resolve
 from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE, to_yaml
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=ext_settings.Settings)
+
+# nnUNetTrainer's own values of the attributes that are settings here; another one is a base trainer's choice
+_STOCK = {
+    "num_epochs": 1000,
+    "num_iterations_per_epoch": 250,
+    "num_val_iterations_per_epoch": 50,
+    "initial_lr": 1e-2,
+    "weight_decay": 3e-5,
+    "oversample_foreground_percent": 0.33,
+    "save_every": 50,
+}
 
 
 def method_settings_in(plans: dict[str, Any], method: str, model: type[Model]) -> Model:
     """A method's settings from the plans of a model folder, for who knows nothing else: the predictor.
 
+    Keys that this version does not know are passed over with a warning: a newer version wrote them.
+
     Raises:
-        ValueError: plans without this package's block, as in nnUNet_preprocessed.
+        ValueError: plans without this package's block, as in nnUNet_preprocessed, or a value that is not valid.
     """
     block = plans.get(ext_settings.PLANS_KEY)
     if block is None or method not in block:
@@ -33,7 +45,7 @@ def method_settings_in(plans: dict[str, Any], method: str, model: type[Model]) -
             f"the plans have no block {ext_settings.PLANS_KEY!r} with the settings of {method!r}; every training "
             "writes it into the plans.json of its model folder: use that file"
         )
-    return model.model_validate(block[method])
+    return ext_settings.from_model_folder(block[method], model, method)
 
 
 def merged_over_bases(cls: type, attribute: str) -> dict[str, Any]:
@@ -44,21 +56,18 @@ def merged_over_bases(cls: type, attribute: str) -> dict[str, Any]:
     return merged
 
 
-class ConfiguredTrainer(nnUNetTrainer):
+class SettingsTrainer(MethodHooks, nnUNetTrainer):
     """The part of ExtTrainer that knows the settings.
 
     Attributes:
-        method_settings: *method hook*; block name to pydantic model, merged over all base classes.
-        default_settings: *method hook*; dotted keys whose default differs for this trainer.
+        common_settings: keys without a block; rooms above core offer further ones (parts/settings.py).
         settings: the resolved settings.
         generator: the methods' own random stream, on the device, per rank; it leaves nnU-Net's augmentation stream
             untouched, so runs of one seed see the same batches whatever the method draws.
     """
 
-    method_settings: ClassVar[dict[str, type[BaseModel]]] = {}
-    default_settings: ClassVar[dict[str, Any]] = {}
+    common_settings: ClassVar[type[ext_settings.CommonSettings]] = ext_settings.CommonSettings
     generator: torch.Generator  # -> initialize
-    _train_cases: list[str] | None = None  # -> do_split, or the checkpoint
 
     def __init__(
         self,
@@ -85,17 +94,28 @@ class ConfiguredTrainer(nnUNetTrainer):
                 f"the results folder cannot be written ({error}); check nnUNet_results, its rights and the disk"
             ) from error
         require_writable(Path(self.output_folder))
-        if not self.label_manager.foreground_labels:
+        if self.needs_foreground and not self.label_manager.foreground_labels:
             raise ValueError(
                 f"dataset.json of {self.plans_manager.dataset_name} declares no foreground label; "
                 "there is nothing to learn"
             )
-        self._apply_settings(resolved)
+        self._apply_settings(self._with_values_of_base_trainer(resolved))
+
+    def _with_values_of_base_trainer(self, resolved: Resolved) -> Resolved:
+        """What nobody set stays as the base trainer's constructor left it (nnU-Net's Primus: AdamW at 3e-4)."""
+        values = {
+            key: getattr(self, key)
+            for key, stock in _STOCK.items()
+            if key not in resolved.sources and getattr(self, key) != stock
+        }
+        sources = resolved.sources | dict.fromkeys(values, "base trainer")
+        return Resolved(resolved.settings.model_copy(update=values), sources)
 
     @classmethod
     def settings_model(cls) -> type[ext_settings.CommonSettings]:
         """The pydantic model of this trainer's settings: the common keys and a block per method it inherits from."""
-        return ext_settings.settings_model(cls.__name__, merged_over_bases(cls, "method_settings"))
+        common = [vars(base)["common_settings"] for base in cls.__mro__ if "common_settings" in vars(base)]
+        return ext_settings.settings_model(cls.__name__, merged_over_bases(cls, "method_settings"), common)
 
     def _apply_settings(self, resolved: Resolved) -> None:
         s = resolved.settings
@@ -125,51 +145,6 @@ class ConfiguredTrainer(nnUNetTrainer):
         self.generator.manual_seed(
             ((torch.initial_seed() if seed is None else seed) + 7919 * (self.local_rank + 1)) % 2**63
         )
-
-    def do_split(self) -> tuple[list[str], list[str]]:
-        """nnU-Net's split, with the training list cut down to ``train_cases``; the validation list is untouched."""
-        train, validation = super().do_split()
-        chosen = select_train_cases(train, self.settings.train_cases, self.settings.train_cases_seed)
-        if self.settings.train_cases is not None:
-            self.print_to_log_file(f"train_cases: {len(chosen)} of {len(train)} training cases: {', '.join(chosen)}")
-            if self._train_cases is not None and self._train_cases != chosen:
-                raise ValueError(
-                    f"this training was started on {', '.join(self._train_cases)}, but train_cases now selects "
-                    f"{', '.join(chosen)}; restore the split or the settings, or start a new training without --c"
-                )
-            self._train_cases = chosen
-        return chosen, validation
-
-    def get_tr_and_val_datasets(self):
-        """nnU-Net's datasets; raises ValueError if no training case has a foreground voxel."""
-        train, validation = super().get_tr_and_val_datasets()
-        for case in train.identifiers:
-            locations = train.load_case(case)[3]["class_locations"]
-            # the tuple that starts with -1 holds every annotated voxel, background included
-            if any(
-                len(where) for label, where in locations.items() if not (isinstance(label, tuple) and label[0] == -1)
-            ):
-                return train, validation
-        raise ValueError(
-            f"none of the {len(train.identifiers)} training cases of fold {self.fold} has a foreground voxel: "
-            "check the labels (nnUNetv2_plan_and_preprocess --verify_dataset_integrity) and the split"
-        )
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        """nnU-Net's, without mirroring if ``mirroring`` says so, as its nnUNetTrainerNoMirroring."""
-        rotation, dummy_2d, initial_patch_size, mirror_axes = (
-            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        if not self.settings.mirroring:
-            mirror_axes = self.inference_allowed_mirroring_axes = None
-        return rotation, dummy_2d, initial_patch_size, mirror_axes
-
-    def get_training_transforms(self, *args, **kwargs):
-        """nnU-Net's augmentation; with a ``seed`` without the part that depends on the clock."""
-        transforms = super().get_training_transforms(*args, **kwargs)
-        if self.settings.seed is not None:
-            randomness.make_repeatable(transforms)
-        return transforms
 
     def on_train_start(self) -> None:
         """Check the other folds, print the settings, nnU-Net's own start, write the settings beside the checkpoints."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +11,8 @@ from pydantic import BaseModel
 from torch import Tensor, distributed, nn
 
 from nnunetv2_ext.core.checkpoint import unwrap
-from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.core.stock import stock_shapes
-from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.core.trainer_settings import method_settings_in
 from nnunetv2_ext.jras.bank import OUTSIDE
 from nnunetv2_ext.jras.build import BankContent, draw_bank, read_patch
@@ -25,13 +22,13 @@ from nnunetv2_ext.jras.network import Exclusion, JRASNetwork, excluding
 from nnunetv2_ext.jras.search import check_index
 from nnunetv2_ext.jras.settings import JRASSettings
 from nnunetv2_ext.jras.size import checkpoint_growth
-from nnunetv2_ext.jras.start import load_backbone
-from nnunetv2_ext.jras.strip import EXPORT_EDITS, plain_weights
+from nnunetv2_ext.jras.strip import plain_weights
+from nnunetv2_ext.parts.trainer import MethodTrainer
 
 MIN_ANNOTATED = 0.05  # of the guides' cells, below which the log warns
 
 
-class BankTraining(ExtTrainer):
+class BankTraining(MethodTrainer):
     """The part of JRASTraining that owns the bank.
 
     With `jras.retriever=none` it is plain nnU-Net. The bank belongs to the network and travels in its weights; what
@@ -39,11 +36,9 @@ class BankTraining(ExtTrainer):
     """
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"jras": JRASSettings}
-    export_edits: ClassVar[dict[str, ExportEdit]] = EXPORT_EDITS
 
     _datasets: tuple[Any, Any] | None = None  # training, validation -> get_tr_and_val_datasets
     _bank_state: dict[str, Any] | None = None  # group key, cases, coordinates, patch size and spacing of the guides
-    _takes_weights_of_checkpoint = False
 
     @property
     def jras(self) -> JRASSettings:
@@ -90,15 +85,23 @@ class BankTraining(ExtTrainer):
             )
         return JRASNetwork(backbone, settings, channels, num_output_channels, configuration_manager.patch_size)
 
+    @property
+    def start_file(self) -> str | None:
+        """Also by its name of before `init_from` was common: `jras.init_from`.
+
+        Raises:
+            ValueError: both names are set, to different files.
+        """
+        common, own = super().start_file, self.jras.init_from
+        if None not in (common, own) and common != own:
+            raise ValueError(f"init_from={common} and jras.init_from={own}, its old name, differ: unset the latter")
+        return common or own
+
     def initialize(self) -> None:
-        """nnU-Net's, after a check of what would only fail later; then the weights of `jras.init_from`."""
+        """nnU-Net's, after a check of what would only fail later."""
         if self.jras.has_retrieval:
             check_index(self.jras.index, self.jras.key_dim, self.jras.nprobe, self.jras.ef_search)
         super().initialize()
-        if self.jras.init_from is not None and not self._takes_weights_of_checkpoint:
-            network = unwrap(self.network)
-            load_backbone(network.backbone if isinstance(network, JRASNetwork) else network, Path(self.jras.init_from))
-            self.print_to_log_file(f"The segmenter starts from {self.jras.init_from}.")
 
     # ---- the bank ------------------------------------------------------------------------------------------------
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
@@ -268,7 +271,11 @@ class BankTraining(ExtTrainer):
         return state
 
     def load_method_state(self, states: dict[str, Any]) -> None:
-        """Counterpart; without it the weights still predict, and a continued training draws a new bank."""
+        """Counterpart; without it the weights still predict, and a continued training draws a new bank.
+
+        Raises:
+            ValueError: the bank was drawn with another patch size or spacing.
+        """
         super().load_method_state(states)
         state = states.get("jras")
         if state is None or self.retrieval_network is None:
@@ -276,15 +283,6 @@ class BankTraining(ExtTrainer):
         self._require_same_geometry(state)
         names = ("group_key", "cases", "coordinates", "mirrored")
         self._bank_state = {name: state[name] for name in names if name in state} | self._geometry()
-
-    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """nnU-Net's; what `jras.init_from` names is not read, and may be gone by now.
-
-        Raises:
-            ValueError: also for a bank drawn with another patch size or spacing.
-        """
-        self._takes_weights_of_checkpoint = True
-        super().load_checkpoint(filename_or_checkpoint)
 
     def _geometry(self) -> dict[str, tuple[float, ...]]:
         configuration = self.configuration_manager

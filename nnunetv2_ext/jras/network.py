@@ -86,6 +86,7 @@ class JRASNetwork(nn.Module):
         patch_size: P.
 
     Attributes:
+        stock_prefixes: where nnU-Net's own network sits (see parts/start.py).
         backbone: as given.
         retriever: R.
         null_logit: b0, the cosine a guide must exceed to be preferred to none.
@@ -98,6 +99,8 @@ class JRASNetwork(nn.Module):
     Raises:
         ValueError: a backbone without encoder and decoder, or with fewer than two resolutions.
     """
+
+    stock_prefixes = ("backbone.",)
 
     def __init__(
         self, backbone: nn.Module, settings: JRASSettings, image_channels: int, heads: int, patch_size: Sequence[int]

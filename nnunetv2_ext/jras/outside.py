@@ -36,7 +36,8 @@ METHOD = Method(
     },
     commands={
         "guides": Command(
-            "nnunetv2_ext.cli.guides", "show what a J-RAS model retrieves for an image, and with which weights"
+            "nnunetv2_ext.jras.commands.guides",
+            "show what a J-RAS model retrieves for an image, and with which weights",
         )
     },
     export_edits={

@@ -163,8 +163,7 @@ class JRASSettings(Settings):
     )
     init_from: str | None = Field(
         None,
-        description="Checkpoint of a plain nnU-Net of the same plans whose weights the segmenter "
-        "starts from. Source: ours.",
+        description="Old name of init_from, which every trainer has. Source: ours.",
         json_schema_extra=LOCAL_PATH,
     )
 

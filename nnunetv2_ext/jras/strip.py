@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY
-from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.jras.bank import PER_GUIDE
 
 _BACKBONE, _BANK = "backbone.", "bank."
@@ -28,22 +27,10 @@ def plain_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size
     if not any(name.startswith(_BACKBONE) for name in weights):
         return dict(weights)
     plain: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        value = weights[_BACKBONE + name]
-        plain[name] = value if value.shape == shape else value[:, : shape[1]].clone()
+    for name in (name.removeprefix(_BACKBONE) for name in weights if name.startswith(_BACKBONE)):
+        value, inputs = weights[_BACKBONE + name], shapes.get(name, ())[1:2]
+        plain[name] = value[:, : inputs[0]].clone() if inputs and value.shape[1:2] > inputs else value
     return plain
-
-
-def backbone_weights(plain: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse: a plain network's weights for a backbone; further inputs (`fusion=concat`) start with weight 0."""
-    weights: dict[str, Tensor] = {}
-    for name, value in plain.items():
-        target = wanted.get(name)
-        if target is not None and value.ndim > 1 and value.shape[1] < target.shape[1]:
-            missing = target.new_zeros((len(target), target.shape[1] - value.shape[1], *target.shape[2:]))
-            value = torch.cat((value.to(target), missing), 1)
-        weights[name] = value
-    return weights
 
 
 def without_bank(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,20 +74,3 @@ def without_groups(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def _require_bank(checkpoint: Mapping[str, Any], option: str) -> None:
     if f"{_BANK}keys" not in checkpoint["network_weights"]:
         raise ValueError(f"this model has no guide bank (jras.retriever=none); export it without --{option}")
-
-
-EXPORT_EDITS = {
-    "strip-bank": ExportEdit(
-        "write a J-RAS model without patients' patches; it predicts with this package, on the plain path",
-        without_bank,
-        keeps_trainer=True,
-    ),
-    "blank-groups": ExportEdit(
-        "write a J-RAS model that keeps its guides, and with them patients' patches, but not the numbers of their "
-        "subjects; it predicts as before, with this package",
-        without_groups,
-        keeps_trainer=True,
-        same_predictions=True,
-        notice="PRIVACY: these checkpoints hold image patches of training cases; --strip-bank leaves them out",
-    ),
-}

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nnunetv2_ext.core.step import Batch, LossPass, Term
+from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
 from nnunetv2_ext.jras.bank_training import BankTraining
 from nnunetv2_ext.jras.contrastive import (
     Masks,
@@ -32,6 +32,8 @@ from nnunetv2_ext.jras.network import JRASNetwork
 from nnunetv2_ext.jras.panel import draw_guides, view_of_batch
 from nnunetv2_ext.jras.search import EXACT
 from nnunetv2_ext.parts.schedule import ScaledPolyLR
+
+RETRIEVER = "retriever"  # name of its group in the optimiser
 
 
 class JRASTraining(BankTraining):
@@ -52,9 +54,9 @@ class JRASTraining(BankTraining):
         """Whether this epoch is one of them."""
         return self.current_epoch < self.warmup_epochs
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+    def configure_optimizers(self, *args: Any, **kwargs: Any) -> tuple[torch.optim.Optimizer, Any]:
         """nnU-Net's optimiser with the retriever in a group of its own."""
-        optimizer, scheduler = super().configure_optimizers()
+        optimizer, scheduler = super().configure_optimizers(*args, **kwargs)
         network = self.retrieval_network
         if network is None:
             return optimizer, scheduler
@@ -62,8 +64,7 @@ class JRASTraining(BankTraining):
         group = optimizer.param_groups[0]
         mine = [p for p in group["params"] if id(p) in retrieval]
         group["params"] = [p for p in group["params"] if id(p) not in retrieval]
-        group["lr_scale"] = 1.0
-        optimizer.add_param_group({"params": mine, "lr_scale": self.jras.retriever_lr_scale})
+        optimizer.add_param_group({"params": mine, "lr_scale": self.jras.retriever_lr_scale, "name": RETRIEVER})
         return optimizer, ScaledPolyLR(optimizer, self.initial_lr, self.num_epochs)
 
     def initialize(self) -> None:
@@ -80,9 +81,10 @@ class JRASTraining(BankTraining):
             return
         network.retriever_is_fixed = self.jras.retriever == "frozen" or self.is_warming_up
         if self.jras.retriever == "frozen" and not self.is_warming_up:
-            self.optimizer.param_groups[1]["lr"] = 0.0  # no gradient, but momentum and weight decay would still move it
+            group = next(group for group in self.optimizer.param_groups if group.get("name") == RETRIEVER)
+            group["lr"] = 0.0  # no gradient, but momentum and weight decay would still move it
 
-    def loss_passes(self, batch: Batch) -> list[LossPass]:
+    def loss_passes(self, batch: Batch) -> Passes:
         """The contrastive pass first, on its steps; under DDP the last pass must use every parameter."""
         passes, s = super().loss_passes(batch), self.jras
         warming_up = s.trains_retriever and self.is_warming_up
@@ -92,7 +94,7 @@ class JRASTraining(BankTraining):
         self._compared = self._draw_compared(batch)  # a figure of the controls as well
         if s.contrastive_weight == 0 or not (warming_up or s.retriever == "joint"):
             return passes
-        return [LossPass("contrastive", lambda: self._contrastive_terms(batch)), *passes]
+        return passes.first(LossPass("contrastive", lambda: self._contrastive_terms(batch)))
 
     def _draw_compared(self, batch: Batch) -> tuple[Masks, Tensor]:
         """Masks of the batch, and random rows of the bank to compare them with."""
@@ -197,7 +199,7 @@ class JRASTraining(BankTraining):
             return
         configuration = self.configuration_manager
         draw_guides(
-            view_of_batch(self, Batch.from_loader(self.last_batch, self.device)),
+            view_of_batch(self, self.on_device(self.last_batch)),
             path.with_name(f"{path.stem}_guides{path.suffix}"),  # another method may draw to the path itself
             f"{type(self).__name__}, epoch {self.current_epoch - 1}",
             self.dataset_json,

@@ -13,7 +13,7 @@ METHOD = Method(
             # much; a masked share p of the batch costs 1 + 4p/3
             promises={
                 "": Promise(cpu=2.4, cuda=2.0, memory=1.15, predict=1.0),
-                "masked_fraction=0.5": Promise(cpu=1.75, cuda=1.75, memory=1.15, predict=1.0),
+                "medcontext.masked_fraction=0.5": Promise(cpu=1.75, cuda=1.75, memory=1.15, predict=1.0),
             },
         )
     },

@@ -12,7 +12,6 @@ s student, m mask operator, L nnU-Net's own loss over all deep-supervision resol
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,8 +20,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, unwrap
-from nnunetv2_ext.core.step import Batch, LossPass, Term
-from nnunetv2_ext.core.trainer import ExtTrainer
+from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
 from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose
 from nnunetv2_ext.medcontext.panel import draw_panel
 from nnunetv2_ext.medcontext.settings import MedContextSettings
@@ -30,9 +28,10 @@ from nnunetv2_ext.parts.consistency import consistency_loss, valid_mask
 from nnunetv2_ext.parts.masking import apply_mask, block_mask, cell_counts, resolve_block
 from nnunetv2_ext.parts.ramps import momentum, ramp, released_momentum
 from nnunetv2_ext.parts.teacher import EMATeacher
+from nnunetv2_ext.parts.trainer import MethodTrainer
 
 
-class MedContextTraining(ExtTrainer):
+class MedContextTraining(MethodTrainer):
     """Adds a masked pass with a moving-average teacher in front of nnU-Net's supervised pass.
 
     The network that is trained, validated, saved and predicted with is the student, nnU-Net's own; the teacher is an
@@ -132,15 +131,15 @@ class MedContextTraining(ExtTrainer):
             self.teacher.update(unwrap(self.network), self.teacher_momentum(self.global_step))
 
     # ---- the masked pass ---------------------------------------------------------------------------------------------
-    def loss_passes(self, batch: Batch) -> list[LossPass]:
+    def loss_passes(self, batch: Batch) -> Passes:
         """The masked pass first, then the clean, supervised one: under DDP the last pass must use every parameter."""
         s = self.medcontext
-        passes = super().loss_passes(batch)
-        passes[-1] = replace(passes[-1], weight=passes[-1].weight * s.supervised_weight)
+        passes = super().loss_passes(batch).weighted("supervised", s.supervised_weight)
         teaches = self.masked_weight > 0 or self.teacher is not None
         if not teaches or s.masked_fraction == 0 or self.global_step % s.masked_every:
             return passes
-        return [LossPass("masked", lambda: self._masked_terms(self._masked_samples(batch))), *passes]
+        masked = LossPass("masked", lambda: self._masked_terms(self._masked_samples(batch)))
+        return passes.before("supervised", masked)
 
     def _masked_samples(self, batch: Batch) -> Batch:
         total = len(batch.keys)
@@ -218,7 +217,7 @@ class MedContextTraining(ExtTrainer):
         self._diagnosis = None
         if self.teacher is None or self.last_batch is None or self.medcontext.masked_fraction == 0:
             return figures
-        self._diagnosis = diagnose(self, Batch.from_loader(self.last_batch, self.device))
+        self._diagnosis = diagnose(self, self.on_device(self.last_batch))
         figures["medcontext/momentum"] = self.teacher_momentum(last)
         figures["medcontext/ramp"] = ramp(last, self.total_steps, self.medcontext.ramp_fraction)
         figures["medcontext/disagreement"] = self._diagnosis.disagreement
@@ -230,7 +229,7 @@ class MedContextTraining(ExtTrainer):
         super().draw_panel(path)
         if self.last_batch is None or self.medcontext.masked_fraction == 0:
             return
-        result = self._diagnosis or diagnose(self, Batch.from_loader(self.last_batch, self.device))
+        result = self._diagnosis or diagnose(self, self.on_device(self.last_batch))
         draw_panel(
             result,
             path,

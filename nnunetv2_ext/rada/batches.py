@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunetv2_ext.rada.annotation.planes import Planes
 from nnunetv2_ext.rada.propagation.propagate import read_propagated
@@ -114,18 +111,3 @@ class TwoStreamLoader(nnUNetDataLoader):
             return super().get_bbox(data_shape, False, class_locations, *args, **kwargs)
         finally:
             self.has_ignore = has_ignore
-
-
-def in_workers(train: Any, validation: Any, pin_memory: bool) -> tuple[Any, Any]:
-    """Both loaders in as many background processes as nnU-Net would start (``nnUNet_n_proc_DA``; 0: in this one)."""
-    processes = get_allowed_n_proc_DA()
-    if processes == 0:
-        return SingleThreadedAugmenter(train, None), SingleThreadedAugmenter(validation, None)
-    common = {"transform": None, "seeds": None, "pin_memory": pin_memory, "wait_time": 0.002}
-    half = processes // 2
-    return (
-        NonDetMultiThreadedAugmenter(train, num_processes=processes, num_cached=max(6, half), **common),
-        NonDetMultiThreadedAugmenter(
-            validation, num_processes=max(1, half), num_cached=max(3, processes // 4), **common
-        ),
-    )

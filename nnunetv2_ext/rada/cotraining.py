@@ -10,8 +10,7 @@ import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
-from nnunetv2_ext.core.export_edit import ExportEdit
-from nnunetv2_ext.core.step import Batch, LossPass, Term
+from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
 from nnunetv2_ext.core.trainer_settings import method_settings_in
 from nnunetv2_ext.parts.epoch_means import EpochMeans
 from nnunetv2_ext.parts.pseudo_labels import (
@@ -25,7 +24,7 @@ from nnunetv2_ext.parts.pseudo_labels import (
     teach,
     teacher_weight,
 )
-from nnunetv2_ext.rada.export import EXPORT_EDITS, export_network
+from nnunetv2_ext.rada.export import export_network
 from nnunetv2_ext.rada.network import MemberOutput, RADANet, build_rada_network
 from nnunetv2_ext.rada.settings import RADASettings
 from nnunetv2_ext.rada.sparse_training import SparseTraining
@@ -40,8 +39,6 @@ from nnunetv2_ext.rada.targets import (
 
 class CoTraining(SparseTraining):
     """Adds the networks and the passes of a step: one without gradient, then one per network."""
-
-    export_edits: ClassVar[dict[str, ExportEdit]] = EXPORT_EDITS
 
     strides: list[list[int]]  # of the resolutions that have a loss, highest first
     # the networks are called one by one, not as one module
@@ -116,8 +113,7 @@ class CoTraining(SparseTraining):
         return super()._do_i_compile()
 
     def _do_i_compile(self) -> bool:
-        """False: nnU-Net would compile all networks as one; see `initialize`."""
-        return False
+        return False  # nnU-Net would compile all networks as one; see `initialize`
 
     def _build_loss(self) -> nn.Module:
         """nnU-Net's Dice and cross-entropy, with batch Dice: a patch holds few annotated voxels."""
@@ -146,24 +142,24 @@ class CoTraining(SparseTraining):
             )
 
     # ---- one step ----------------------------------------------------------------------------------------------------
-    def loss_passes(self, batch: Batch) -> list[LossPass]:
+    def loss_passes(self, batch: Batch) -> Passes:
         """One pass without gradient in which the networks label the batch, then one per network.
 
         The first network teaches from its own training pass where that says the same: one forward less.
         They replace the supervised pass, nnU-Net's last one.
         """
-        passes, count = super().loss_passes(batch)[:-1], len(self.rada_network.members)
+        mine, count = [], len(self.rada_network.members)
         weight = teacher_weight(self.training_share, self.rada.lambda_max) if count > 1 else 0.0
         rows = self._co_training_rows(batch)
         lessons: dict[int, Lesson] = {}
         if weight > 0:
             # a pass of its own: under autocast a pass without gradient must not share the block of one with it
             teachers = [k for k in range(count) if k > 0 or not self.training_pass_teaches(batch, rows)]
-            passes.append(LossPass("teachers", partial(self._teach, batch, rows, teachers, lessons)))
+            mine.append(LossPass("teachers", partial(self._teach, batch, rows, teachers, lessons)))
         for k in range(count):
             compute = partial(self._network_terms, k, batch, rows, lessons, weight)
-            passes.append(LossPass(f"network {k + 1}", compute))
-        return passes
+            mine.append(LossPass(f"network {k + 1}", compute))
+        return super().loss_passes(batch).replaced("supervised", *mine)
 
     def training_pass_teaches(self, batch: Batch, rows: list[int]) -> bool:
         """Whether a network's training pass says of samples ``rows`` what its clean pass in eval mode would."""
@@ -236,14 +232,10 @@ class CoTraining(SparseTraining):
             own_share -= len(others) * weight
             log_probabilities = logits.float().log_softmax(1)
             loss = torch.stack([lesson_loss(log_probabilities, lesson, allowed) for lesson in others]).sum()
-            co_training = {self._named("co_training", k): Term(loss, weight)}
-        supervised = Term(self._supervised_loss(k, output, target), own_share)
-        further = self.further_terms(k, batch, output, own_share)
-        return (
-            {self._named("supervised", k): supervised}
-            | co_training
-            | {self._named(name, k): term for name, term in further.items()}
-        )
+            co_training = {"co_training": Term(loss, weight)}
+        terms = {"supervised": Term(self._supervised_loss(k, output, target), own_share), **co_training}
+        terms |= self.further_terms(k, batch, output, own_share)
+        return terms if len(self.rada_network.members) == 1 else {f"{t}_{k + 1}": term for t, term in terms.items()}
 
     def forward_member(self, k: int, batch: Batch) -> MemberOutput:
         """Network k on the whole batch, with gradient."""
@@ -252,11 +244,7 @@ class CoTraining(SparseTraining):
     def further_terms(self, k: int, batch: Batch, output: MemberOutput, own_share: float) -> dict[str, Term]:
         """Terms of network k besides supervision and co-training, by name without its number.
 
-        Args:
-            k: from 0.
-            batch: of the step.
-            output: network k's on it.
-            own_share: weight of the network's own supervision against its teachers'.
+        `own_share` is the weight of the network's own supervision against its teachers'.
         """
         return {}
 
@@ -266,9 +254,6 @@ class CoTraining(SparseTraining):
             return self.loss(output.full_resolution, label)
         classes = self.label_manager.num_segmentation_heads
         return self.pooled_loss(output.logits, pooled_targets(label, self.strides, classes, self.ignore_label))
-
-    def _named(self, term: str, k: int) -> str:
-        return term if len(self.rada_network.members) == 1 else f"{term}_{k + 1}"
 
     def clip_gradients(self) -> Tensor:
         """Each network with its head on its own: one norm over all would let one network's gradient slow the others.
@@ -280,8 +265,12 @@ class CoTraining(SparseTraining):
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def train_step(self, batch: dict) -> dict:
-        """Reports as ``loss`` the mean of the networks' supervised terms."""
+        """Reports as ``loss`` the mean of the networks' supervised terms; gates stay within their bound."""
         figures = super().train_step(batch)
+        for k in range(len(self.rada_network.members)):
+            head = self.rada_network.member(k).head
+            if head is not None:
+                head.bound_gate()
         supervised = [value for name, value in figures.items() if name.startswith("supervised")]
         return figures | {"loss": sum(supervised) / len(supervised)}
 

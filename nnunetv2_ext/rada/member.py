@@ -91,11 +91,6 @@ class Member(nn.Module):
         """The bank all networks share."""
         return self._bank[0]
 
-    @property
-    def view_axes(self) -> tuple[int, ...]:
-        """Axes of the planes this network learns from."""
-        return self.bank.view_axes[self.view_index]
-
     def forward(self, data: Tensor, vectors: Tensor | None = None) -> MemberOutput:
         """Logits and last decoder feature.
 

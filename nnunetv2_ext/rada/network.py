@@ -17,9 +17,6 @@ from nnunetv2_ext.rada.semantics.bank import NUM_AXES, SemanticBank, own_or_bank
 from nnunetv2_ext.rada.semantics.head import EMBEDDING_DIM
 from nnunetv2_ext.rada.settings import RADASettings
 
-ALL_AXES = tuple(range(NUM_AXES))
-VIEW_AXES: dict[int, tuple[tuple[int, ...], ...]] = {1: (ALL_AXES,), 3: ((0, 1), (0, 2), (1, 2))}
-
 
 class _Decoders:
     """What nnU-Net switches deep supervision at: `network.decoder.deep_supervision`."""
@@ -43,7 +40,6 @@ class RADANet(nn.Module):
         networks: of one architecture, with different weights.
         semantics: see `Member`.
         infer: `mean` of the logits, or the index of the only network that predicts.
-        view_axes: per network the axes of the planes it learns from; by default all axes (one network) or two each.
         dimension: D, of the class vectors.
 
     Attributes:
@@ -57,16 +53,14 @@ class RADANet(nn.Module):
         networks: Sequence[nn.Module],
         semantics: str = "off",
         infer: Literal["mean"] | int = "mean",
-        view_axes: Sequence[Sequence[int]] | None = None,
         dimension: int = EMBEDDING_DIM,
     ) -> None:
         super().__init__()
-        if infer != "mean" and not 0 <= infer < len(networks):
-            raise ValueError(f"infer names network {infer + 1}, but there are {len(networks)}")
-        axes = view_axes or VIEW_AXES.get(len(networks)) or (ALL_AXES,) * len(networks)
         num_classes: int = networks[0].decoder.seg_layers[-1].out_channels  # type: ignore[union-attr, index, assignment]
         self.semantics = semantics
         self.infer = infer
+        # until the trainer says which axes there are, or a checkpoint does
+        axes = ((0, 1, 2),) if len(networks) == 1 else ((0, 1), (0, 2), (1, 2))
         self.bank = SemanticBank(num_classes, dimension if semantics == "clip" else 0, axes)
         self.members = nn.ModuleList(
             [Member(network, semantics, self.bank, k, dimension) for k, network in enumerate(networks)]
@@ -80,11 +74,14 @@ class RADANet(nn.Module):
     @property
     def buffers_of_any_size(self) -> frozenset[str]:
         """Names of weights that take the size of what is loaded into them: all that depends on D."""
-        names = {f"bank.{name}" for name in ("image", "text")}
-        for path, module in self.named_modules():
-            if isinstance(module, ResizableLinear):
-                names.update(f"{path}.{name}" for name, _ in module.named_parameters())
-        return frozenset(names)
+        resizable = [(path, m) for path, m in self.named_modules() if isinstance(m, ResizableLinear)]
+        names = {f"{path}.{name}" for path, module in resizable for name, _ in module.named_parameters()}
+        return frozenset(names | {"bank.image", "bank.text"})
+
+    @property
+    def stock_prefixes(self) -> tuple[str, ...]:
+        """Where nnU-Net's own networks sit (see parts/start.py)."""
+        return tuple(f"members.{k}.network." for k in range(len(self.members)))
 
     def member(self, k: int) -> Member:
         """Network k, from 0."""
@@ -134,27 +131,17 @@ class RADANet(nn.Module):
             text: U, `(C, D)`.
 
         Raises:
-            ValueError: no `clip` semantics, or vectors that do not fit.
+            ValueError: vectors that are not finite.
         """
-        if self.semantics != "clip":
-            raise ValueError(f"semantics={self.semantics} has no embedding bank")
         self.bank.set(image, text)
-        for member in self.members:
-            assert isinstance(member, Member) and member.head is not None and member.projection is not None
+        for k in range(len(self.members)):
+            member = self.member(k)
+            assert member.head is not None and member.projection is not None
             member.head.resize(text.shape[-1])
             member.projection.resize(text.shape[-1])
 
-    def conditioning(self, k: int, vectors: Tensor, valid: Tensor, use_own: Tensor | None = None) -> Tensor | None:
-        """What network k is conditioned on, `(B, C, D)`, for `forward_member`: own vectors, else the bank's.
-
-        Args:
-            vectors, valid, use_own: see `own_or_bank`.
-
-        Returns:
-            None unless semantics is `clip`.
-        """
-        if self.semantics != "clip":
-            return None
+    def conditioning(self, k: int, vectors: Tensor, valid: Tensor, use_own: Tensor) -> Tensor:
+        """What network k is conditioned on, `(B, C, D)`, for `forward_member`; see `own_or_bank`."""
         return own_or_bank(vectors, valid, self.bank.image, self.bank.view_axes[k], use_own)
 
     def alignment_loss(
@@ -163,8 +150,7 @@ class RADANet(nn.Module):
         features: Tensor,
         label: Tensor,
         bits: Tensor,
-        vectors: Tensor | None = None,
-        valid: Tensor | None = None,
+        own: tuple[Tensor, Tensor] | None = None,
         tau: float = 0.07,
         min_voxels: int = 32,
     ) -> Tensor | None:
@@ -172,14 +158,13 @@ class RADANet(nn.Module):
 
         Args:
             features, label, bits, tau, min_voxels: see there.
-            vectors, valid: own vectors of the samples, for `clip`.
+            own: vectors of the samples and which are valid, needed for `clip`.
 
         Returns:
-            None without semantics, or if no class has enough voxels on a plane in view.
+            None if no class has enough voxels on a plane in view.
         """
         member = self.member(k)
-        if member.projection is None:
-            return None
+        assert member.projection is not None
         if member.tokens is not None:
             text = member.unit_tokens()
             bank = text[None].expand(NUM_AXES, -1, -1)
@@ -187,10 +172,20 @@ class RADANet(nn.Module):
             valid = torch.ones(vectors.shape[:3], dtype=torch.bool, device=features.device)
         else:
             text, bank = self.bank.text, self.bank.image
-            if vectors is None or valid is None:
-                raise ValueError("semantics=clip needs the samples' own vectors")
+            assert own is not None
+            vectors, valid = own
         return alignment_loss(
-            features, label, bits, member.view_axes, vectors, valid, text, member.projection, tau, min_voxels, bank
+            features,
+            label,
+            bits,
+            self.bank.view_axes[k],
+            vectors,
+            valid,
+            text,
+            member.projection,
+            tau,
+            min_voxels,
+            bank,
         )
 
 
@@ -201,7 +196,6 @@ def build_rada_network(
     num_output_channels: int,
     enable_deep_supervision: bool,
     settings: RADASettings,
-    view_axes: Sequence[Sequence[int]] | None = None,
     dimension: int = EMBEDDING_DIM,
 ) -> RADANet:
     """The networks of the plans, initialised one after the other, then their heads.
@@ -212,7 +206,6 @@ def build_rada_network(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision: as of
             nnUNetTrainer.build_network_architecture.
         settings: `num_networks`, `semantics` and `infer` matter.
-        view_axes: see `RADANet`.
         dimension: D, of the class vectors; loading weights changes it to theirs.
 
     Raises:
@@ -232,4 +225,4 @@ def build_rada_network(
         for _ in range(settings.num_networks)
     ]
     infer = settings.single_network
-    return RADANet(networks, settings.semantics, "mean" if infer is None else infer, view_axes, dimension)
+    return RADANet(networks, settings.semantics, "mean" if infer is None else infer, dimension)

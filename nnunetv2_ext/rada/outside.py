@@ -21,22 +21,19 @@ METHOD = Method(
             },
             promises={
                 "": _COST,
-                "semantics=learned": _COST,
-                "semantics=off": _COST,
-                "semantics=learned infer=single:1": Promise(cpu=3.6, cuda=3.6, memory=1.6, predict=1.0),
+                "rada.semantics=learned": _COST,
+                "rada.semantics=off": _COST,
+                "rada.semantics=learned rada.infer=single:1": Promise(cpu=3.6, cuda=3.6, memory=1.6, predict=1.0),
             },
         )
     },
     commands={
         "sparsify": Command(
-            "nnunetv2_ext.cli.sparsify", "make a dense dataset sparse for nnUNetTrainerRADA, or thicken own planes"
-        ),
-        "fix-fingerprint": Command(
-            "nnunetv2_ext.cli.fix_fingerprint",
-            "take CT intensities from annotated voxels only, in a dataset with an ignore label",
+            "nnunetv2_ext.rada.commands.sparsify",
+            "make a dense dataset sparse for nnUNetTrainerRADA, or thicken own planes",
         ),
         "check-planes": Command(
-            "nnunetv2_ext.cli.check",
+            "nnunetv2_ext.rada.commands.check_planes",
             "show which annotated planes a preprocessed sparse dataset has",
             formerly="check",
         ),

@@ -32,23 +32,14 @@ _STATES = {
 
 @dataclass(frozen=True)
 class SampleView:
-    """One patch. All arrays are (X, Y, Z) but `predictions`.
-
-    Attributes:
-        case: its id.
-        image: first channel.
-        label: with the ignore label.
-        bits: view map.
-        predictions: (networks, X, Y, Z), the most likely classes.
-        states: what becomes of the pseudo-labels, see `pseudo_label_states`.
-    """
+    """One patch. All arrays are (X, Y, Z) but `predictions`."""
 
     case: str
-    image: Array
-    label: Array
-    bits: Array
-    predictions: Array
-    states: Array
+    image: Array  # first channel
+    label: Array  # with the ignore label
+    bits: Array  # view map
+    predictions: Array  # (networks, X, Y, Z), the most likely classes
+    states: Array  # what becomes of the pseudo-labels, see `pseudo_label_states`
 
 
 def pseudo_label_states(labels: Array, keeps: Array, unannotated: Array) -> npt.NDArray[np.uint8]:
@@ -90,13 +81,7 @@ def draw_panel(
 ) -> None:
     """Write the picture: a row per cut; columns image with annotation, each network's prediction, pseudo-labels.
 
-    Args:
-        views: patches.
-        path: PNG to write.
-        title: above all.
-        dataset_json: names of the classes.
-        labels: their order, and the ignore label.
-        spacing: mm per axis of the patch.
+    The classes are those of `dataset_json` and `labels`; `spacing` is in mm per axis of the patches.
     """
     ignore = int(labels.ignore_label)  # type: ignore[arg-type]
     classes = {value: name for value, name in class_names(dataset_json, labels).items() if value != ignore}
@@ -132,16 +117,8 @@ def _draw_row(
     }
     image = take_slice(view.image, axis, index)
     annotation = np.where((view.label == ignore) | (view.bits & INSIDE == 0), 0, view.label)
-    where = f"axis {axis}, slice {index}"
-    draw_slice(
-        cells[0],
-        image,
-        take_slice(annotation, axis, index),
-        classes,
-        fill=0,
-        title=f"{view.case}, {where}\nannotation",
-        **options,
-    )
+    title = f"{view.case}, axis {axis}, slice {index}\nannotation"
+    draw_slice(cells[0], image, take_slice(annotation, axis, index), classes, fill=0, title=title, **options)
     for k, (cell, prediction) in enumerate(zip(cells[1:-1], view.predictions, strict=True), 1):
         draw_slice(cell, image, take_slice(prediction, axis, index), classes, title=f"network {k}", **options)
     draw_slice(cells[-1], image, title="pseudo-labels", **options)

@@ -5,45 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from pydantic import BaseModel
 
-from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.data.split import clean_fold, recorded_subjects, write_split_if_absent
-from nnunetv2_ext.rada.annotation.cases import CaseSource
-from nnunetv2_ext.rada.annotation.survey import Annotation, log_lines
-from nnunetv2_ext.rada.annotation.survival import erased_annotations, require_planes_survived
-from nnunetv2_ext.rada.annotation.trainable import Preprocessed, require_trainable
-from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset, in_workers
+from nnunetv2_ext.parts.trainer import MethodTrainer
+from nnunetv2_ext.rada.annotation.annotations import Annotation, log_lines
+from nnunetv2_ext.rada.annotation.cases import CaseSource, cache_root, case_sources, plans_key
+from nnunetv2_ext.rada.annotation.lost import erased_annotations, require_planes_survived
+from nnunetv2_ext.rada.annotation.preprocessed import Preprocessed, require_trainable
+from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset
 from nnunetv2_ext.rada.propagation.propagate import propagate_cases
-from nnunetv2_ext.rada.semantics.preprocessed import cache_root, case_sources, plans_key
 from nnunetv2_ext.rada.settings import RADASettings
 from nnunetv2_ext.rada.targets import supervised_target
 from nnunetv2_ext.rada.views import AXES, view_masks
 
 
-class SparseTraining(ExtTrainer):
-    """The part of RADATraining that knows the data.
-
-    Attributes:
-        preprocessed: the dataset and configuration.
-        annotations: of all cases of the dataset.
-        labelled_cases: those with any annotated voxel.
-        training_data: nnU-Net's dataset of the training cases.
-        plane_axes: axes on which training cases have planes.
-        masks: per network the view bits it learns from.
-        ignore_label: of the dataset.
-    """
+class SparseTraining(MethodTrainer):
+    """The part of RADATraining that knows the data."""
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"rada": RADASettings}
     # SGTC's 6000 iterations are 24 such epochs; three networks cost 3.5 times a plain step
     default_settings: ClassVar[dict[str, Any]] = {"num_epochs": 250}
 
-    annotations: dict[str, Annotation] | None = None
-    labelled_cases: frozenset[str] = frozenset()
-    training_data: Any = None
-    plane_axes: tuple[int, ...] = ()
-    masks: tuple[int, ...]
+    annotations: dict[str, Annotation] | None = None  # of all cases of the dataset
+    labelled_cases: frozenset[str] = frozenset()  # those with any annotated voxel
+    training_data: Any = None  # nnU-Net's dataset of the training cases
+    plane_axes: tuple[int, ...] = ()  # on which training cases have planes
+    masks: tuple[int, ...]  # per network the view bits it learns from
     preprocessed: Preprocessed
     ignore_label: int
 
@@ -125,7 +113,9 @@ class SparseTraining(ExtTrainer):
             axis for axis in range(3) if any(axis in annotations[case].planes.axes for case in train.identifiers)
         )
         self.masks = view_masks(self.plane_axes, self.rada.num_networks)
-        self._describe_views()
+        names = ["axes " + ", ".join(str(a) for a in range(3) if mask >> a & 1) for mask in self.masks]
+        text = "; ".join(f"network {k} learns from planes of {name}" for k, name in enumerate(names, 1))
+        self.print_to_log_file(f"RADA: {text}.")
         planes = {case: annotation.planes for case, annotation in annotations.items()}
         self.labelled_cases = frozenset(case for case, annotation in annotations.items() if annotation.labelled)
         common = (planes, self.labelled_cases, self.ignore_label)
@@ -151,57 +141,12 @@ class SparseTraining(ExtTrainer):
             log=self.print_to_log_file,
         )
 
-    def _describe_views(self) -> None:
-        names = ["axes " + ", ".join(str(a) for a in range(3) if mask >> a & 1) for mask in self.masks]
-        text = "; ".join(f"network {k} learns from planes of {name}" for k, name in enumerate(names, 1))
-        self.print_to_log_file(f"RADA: {text}.")
-
-    def get_dataloaders(self) -> tuple[Any, Any]:
-        """Replaces nnUNetTrainer.get_dataloaders, which hard-wires its loader; transforms and workers are nnU-Net's."""
-        configuration, labels = self.configuration_manager, self.label_manager
-        patch_size = configuration.patch_size
-        rotation, dummy_2d, initial_patch_size, mirror_axes = (
-            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        common: dict[str, Any] = {
-            "is_cascaded": False,
-            "foreground_labels": labels.foreground_labels,
-            "regions": None,
-            "ignore_label": labels.ignore_label,
-        }
-        train_transforms = self.get_training_transforms(
-            patch_size,
-            rotation,
-            None,
-            mirror_axes,
-            dummy_2d,
-            use_mask_for_norm=configuration.use_mask_for_norm,
-            **common,
-        )
-        validation_transforms = self.get_validation_transforms(None, **common)
-        train, validation = self.get_tr_and_val_datasets()
-        sampling = {
-            "batch_size": self.batch_size,
-            "final_patch_size": patch_size,
-            "label_manager": labels,
-            "oversample_foreground_percent": self.oversample_foreground_percent,
-        }
-        train_loader = TwoStreamLoader(
-            train,
-            self.rada.labelled_share,
-            self.rada.min_labelled,
-            patch_size=initial_patch_size,
-            transforms=train_transforms,
-            **sampling,
-        )
-        self._describe_streams(train, train_loader)
-        validation_loader = nnUNetDataLoader(
-            validation, patch_size=patch_size, transforms=validation_transforms, **sampling
-        )
-        loaders = in_workers(train_loader, validation_loader, pin_memory=self.device.type == "cuda")
-        for loader in loaders:
-            next(loader)
-        return loaders
+    def make_train_loader(self, dataset: ViewDataset, **nnunet_arguments: Any) -> TwoStreamLoader:
+        """Labelled and unlabelled patches in each batch."""
+        nnunet_arguments.pop("probabilistic_oversampling")
+        loader = TwoStreamLoader(dataset, self.rada.labelled_share, self.rada.min_labelled, **nnunet_arguments)
+        self._describe_streams(dataset, loader)
+        return loader
 
     def _describe_streams(self, train: ViewDataset, loader: TwoStreamLoader) -> None:
         rest = loader.batch_size - loader.number_labelled
@@ -209,14 +154,12 @@ class SparseTraining(ExtTrainer):
         if rest:
             text += f" and {rest} of {len(train.unlabelled)} unlabelled cases"
         elif train.unlabelled:
-            text += f"; the {len(train.unlabelled)} unlabelled cases are left out ("
-            if self.rada.labelled_share == 1:
-                text += "rada.labelled_share=1)"
-            else:
-                text += (
-                    f"a batch keeps rada.min_labelled={self.rada.min_labelled} labelled patches; a larger batch_size "
-                )
-                text += "takes the unlabelled cases in)"
+            why = (
+                f"a batch keeps rada.min_labelled={self.rada.min_labelled} labelled patches; a larger batch_size takes "
+                "the unlabelled cases in"
+            )
+            why = "rada.labelled_share=1" if self.rada.labelled_share == 1 else why
+            text += f"; the {len(train.unlabelled)} unlabelled cases are left out ({why})"
         else:
             text += "; there are no unlabelled cases, the networks teach each other on what is not annotated in these"
         self.print_to_log_file(f"RADA draws for each batch {text}.")

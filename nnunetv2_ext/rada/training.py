@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunetv2_ext.core.step import Batch, LossPass, Term
+from nnunetv2_ext.core.step import Batch, Passes, Term
+from nnunetv2_ext.rada.annotation.cases import cache_root
 from nnunetv2_ext.rada.cotraining import CoTraining
 from nnunetv2_ext.rada.network import MemberOutput
 from nnunetv2_ext.rada.panel import SampleView, draw_panel, pseudo_label_states
 from nnunetv2_ext.rada.propagation.propagate import NONE, voxel_weights
-from nnunetv2_ext.rada.semantics.bank import CaseVectors, draw_own
+from nnunetv2_ext.rada.semantics.bank import draw_own, mean_vectors, vectors_of
+from nnunetv2_ext.rada.semantics.clip_encoder import load_encoder
 from nnunetv2_ext.rada.semantics.clip_model import ClipSource
-from nnunetv2_ext.rada.semantics.embed import CaseEmbeddings
-from nnunetv2_ext.rada.semantics.preprocessed import embed_preprocessed
+from nnunetv2_ext.rada.semantics.embed import CaseEmbeddings, embed_cases, embedding_key, resolve_region
 from nnunetv2_ext.rada.semantics.prompts import class_prompts
 from nnunetv2_ext.rada.targets import propagated_loss, propagated_target, spread_axes, unannotated
 
@@ -29,7 +30,7 @@ from nnunetv2_ext.rada.targets import propagated_loss, propagated_target, spread
 class RADATraining(CoTraining):
     """Adds class vectors (`rada.semantics`) and propagated planes (`rada.registration`) to the co-trained networks."""
 
-    _own_vectors: CaseVectors | None = None  # of the training cases, for semantics=clip
+    _own_vectors: dict[str, tuple[Tensor, Tensor]] | None = None  # of the training cases, for semantics=clip
     _weights_identity: dict[str, str] | None = None  # of the CLIP that made them; from the checkpoint when continuing
     _own: tuple[Tensor, Tensor, Tensor] | None = None  # of this step's samples: vectors, valid, which are used
 
@@ -40,44 +41,37 @@ class RADATraining(CoTraining):
             embeddings = self._embed()
             self._own_vectors = own_vectors(embeddings)
             if not (self._is_resumed and self.rada_network.bank.is_filled):  # the checkpoint brings its own
-                self.rada_network.set_bank(self._own_vectors.mean().to(self.device), embeddings.text.to(self.device))
+                mean = mean_vectors(*(torch.stack(parts) for parts in zip(*self._own_vectors.values())))
+                self.rada_network.set_bank(mean.to(self.device), embeddings.text.to(self.device))
         return datasets
 
     def _embed(self) -> CaseEmbeddings:
-        settings, cases = self.rada, self.training_sources()
+        settings, cases, log = self.rada, self.training_sources(), self.print_to_log_file
         if not cases:
             raise ValueError(
                 f"no training case of fold {self.fold} has an annotated plane, so there is no slice to show to CLIP: "
                 "annotate whole slices, or set rada.semantics=learned or off"
             )
         channels = self.dataset_json.get("channel_names") or self.dataset_json.get("modality")
-        source = ClipSource(settings.clip_model, settings.clip_weights, settings.alpha_weights)
+        source = ClipSource(settings.clip_model, str(settings.clip_weights), settings.alpha_weights)
         self._weights_identity = same_identity(source, self._weights_identity)
-        return embed_preprocessed(
+        region = resolve_region(settings.region, settings.alpha_weights is not None, log)
+        configuration = self.configuration_manager.configuration
+        return embed_cases(
             cases,
-            self.plans_manager.plans_name,
-            self.configuration_manager.configuration,
-            self.preprocessed_dataset_folder_base,
-            source,
-            class_prompts(
-                self.dataset_json["labels"],
-                channels,
-                settings.prompts,
-                settings.image_channel,
-                log=self.print_to_log_file,
-            ),
-            settings.region,
-            settings.image_channel,
-            self.device,
-            log=self.print_to_log_file,
-            identity=self._weights_identity,
+            class_prompts(self.dataset_json["labels"], channels, settings.prompts, settings.image_channel, log),
+            lambda: load_encoder(source, self.device, log),
+            cache_root(self.preprocessed_dataset_folder_base),
+            embedding_key(self.plans_manager.plans_name, configuration, self._weights_identity, settings.image_channel),
+            region,
+            log,
         )
 
     # ---- one step ----------------------------------------------------------------------------------------------------
-    def loss_passes(self, batch: Batch) -> list[LossPass]:
+    def loss_passes(self, batch: Batch) -> Passes:
         """As before; all networks of a step are conditioned alike."""
         if self._own_vectors is not None:
-            vectors, valid = self._own_vectors.of(batch.keys, self.device)
+            vectors, valid = vectors_of(self._own_vectors, batch.keys, self.device)
             use = draw_own(valid.flatten(1).any(1), self.rada.own_embedding_p, self.generator)
             self._own = vectors, valid, use
         return super().loss_passes(batch)
@@ -98,17 +92,9 @@ class RADATraining(CoTraining):
         terms = super().further_terms(k, batch, output, own_share)
         settings, target = self.rada, batch.top_target
         if settings.has_semantics and settings.mu_align > 0:
-            vectors, valid = (None, None) if self._own is None else self._own[:2]
-            loss = self.rada_network.alignment_loss(
-                k,
-                output.features,
-                target[:, 0],
-                target[:, 1],
-                vectors,
-                valid,
-                settings.tau,
-                settings.min_voxels,
-            )
+            own = None if self._own is None else self._own[:2]
+            label, bits, options = target[:, 0], target[:, 1], (settings.tau, settings.min_voxels)
+            loss = self.rada_network.alignment_loss(k, output.features, label, bits, own, *options)
             if loss is not None:
                 terms["align"] = Term(loss, settings.mu_align)
         if settings.registration == "on" and self.plane_axes:
@@ -146,7 +132,7 @@ class RADATraining(CoTraining):
         super().draw_panel(path)
         if self.last_batch is None:
             return
-        batch = Batch.from_loader(self.last_batch, self.device)
+        batch = self.on_device(self.last_batch)
         rows = sorted({key in self.labelled_cases: i for i, key in enumerate(batch.keys)}.values())
         spacing = self.configuration_manager.spacing
         title = f"{type(self).__name__}, epoch {self.current_epoch - 1}"
@@ -160,17 +146,8 @@ class RADATraining(CoTraining):
             torch.stack([getattr(lesson, name) for lesson in lessons], 1).cpu().numpy() for name in ("label", "keep")
         )
         image, target, free = batch.data[:, 0].cpu().numpy(), batch.top_target.cpu().numpy(), allowed.cpu().numpy()
-        return [
-            SampleView(
-                key,
-                image[i],
-                target[i, 0],
-                target[i, 1],
-                labels[i],
-                pseudo_label_states(labels[i], keeps[i], free[i]),
-            )
-            for i, key in enumerate(batch.keys)
-        ]
+        states = map(pseudo_label_states, labels, keeps, free)
+        return [SampleView(*patch) for patch in zip(batch.keys, image, target[:, 0], target[:, 1], labels, states)]
 
 
 def same_identity(source: ClipSource, before: dict[str, str] | None) -> dict[str, str]:
@@ -183,7 +160,7 @@ def same_identity(source: ClipSource, before: dict[str, str] | None) -> dict[str
     """
     if before is None:
         return source.identity()
-    changed = {name: now for name, now in source.known_identity().items() if before.get(name) != now}
+    changed = {name: now for name, now in source.identity(missing_ok=True).items() if before.get(name) != now}
     if changed:
         settings = {"model": "rada.clip_model", "weights": "rada.clip_weights", "alpha": "rada.alpha_weights"}
         what = "; ".join(f"{settings[name]}: {before.get(name)} became {now}" for name, now in changed.items())
@@ -194,10 +171,9 @@ def same_identity(source: ClipSource, before: dict[str, str] | None) -> dict[str
     return before
 
 
-def own_vectors(embeddings: CaseEmbeddings) -> CaseVectors:
-    """The cases' vectors with the background's in the place of class 0, for every axis."""
+def own_vectors(embeddings: CaseEmbeddings) -> dict[str, tuple[Tensor, Tensor]]:
+    """The cases' vectors with the background's in the place of class 0, for every axis, and which are valid."""
     vectors, valid = embeddings.vectors.clone(), embeddings.present.clone()
     vectors[:, :, 0] = embeddings.background[:, None]
-    valid[:, :, 0] = embeddings.has_background[:, None]
-    cases = {case: (vectors[n], valid[n]) for n, case in enumerate(embeddings.cases)}
-    return CaseVectors(cases, vectors.shape[2], vectors.shape[3])
+    valid[:, :, 0] = embeddings.background.any(1)[:, None]
+    return dict(zip(embeddings.cases, zip(vectors, valid)))

@@ -2,7 +2,9 @@
 
 import pytest
 
-from nnunetv2_ext.bench.candidates import Candidate, find_trainer, parse_candidates
+from nnunetv2_ext.bench.candidates import Candidate, find_trainer, parse_candidates, promise_of
+from nnunetv2_ext.core.outside import Promise
+from tests.core.signed.training import nnUNetTrainerSigned
 
 MED = "nnUNetTrainerMedContext"
 
@@ -44,3 +46,33 @@ def test_mistakes_are_named(trainers: list[str], settings: list[str], message: s
 def test_an_unknown_trainer_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=f"no trainer 'nnUNetTrainerMedContxt'; did you mean {MED}"):
         find_trainer("nnUNetTrainerMedContxt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "predict"),
+    [
+        ("", 1.5, None),
+        ("seed=1 num_epochs=7", 2.5, 3.0),  # in any order
+        ("num_epochs=8", None, None),
+        ("FILE", 2.5, 3.0),
+        ("num_epochs=1000", 1.5, None),  # the default
+    ],
+)
+def test_a_trainer_outside_the_package_promises_too(settings, step, predict, tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("nnUNet_ext_settings", raising=False)
+    file = tmp_path / "settings.yaml"
+    file.write_text("num_epochs: 7\nseed: 1\n")
+    candidate = Candidate("nnUNetTrainerSigned", str(file) if settings == "FILE" else settings)
+    promise = promise_of(candidate, nnUNetTrainerSigned)
+    assert (promise.step("cpu"), promise.predict, promise.step("mps")) == (step, predict, None)
+
+
+def test_a_promise_for_the_defaults_does_not_hold_for_the_settings_of_the_environment(monkeypatch) -> None:
+    monkeypatch.setenv("nnUNet_ext_settings", "num_epochs=7 seed=1")
+    assert promise_of(Candidate("nnUNetTrainerSigned"), nnUNetTrainerSigned).step("cpu") == 2.5
+    monkeypatch.setenv("nnUNet_ext_settings", "seed=1")
+    assert promise_of(Candidate("nnUNetTrainerSigned"), nnUNetTrainerSigned) == Promise()
+
+
+def test_plain_nnunet_promises_nothing() -> None:
+    assert promise_of(Candidate("nnUNetTrainer"), find_trainer("nnUNetTrainer")) == Promise()

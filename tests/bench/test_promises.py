@@ -1,4 +1,4 @@
-"""Regression guard: no trainer may cost 25 % more than its method promises (``nnunetv2_ext/bench/targets.py``).
+"""Regression guard: no trainer may cost 25 % more than its method promises (``promises`` in its ``outside.py``).
 
 Measures time, so it is not part of the default run. Run it with
 
@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from nnunetv2_ext import installed_trainers
-from nnunetv2_ext.bench.candidates import parse_candidates
+from nnunetv2_ext.bench.candidates import Candidate, find_trainer, parse_candidates, promise_of
 from nnunetv2_ext.bench.plan import Target
 from nnunetv2_ext.bench.session import Options, Session
-from nnunetv2_ext.bench.targets import PROMISES, promised_ratio, promised_step_ratio
+from nnunetv2_ext.core.outside import Promise, methods
 from nnunetv2_ext.jras.settings import JRASSettings
 from tests.conftest import TinyDataset
 from tests.rada.sparse_data import make_sparse_tiny
@@ -36,10 +36,12 @@ def asked_for(request: pytest.FixtureRequest) -> None:
         pytest.skip("a benchmark: run it with -m benchmark")
 
 
-# without files to download: semantics=clip needs CLIP's weights
-RADA = [label for label in PROMISES if "RADA" in label and "semantics=" in label]
-JRAS = [label for label in PROMISES if label.startswith("nnUNetTrainerJRAS")]
-OTHERS = [label for label in PROMISES if "RADA" not in label and label not in JRAS]
+TRAINERS = {name: trainer for method in methods().values() for name, trainer in method.trainers.items()}
+PROMISES = {Candidate(n, settings): p for n, trainer in TRAINERS.items() for settings, p in trainer.promises.items()}
+# without files to download: semantics=clip, the default, needs CLIP's weights
+RADA = [c for c in PROMISES if c.trainer == "nnUNetTrainerRADA" and c.settings]
+JRAS = [c for c in PROMISES if c.trainer == "nnUNetTrainerJRAS"]
+OTHERS = [c for c in PROMISES if c.trainer != "nnUNetTrainerRADA" and c not in JRAS]
 # J-RAS' retriever and guide encoder and RADA's semantic head have a fixed width. Beside a network of 8-16-32 features
 # they weigh far more than in training (measured: J-RAS 1.66 x plain, RADA 4.9 x with learned vectors); the promise is
 # about networks of nnU-Net's own width.
@@ -60,7 +62,7 @@ def test_jras_costs_no_quarter_more_than_promised(asked_for, tiny, tmp_path: Pat
     # every round holds the contrastive pass, which is not in every step, as often as training does
     period = JRASSettings().contrastive_every
     parts = measure(tiny, JRAS, tmp_path, monkeypatch, features=NNUNETS_FEATURES, rounds=3, steps_per_round=period)
-    assert all({"lookup", "contrastive"} <= set(parts[label]) for label in JRAS)
+    assert all({"lookup", "contrastive"} <= set(parts[candidate.label]) for candidate in JRAS)
 
 
 @pytest.mark.slow
@@ -74,13 +76,21 @@ def test_rada_costs_no_quarter_more_than_promised(asked_for, tmp_path: Path, mon
 
 
 def test_every_promise_is_guarded() -> None:
-    assert {*OTHERS, *JRAS, *RADA} == set(PROMISES) - {"nnUNetTrainerRADA"}  # the default needs CLIP's weights
-    assert {label.split()[0] for label in PROMISES} >= set(installed_trainers()) - {"nnUNetTrainerMedContextJRAS"}
+    assert {*OTHERS, *JRAS, *RADA} == set(PROMISES) - {Candidate("nnUNetTrainerRADA")}
+    assert set(TRAINERS) <= set(installed_trainers()), "outside.py names a trainer that is not there"
+
+
+@pytest.mark.parametrize("candidate", PROMISES, ids=lambda candidate: candidate.label)
+def test_a_candidate_is_promised_what_its_method_promises(candidate: Candidate, monkeypatch) -> None:
+    monkeypatch.delenv("nnUNet_ext_settings", raising=False)
+    cls = find_trainer(candidate.trainer)
+    assert promise_of(candidate, cls) == PROMISES[candidate]
+    assert promise_of(Candidate(candidate.trainer, f"{candidate.settings} num_epochs=7".strip()), cls) == Promise()
 
 
 def measure(
     dataset: TinyDataset,
-    labels: list[str],
+    wanted: list[Candidate],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     features: list[int] = FEATURES,
@@ -97,8 +107,8 @@ def measure(
     configuration["architecture"]["arch_kwargs"]["features_per_stage"] = features
     file = dataset.preprocessed / dataset.name / "benchmark.json"
     file.write_text(json.dumps(plans | {"plans_name": "benchmark"}))
-    candidates = parse_candidates([full_entry(label) for label in labels])
-    assert [c.label for c in candidates[1:]] == labels
+    candidates = parse_candidates([f"{c.trainer}:{c.settings}" for c in wanted])
+    assert candidates[1:] == wanted
     try:
         # one thread gives steady processor time; with it torch is slow on single samples, hence the batch size
         target = Target(dataset.name, "3d_fullres", "benchmark", device=DEVICE, threads=1)
@@ -114,9 +124,9 @@ def measure(
         step, predict = report.step_ratio(result, "real", clock), report.predict_ratio(result, clock)
         assert step is not None and predict is not None
         for what, ratio, promised in (
-            ("step", step.median, promised_step_ratio(result.label, DEVICE)),
-            ("predict", predict.median, promised_ratio(result.label, "predict")),
-            ("memory", report.memory_ratio(result, memory), promised_ratio(result.label, "memory")),
+            ("step", step.median, result.promise.step(DEVICE)),
+            ("predict", predict.median, result.promise.predict),
+            ("memory", report.memory_ratio(result, memory), result.promise.memory),
         ):
             assert ratio is not None and promised is not None
             line = f"{result.label}: {what} {ratio:.2f} x plain, promised {promised:g}"
@@ -125,10 +135,3 @@ def measure(
                 broken.append(line)
     assert not broken, broken
     return {result.label: result.parts for result in report.results}
-
-
-def full_entry(label: str) -> str:
-    """``nnUNetTrainerX key=value`` of a label -> ``nnUNetTrainerX:method.key=value`` of the command line."""
-    name, _, settings = label.partition(" ")
-    method = name.removeprefix("nnUNetTrainer").lower()
-    return f"{name}:{' '.join(f'{method}.{pair}' for pair in settings.split())}" if settings else name

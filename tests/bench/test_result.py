@@ -8,6 +8,7 @@ import pytest
 from nnunetv2_ext.bench.chart import draw
 from nnunetv2_ext.bench.report import as_text
 from nnunetv2_ext.bench.result import Report, Result, Rounds, paired
+from nnunetv2_ext.core.outside import Promise
 
 MED = "nnUNetTrainerMedContext"
 FACTS = {
@@ -31,7 +32,13 @@ def report() -> Report:
     plain.steps["real"] = Rounds([0.1, 0.2, 0.3], [0.1, 0.1, 0.1])
     plain.predict = Rounds([0.01] * 3, [0.01] * 3)
     plain.parts = {"forward": 0.03, "backward": 0.06, "other": 0.01}
-    med = Result(MED, MED, facts=FACTS, memory={"saved_tensors": 1100, "resident_peak": 5100})
+    med = Result(
+        MED,
+        MED,
+        promise=Promise(cpu=2.4, predict=1.05),
+        facts=FACTS,
+        memory={"saved_tensors": 1100, "resident_peak": 5100},
+    )
     med.steps["real"] = Rounds([0.2, 0.4, 0.9], [0.24, 0.23, 0.25])
     med.predict = Rounds([0.01] * 3, [0.01] * 3)
     med.parts = {"forward": 0.06, "backward": 0.12, "teacher": 0.03, "other": 0.01}
@@ -55,6 +62,8 @@ def test_the_text_answers_what_it_costs(report: Report) -> None:
     text = as_text(report)
     row = next(line for line in text.splitlines() if line.strip().startswith(MED))
     assert all(cell in row for cell in ("400.0 ms", "(200.0 .. 900.0)", "2.00", "2.40", "<= 2.4", " 5"))
+    prediction = text[text.index("Prediction, network") :].split("\n\n")[0]
+    assert prediction.splitlines()[-1].endswith("<= 1.05") and "<=" not in prediction.splitlines()[-2]
     assert "FAILED nnUNetTrainerBig: out of memory: 8 GiB" in text
     short = next(line for line in text.splitlines() if line.startswith(f"- {MED}: "))
     assert "a step takes 2.40 times as long as plain nnU-Net's (promised 2.4: kept)" in short
@@ -76,6 +85,7 @@ def test_json_holds_rounds_and_ratios(report: Report) -> None:
     content = json.loads(json.dumps(report.as_dict()))
     assert content["results"][1]["steps"]["real"]["wall"] == [0.2, 0.4, 0.9]
     assert content["results"][1]["ratios"]["step"]["real"]["wall"]["median"] == pytest.approx(2)
+    assert content["results"][1]["promise"] == {"cpu": 2.4, "cuda": None, "memory": None, "predict": 1.05}
     assert content["results"][2]["failure"] and content["machine"]["torch"] == "2"
 
 

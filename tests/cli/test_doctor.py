@@ -1,5 +1,6 @@
 """``nnUNetv2_ext doctor`` sees what is wrong and says what to type."""
 
+import json
 import os
 import shutil
 import types
@@ -11,6 +12,7 @@ from nnunetv2_ext._register import EXT_VARIABLE, OPT_OUT_VARIABLE, SHIM_FOLDER, 
 from nnunetv2_ext.cli import _check_discovery, _check_machine, _check_settings, _check_software, doctor, main
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 from nnunetv2_ext.core import compat
+from nnunetv2_ext.core.outside import Method
 
 GIB = 2**30
 
@@ -34,8 +36,16 @@ def test_warnings_alone_are_exit_status_0(monkeypatch: pytest.MonkeyPatch, capsy
     assert "-> buy more" in out
 
 
+def test_json_holds_every_finding_and_nothing_else_is_printed(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    _checks(monkeypatch, lambda: [Finding(OK, "this", "fine"), Finding(FAIL, "that", "broken", "buy a new one")])
+    assert main(["doctor", "--json"]) == 1
+    first, second = json.loads(capsys.readouterr().out)["findings"]
+    assert first == {"section": "Everything", "status": "OK", "subject": "this", "detail": "fine", "remedy": ""}
+    assert second["remedy"] == "buy a new one"
+
+
 def test_a_failure_is_exit_status_1(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    _checks(monkeypatch, lambda: [Finding(FAIL, "this", "broken", "mend it")])
+    _checks(monkeypatch, lambda: [Finding(FAIL, "this", "broken", "fix it")])
     assert main(["doctor"]) == 1
 
 
@@ -91,21 +101,74 @@ def test_another_nnunet_in_the_working_directory_is_pointed_out(
     assert "not the one that runs" in findings[1].detail
 
 
-def test_two_faiss_distributions_warn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_check_software, "_is_installed", lambda name: True)
-    monkeypatch.setattr(_check_software, "version", lambda name: "1.0")
-    answer = types.SimpleNamespace(returncode=0, stdout="1.0 0\n", stderr="")
-    monkeypatch.setattr(_check_software.subprocess, "run", lambda *a, **k: answer)
-    findings = list(_check_software.faiss())
-    assert _statuses(findings) == [WARN, OK]
-    assert "faiss-gpu" in findings[0].detail and "faiss-cpu" in findings[0].detail
+@pytest.fixture
+def needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """``needs(*requires)``: the findings on a method with these needs; ``needs.install`` makes a distribution."""
+
+    class Needs:
+        def install(self, name: str, version: str, module: str, source: str = "") -> None:
+            info = tmp_path / f"{name}-{version}.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            (info / "RECORD").write_text(f"{module}/__init__.py,,\n{module}/inner/__init__.py,,\n")
+            (tmp_path / module).mkdir(exist_ok=True)
+            (tmp_path / module / "__init__.py").write_text(source)
+
+        def __call__(self, *requires: str) -> list[Finding]:
+            method = Method("toy", "a toy", requires=requires)
+            monkeypatch.setattr(_check_software, "methods", lambda: {"toy": method})
+            return list(_check_software.requirements())
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return Needs()
 
 
-def test_a_faiss_that_does_not_load_shows_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = types.SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nImportError: libcublas.so missing\n")
-    monkeypatch.setattr(_check_software.subprocess, "run", lambda *a, **k: answer)
-    findings = list(_check_software.faiss())
-    assert findings[-1].status == WARN and "libcublas.so missing" in findings[-1].detail
+def test_what_a_method_needs_and_has_is_shown_with_its_version(needs) -> None:
+    needs.install("toy_dep", "1.5", "toy_dep")
+    assert needs("toy_dep>=1.2,<2") == [Finding(OK, "toy_dep", "1.5, for toy")]
+    assert needs("toy_dep>=1.2; sys_platform == 'nowhere'") == []
+
+
+def test_what_is_missing_or_too_old_warns_with_the_command(needs) -> None:
+    needs.install("toy_dep", "1.5", "toy_dep")
+    missing, old = needs("toy_other[more]>=3; python_version > '3'", "toy_dep>=2")
+    assert missing == Finding(WARN, "toy_other", "not installed; toy needs it", 'pip install "toy_other[more]>=3"')
+    assert old == Finding(WARN, "toy_dep", "1.5 is installed; toy needs >=2", 'pip install "toy_dep>=2"')
+
+
+def test_what_does_not_load_shows_its_last_line(needs) -> None:
+    needs.install("toy_dep", "1.5", "toy_module", "raise ImportError('libcublas.so missing')")
+    [finding] = needs("toy_dep")
+    assert finding.status == WARN and "ImportError: libcublas.so missing; toy needs it" in finding.detail
+    assert finding.remedy == 'pip install --force-reinstall "toy_dep"'
+    (Path(os.environ["PYTHONPATH"]) / "toy_module" / "__init__.py").write_text("import os; os._exit(3)")
+    [finding] = needs("toy_dep")
+    assert finding.status == WARN and "exit status 3" in finding.detail
+
+
+ONE_OF_TWO = ("toy_gpu>=1; sys_platform != 'nowhere'", "toy_cpu; sys_platform == 'nowhere'")
+
+
+def test_two_distributions_of_the_same_files_warn(needs) -> None:
+    for name in ("toy_gpu", "toy_cpu"):
+        needs.install(name, "1.0", "toy_module")
+    [finding] = needs(*ONE_OF_TWO)
+    assert finding.status == WARN and finding.detail == "toy_gpu and toy_cpu overwrite each other's files"
+    assert finding.remedy == 'pip uninstall -y toy_cpu toy_gpu; pip install "toy_gpu>=1"'
+
+
+def test_the_distribution_of_another_platform_is_named(needs) -> None:
+    needs.install("toy_cpu", "1.0", "toy_module")
+    [finding] = needs(*ONE_OF_TWO)
+    assert finding.status == WARN and finding.detail == "not installed, but toy_cpu is; toy needs it"
+    assert "uninstall -y toy_cpu toy_gpu" in finding.remedy
+
+
+def test_distributions_of_other_files_go_together(needs) -> None:
+    for name in ("toy_gpu", "toy_cpu"):
+        needs.install(name, "1.0", f"module_of_{name}")
+    assert _statuses(needs(*ONE_OF_TWO)) == [OK]
 
 
 # -- trainers -------------------------------------------------------------------------------------------------------
@@ -250,6 +313,19 @@ def test_nnunet_folders_unset_missing_wrong_and_right(monkeypatch: pytest.Monkey
     monkeypatch.delenv("nnUNet_results")
     findings = {f.subject: f for f in _check_machine.nnunet_folders()}
     assert findings["nnUNet_results"].status == FAIL and findings["nnUNet_results"].remedy.startswith("export ")
+
+
+@pytest.mark.parametrize("written", ['"{}"', "'{}' ", "{} ", " {}", "~/raw"])
+def test_quotes_blanks_and_a_tilde_that_no_shell_took_away(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    monkeypatch.setenv("nnUNet_raw", written.format(folder))
+    finding = next(f for f in _check_machine.nnunet_folders() if f.subject == "nnUNet_raw")
+    assert finding.status == FAIL and "literally" in finding.detail
+    assert finding.remedy == f"export nnUNet_raw={folder}"
 
 
 @pytest.mark.parametrize(("variable", "expected"), [("nnUNet_raw", WARN), ("nnUNet_results", FAIL)])

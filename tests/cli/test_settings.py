@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from pydantic import BaseModel, Field
 
 from nnunetv2_ext import installed_trainers
 from nnunetv2_ext.cli import main
-from nnunetv2_ext.cli._trainers import load_trainer
 from nnunetv2_ext.cli.settings import type_name
+from nnunetv2_ext.core.outside import load_trainer
 from nnunetv2_ext.core.resolve import resolve
-from nnunetv2_ext.core.settings import CommonSettings, fields_by_key
+from nnunetv2_ext.core.settings import fields_by_key
 from nnunetv2_ext.core.sources import from_environment
 from nnunetv2_ext.medcontext.settings import MedContextSettings
+from nnunetv2_ext.parts.settings import HouseSettings
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
 
 HEAD = re.compile(r"^(\S+) = (.*?)    \[(.+)\]$", re.MULTILINE)
@@ -38,11 +40,11 @@ def printed(capsys: pytest.CaptureFixture[str], *trainer: str) -> tuple[str, dic
 
 
 @pytest.mark.parametrize(
-    ("arguments", "model"), [([], CommonSettings), (["nnUNetTrainerMedContext"], nnUNetTrainerMedContext)]
+    ("arguments", "model"), [([], HouseSettings), (["nnUNetTrainerMedContext"], nnUNetTrainerMedContext)]
 )
 def test_every_key_has_its_default_type_and_meaning(capsys, arguments, model):
     text, blocks = printed(capsys, *arguments)
-    fields = fields_by_key(model if model is CommonSettings else model.settings_model())
+    fields = fields_by_key(model if model is HouseSettings else model.settings_model())
     assert set(blocks) == set(fields)
     for key, field in fields.items():
         default, kind, meaning = blocks[key]
@@ -52,6 +54,20 @@ def test_every_key_has_its_default_type_and_meaning(capsys, arguments, model):
         assert meaning.startswith(field.description[:20]) and meaning.endswith("."), key
         assert not meaning.endswith(".."), key
     assert max(map(len, text.split("stands for")[0].splitlines())) <= 110
+
+
+def test_json_says_the_same(capsys):
+    _, blocks = printed(capsys, "nnUNetTrainerMedContext")
+    assert main(["settings", "nnUNetTrainerMedContext", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["trainer"] == "nnUNetTrainerMedContext" and list(content["settings"]) == list(blocks)
+    for key, (default, kind, _) in blocks.items():
+        found = content["settings"][key]
+        assert (found["type"], "none" if found["default"] is None else str(found["default"])) == (kind, default)
+    assert content["settings"]["num_epochs"]["resumable"] and not content["settings"]["seed"]["resumable"]
+    assert content["presets"]["medcontext.preset=paper_code"] == {
+        f"medcontext.{key}": value for key, value in MedContextSettings.PRESETS["paper_code"].items()
+    }
 
 
 def test_marks_say_what_may_change_on_continue(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,26 +99,55 @@ def _predictor(model: Path) -> nnUNetPredictor:
     return predictor
 
 
-READS_SETTINGS = ("nnUNetTrainerJRAS", "nnUNetTrainerMedContextJRAS", "nnUNetTrainerRADA")
+# ---- a model folder of another version
 
 
-@pytest.mark.parametrize("place", ["common", "method"])
-@over()
-def test_settings_of_another_version_in_a_model_folder_stop_no_prediction(row: Row, place: str, build, request) -> None:
-    if place == "method" and row.name in READS_SETTINGS:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="unknown keys are errors (issue 11)"))
+@pytest.fixture
+def model(row: Row, build: Callable[..., Any]) -> Path:
+    """A model folder as the start of a training leaves it."""
     trainer = build("seed=3 num_epochs=1")
     trainer.on_train_start()
     trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
-    model = Path(trainer.output_folder_base)
-    image = torch.randn(trainer.num_input_channels, *_volume(trainer), generator=torch.Generator().manual_seed(0))
-    expected = _predictor(model).predict_logits_from_preprocessed_data(image)
+    return Path(trainer.output_folder_base)
+
+
+def _logits(model: Path) -> torch.Tensor:
+    predictor = _predictor(model)
+    patch = predictor.configuration_manager.patch_size
+    volume = (1, *patch) if len(patch) == 2 else tuple(patch)
+    image = torch.randn(1, *volume, generator=torch.Generator().manual_seed(0))
+    return predictor.predict_logits_from_preprocessed_data(image)
+
+
+def _rewrite(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
     plans = json.loads((model / "plans.json").read_text())
-    common = plans[PLANS_KEY]
-    blocks = [common] if place == "common" else [block for block in common.values() if isinstance(block, dict)]
-    if not blocks:
-        pytest.skip("no method of it has settings")
-    for block in blocks:
-        block["of_a_later_version"] = [1, {"a": 2}]
+    change(plans[PLANS_KEY])
     (model / "plans.json").write_text(json.dumps(plans))
-    assert torch.equal(_predictor(model).predict_logits_from_preprocessed_data(image), expected)
+
+
+@over()
+def test_unknown_settings_in_a_model_folder_stop_no_prediction(row: Row, model) -> None:
+    expected = _logits(model)
+
+    def change(block: dict[str, Any]) -> None:
+        for settings in (block, *(inner for inner in block.values() if isinstance(inner, dict))):
+            settings["of_a_later_version"] = [1, {"a": 2}]
+
+    _rewrite(model, change)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert torch.equal(_logits(model), expected)
+    assert len([warning for warning in caught if "of_a_later_version" in str(warning.message)]) <= 1
+
+
+@over(lambda row: any("." in key for key in row.facts.smallest))
+def test_a_renamed_setting_in_a_model_folder_is_read_by_its_old_name(row: Row, model, monkeypatch) -> None:
+    """Each of the smallest settings in turn; some of them decide what the network looks like."""
+    expected, plans = _logits(model), (model / "plans.json").read_text()
+    for dotted in (key for key in row.facts.smallest if "." in key):
+        method, key = dotted.split(".")
+        block = row.cls.settings_model().model_fields[method].annotation
+        monkeypatch.setattr(block, "RENAMED", {"formerly": dotted})
+        _rewrite(model, lambda old: old[method].update(formerly=old[method].pop(key)))  # noqa: B023
+        assert torch.equal(_logits(model), expected)
+        (model / "plans.json").write_text(plans)

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -17,9 +16,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core.export import export_model
-from nnunetv2_ext.core.export_edit import ExportEdit
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
+from tests.core.signed.training import nnUNetTrainerSigned, nnUNetTrainerWide, nnUNetTrainerWithHead
 
 FINAL = "fold_0/checkpoint_final.pth"
 
@@ -323,22 +322,14 @@ def test_only_a_model_with_a_bank_can_be_stripped_of_it(make_trainer, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-class Signed(nnUNetTrainerMedContext):
-    """A method that leaves its name in the weights, and lets one take it out."""
-
-    export_edits: ClassVar[dict[str, ExportEdit]] = {
-        "initial": ExportEdit("the first letter of the name", lambda c: c | {"name": c["name"][0]}),
-        "unsign": ExportEdit("without the name", lambda c: {k: v for k, v in c.items() if k != "name"}, True, True),
-        "erase": ExportEdit("without any weight", lambda c: c | {"network_weights": {}}, True),
-    }
-
-
 @pytest.fixture
 def signed(make_trainer, monkeypatch) -> Path:
     folder = save_model(make_trainer(nnUNetTrainerMedContext))
     path = folder / "fold_0" / "checkpoint_final.pth"
     torch.save(read(path) | {"name": "Ada"}, path)
-    monkeypatch.setattr("nnunetv2_ext.core.export.recursive_find_trainer_class_by_name", lambda name: Signed)
+    monkeypatch.setattr(
+        "nnunetv2_ext.core.export.recursive_find_trainer_class_by_name", lambda name: nnUNetTrainerSigned
+    )
     return folder
 
 
@@ -362,7 +353,7 @@ def test_a_method_names_what_can_be_taken_out_of_its_models(signed, tmp_path, ed
     ("weights", "edits", "message"),
     [
         ("student", ["unsign", "erase"], "--unsign and --erase exclude each other; choose one of them"),
-        ("teacher", ["unsign"], "--unsign writes a model of Signed, .*leave out --weights teacher"),
+        ("teacher", ["unsign"], "--unsign writes a model of nnUNetTrainerSigned, .*leave out --weights teacher"),
         ("student", ["rename"], r"--rename could take out \(they know --initial, --unsign, --erase\)"),
     ],
 )
@@ -377,3 +368,51 @@ def test_a_validation_result_goes_along_only_with_what_predicts_the_same(signed,
     for edit, kept in (("unsign", True), ("erase", False)):
         export_model(signed, tmp_path / edit, edits=[edit])
         assert (tmp_path / edit / "fold_0" / "progress.png").exists() == kept
+
+
+def test_a_notice_is_told_last(signed, tmp_path):
+    told: list[str] = []
+    export_model(signed, tmp_path / "out", edits=["erase"], tell=told.append)
+    assert told[-1] == "Nothing is left."
+
+
+# ---- another network than plain nnU-Net's ----
+
+
+@pytest.mark.parametrize(
+    ("cls", "difference"),
+    [
+        (nnUNetTrainerWithHead, r"projection\.weight is 2 x 16 x 1 x 1 x 1 in the weights and missing in its network"),
+        (nnUNetTrainerWide, r"conv\.weight is 4 x 1 x 5 x 5 x 5 in the weights and 4 x 1 x 3 x 3 x 3 in its network"),
+    ],
+)
+def test_a_network_that_plain_nnunet_cannot_load_is_refused(make_trainer, monkeypatch, tmp_path, cls, difference):
+    folder = save_model(make_trainer(cls))
+    monkeypatch.setattr("nnunetv2_ext.core.export.recursive_find_trainer_class_by_name", lambda name: cls)
+    (tmp_path / "into").mkdir()
+    with pytest.raises(ValueError, match=difference) as error:
+        export_model(folder, tmp_path / "into" / "out")
+    assert f"predict with {cls.__name__} and this package" in str(error.value) and "\n" not in str(error.value)
+    assert nothing_is_left(tmp_path / "into")
+
+
+def test_weights_that_lack_a_layer_are_refused(model, tmp_path):
+    checkpoint = read(model / FINAL)
+    del checkpoint["network_weights"]["decoder.seg_layers.0.bias"]
+    torch.save(checkpoint, model / FINAL)
+    with pytest.raises(
+        ValueError, match=r"decoder\.seg_layers\.0\.bias is missing in the weights and 3 in its network"
+    ):
+        export_model(model, tmp_path / "out")
+
+
+def test_plans_whose_network_plain_nnunet_does_not_know_are_refused(model, tmp_path):
+    checkpoint = read(model / FINAL)
+    architecture = checkpoint["init_args"]["plans"]["configurations"]["3d_fullres"]["architecture"]
+    architecture["network_class_name"] = "nobodys.network.OfThisName"
+    torch.save(checkpoint, model / FINAL)
+    with pytest.raises(
+        ValueError, match=r"plain nnU-Net cannot build the network of .*class could not be found"
+    ) as error:
+        export_model(model, tmp_path / "out")
+    assert "\n" not in str(error.value)

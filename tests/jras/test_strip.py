@@ -7,7 +7,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
-from nnunetv2_ext.jras.strip import without_groups
+from nnunetv2_ext.jras.strip import without_bank, without_groups
 from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
 from nnunetv2_ext.trainers.nnUNetTrainerMedContextJRAS import nnUNetTrainerMedContextJRAS
 
@@ -60,7 +60,7 @@ def test_an_unknown_kind_of_weights_is_refused(trained):
 def test_a_stripped_checkpoint_holds_no_image_and_predicts_on_the_plain_path(trained, tmp_path, cls):
     trainer, path = trained(cls)
     stripped = tmp_path / "stripped.pth"
-    torch.save(cls.all_export_edits()["strip-bank"].apply(read(path)), stripped)
+    torch.save(without_bank(read(path)), stripped)
     content = stripped.read_bytes()
     for row in range(24):  # torch's files are not compressed, so an image's bytes would be found
         piece = trainer.network.bank.images[row].contiguous().numpy().tobytes()

@@ -33,7 +33,7 @@ def binary(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
 def test_check_train_validate_and_predict(make_rada, binary, capsys, configuration: str, semantics: str) -> None:
     trainer = make_rada(f"rada.semantics={semantics} rada.min_voxels=4", dataset=binary, configuration=configuration)
     if semantics == "off":
-        assert main(["check", "-d", "2", "-c", configuration, "-p", "tiny", "--cases", "0"]) == 0
+        assert main(["check-planes", "-d", "2", "-c", configuration, "-p", "tiny", "--cases", "0"]) == 0
         out = capsys.readouterr().out
         assert "total: 3 labelled and 2 unlabelled cases" in out and "preprocessing erased" not in out
         assert "planes of the raw labels are found in the preprocessed ones" in out

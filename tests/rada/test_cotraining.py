@@ -45,6 +45,18 @@ def backward(trainer: Any, batch: dict[str, Any], number: int | None = None) -> 
             sum(value * weight for value, weight in terms).backward()
 
 
+@pytest.mark.parametrize("deep_supervision", ["pool", "off"])
+def test_dice_is_taken_over_the_batch_whatever_the_plans_say(started, sparse_tiny, deep_supervision):
+    losses = []
+    for batch_dice in (False, True):
+        plans = sparse_tiny.plans()
+        plans["configurations"]["3d_fullres"]["batch_dice"] = batch_dice
+        trainer = started(f"rada.lambda_max=0 rada.deep_supervision={deep_supervision}", plans=plans)
+        labelled = mixed_keys(trainer)[0]
+        losses.append(trainer.train_step(sparse_batch(trainer, [labelled] * 2))["loss"])
+    assert losses[0] == losses[1]
+
+
 def without_bits(target: torch.Tensor) -> torch.Tensor:
     return torch.where((target[:, 1:] & AXES) != 0, target[:, :1], IGNORE)
 

@@ -119,24 +119,25 @@ def test_features_are_the_input_of_the_last_segmentation_layer(make_rada_net: Ca
 def test_own_vectors_condition_their_sample_only(make_rada_net: Callable[..., RADANet]) -> None:
     net = open_gates(make_rada_net())
     own, valid = torch.randn(2, 3, 3, 16), torch.zeros(2, 3, 3, dtype=torch.bool)
+    use = torch.ones(2, dtype=torch.bool)
     bank = net.forward_member(0, patches()).full_resolution
-    same = net.forward_member(0, patches(), net.conditioning(0, own, valid)).full_resolution
+    same = net.forward_member(0, patches(), net.conditioning(0, own, valid, use)).full_resolution
     assert torch.allclose(same, bank, atol=1e-4)
     valid[1] = True
-    mixed = net.forward_member(0, patches(), net.conditioning(0, own, valid)).full_resolution
+    mixed = net.forward_member(0, patches(), net.conditioning(0, own, valid, use)).full_resolution
     assert torch.allclose(mixed[0], bank[0], atol=1e-4) and not torch.allclose(mixed[1], bank[1], atol=1e-2)
 
 
 def test_a_plane_outside_the_view_does_not_condition(make_rada_net: Callable[..., RADANet]) -> None:
     net = open_gates(make_rada_net())
-    own = torch.randn(1, 3, 3, 16)
+    own, use = torch.randn(1, 3, 3, 16), torch.ones(1, dtype=torch.bool)
     for k, unseen in enumerate((2, 1, 0)):
         valid = torch.zeros(1, 3, 3, dtype=torch.bool)
-        bank = net.conditioning(k, own, valid)
+        bank = net.conditioning(k, own, valid, use)
         valid[:, unseen] = True
-        assert torch.equal(net.conditioning(k, own, valid), bank)
+        assert torch.equal(net.conditioning(k, own, valid, use), bank)
         valid[:] = True
-        assert not torch.equal(net.conditioning(k, own, valid), bank)
+        assert not torch.equal(net.conditioning(k, own, valid, use), bank)
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------
@@ -293,14 +294,3 @@ def test_a_2d_configuration_is_refused(rada_architecture: Callable[..., Any]) ->
 def test_a_network_without_encoder_and_decoder_is_refused() -> None:
     with pytest.raises(ValueError, match="PlainConvUNet"):
         Member(nn.Conv3d(1, 2, 1), "off", SemanticBank(2, 0, [(0,)]), 0)
-
-
-def test_vectors_without_clip_are_refused(make_rada_net: Callable[..., RADANet]) -> None:
-    with pytest.raises(ValueError, match="no embedding bank"):
-        make_rada_net(semantics="learned").set_bank(torch.zeros(3, 3, 16), torch.zeros(3, 16))
-
-
-@pytest.mark.parametrize("axes", [[(0,), (1,)], [(0,), (1,), ()], [(0,), (1,), (3,)]])
-def test_views_that_make_no_sense_are_refused(make_rada_net: Callable[..., RADANet], axes: list) -> None:
-    with pytest.raises(ValueError, match="axes 0, 1, 2"):
-        make_rada_net(semantics="off").bank.set_views(axes)

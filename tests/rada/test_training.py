@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -21,6 +22,8 @@ from nnunetv2_ext.phantom import write_phantom_dataset
 from nnunetv2_ext.rada import training
 from nnunetv2_ext.rada.panel import AGREE, DISAGREE, DROPPED, pseudo_label_states
 from nnunetv2_ext.rada.propagation.propagate import plane_weight
+from nnunetv2_ext.rada.semantics.bank import mean_vectors, vectors_of
+from nnunetv2_ext.rada.semantics.head import GATE_BOUND
 from tests.conftest import TinyDataset, run_command, shrink
 from tests.rada.trainers import log_of, mixed_keys, sparse_batch
 
@@ -47,8 +50,9 @@ def test_clip_fills_the_bank_from_training_cases_alone(make_rada, tiny_clip, spa
     bank = trainer.rada_network.bank
     cases = set(trainer.training_data.identifiers) & trainer.labelled_cases
     assert bank.is_filled and bank.text.shape == (3, 16) and len(trainer._own_vectors) == len(cases) == 3
-    torch.testing.assert_close(bank.image, trainer._own_vectors.mean())
-    vectors, valid = trainer._own_vectors.of(mixed_keys(trainer))
+    mean = mean_vectors(*(torch.stack(parts) for parts in zip(*trainer._own_vectors.values())))
+    torch.testing.assert_close(bank.image, mean)
+    vectors, valid = vectors_of(trainer._own_vectors, mixed_keys(trainer))
     assert valid[0].any() and not valid[1].any()
     assert valid[0, :, 0].all() and torch.equal(vectors[0, 0, 0], vectors[0, 1, 0])  # one background per case
     assert (sparse_tiny.preprocessed / sparse_tiny.name / "nnunetv2_ext" / "rada").is_dir()
@@ -59,7 +63,7 @@ def test_clip_fills_the_bank_from_training_cases_alone(make_rada, tiny_clip, spa
 
 def test_a_second_training_reads_the_vectors_from_disk(make_rada, tiny_clip, monkeypatch, tmp_path):
     first = started(make_rada(clip_settings(tiny_clip)))
-    monkeypatch.setattr("nnunetv2_ext.rada.semantics.preprocessed.load_encoder", None)  # calling it would fail
+    monkeypatch.setattr("nnunetv2_ext.rada.training.load_encoder", None)  # calling it would fail
     second = started(make_rada(clip_settings(tiny_clip), results=tmp_path / "second"))
     assert torch.equal(first.rada_network.bank.image, second.rada_network.bank.image)
     assert "0 of them computed now" in log_of(second)
@@ -92,6 +96,55 @@ def test_learned_tokens_train_without_any_file(make_rada):
     assert "align_1" in figures
     assert all(not torch.equal(t, m.tokens) for t, m in zip(tokens, trainer.rada_network.members))
     assert {f"rada/gate_{k}" for k in (1, 2, 3)} <= trainer.epoch_figures().keys()
+
+
+def test_gates_stay_bounded_at_an_absurd_learning_rate(make_rada):
+    trainer = started(make_rada("rada.semantics=learned rada.min_voxels=4 initial_lr=5"))
+    heads = [member.head for member in trainer.rada_network.members]
+    for gradient in (1e6, -1e6):  # clipped together with the others, which become small beside it
+        hooks = [head.gate.register_hook(lambda _, g=gradient: torch.tensor(g)) for head in heads]
+        for seed in range(3):
+            trainer.train_step(sparse_batch(trainer, mixed_keys(trainer), seed))
+        assert [float(head.gate.detach()) for head in heads] == [-math.copysign(GATE_BOUND, gradient)] * 3
+        for hook in hooks:
+            hook.remove()
+        trainer.optimizer.state.clear()
+
+
+@pytest.mark.parametrize("gate", [0.3, -1.0, 35.0])
+def test_the_gate_of_an_old_checkpoint_counts_as_it_is(make_rada_net, gate):
+    net, data = make_rada_net(semantics="learned").eval(), torch.randn(1, 1, 16, 16, 16)
+    closed = net(data)
+    weights = {name: torch.tensor(gate) if name.endswith("gate") else v for name, v in net.state_dict().items()}
+    net.load_state_dict(weights)
+    assert all(float(member.head.gate.detach()) == pytest.approx(gate) for member in net.members)
+    maps = torch.zeros_like(closed)
+    for member in net.members:  # the same with the gate written out
+        text, image = member._class_vectors(None)
+        skips = member.network.encoder(data)
+        _, features = member(data)
+        maps += member.head.semantic_map(features, member.head.controlled(skips[-1], text, image)) / len(net.members)
+    torch.testing.assert_close(net(data), closed + gate * maps)
+
+
+def test_samples_with_vectors_of_their_own_teach_nobody_from_their_training_pass(make_rada, tiny_clip, monkeypatch):
+    trainer = started(make_rada(f"{clip_settings(tiny_clip)} rada.own_embedding_p=1"))
+    labelled, unlabelled = mixed_keys(trainer)
+    calls: list[tuple[bool, bool]] = []  # of the first network: with gradient, conditioned on the bank
+    network = trainer.rada_network
+    original = network.forward_member
+
+    def recorded(k, data, vectors=None):
+        if k == 0:
+            calls.append((torch.is_grad_enabled(), vectors is None))
+        return original(k, data, vectors)
+
+    monkeypatch.setattr(network, "forward_member", recorded)
+    trainer.train_step(sparse_batch(trainer, [labelled] * 2))
+    assert calls == [(False, True), (True, False)], "a pass of its own, on the bank's vectors as at prediction"
+    calls.clear()
+    trainer.train_step(sparse_batch(trainer, [labelled, unlabelled]))
+    assert calls == [(True, False)], "the taught sample has the bank's vectors in the training pass too"
 
 
 def test_prediction_needs_neither_open_clip_nor_weights(make_rada, tiny_clip, monkeypatch):
@@ -264,7 +317,7 @@ def test_continuing_takes_the_bank_of_the_checkpoint_and_needs_no_weights(make_r
 
     def same(trainer: Any) -> bool:
         keys = sorted(first.labelled_cases)
-        own = all(map(torch.equal, trainer._own_vectors.of(keys), first._own_vectors.of(keys)))
+        own = all(map(torch.equal, *(vectors_of(one._own_vectors, keys) for one in (trainer, first))))
         return own and torch.equal(trainer.rada_network.bank.image, first.rada_network.bank.image)
 
     here.rename(there)
@@ -274,7 +327,7 @@ def test_continuing_takes_the_bank_of_the_checkpoint_and_needs_no_weights(make_r
     with pytest.raises(ValueError, match=r"other CLIP weights \(rada.clip_weights: sha256:\w+ became sha256"):
         continued(here)
     here.unlink()
-    monkeypatch.setattr("nnunetv2_ext.rada.semantics.preprocessed.cache_root", lambda folder: tmp_path / "no cache")
+    monkeypatch.setattr("nnunetv2_ext.rada.training.cache_root", lambda folder: tmp_path / "no cache")
     with pytest.raises(ValueError, match=r"rada.clip_weights: there is no file .*here.safetensors"):
         continued(here)
     assert same(continued(there))  # computed anew
@@ -314,7 +367,7 @@ def test_the_real_commands_from_a_dense_dataset_to_a_score(tiny_clip, tmp_path):
     run("nnUNetv2_plan_and_preprocess -d 2 -c 3d_fullres -np 1 -npfp 1", nnUNet_n_proc_DA="1")
     plans = json.loads((dataset.preprocessed / dataset.name / "nnUNetPlans.json").read_text())
     (dataset.preprocessed / dataset.name / "tiny.json").write_text(json.dumps(shrink(plans)))
-    assert "all 9 planes of the raw labels are found" in run("nnUNetv2_ext check -d 2 -p tiny -c 3d_fullres")
+    assert "all 9 planes of the raw labels are found" in run("nnUNetv2_ext check-planes -d 2 -p tiny -c 3d_fullres")
     assert (dataset.preprocessed / dataset.name / "nnunetv2_ext" / "rada" / "planes_tiny_3d_fullres.png").is_file()
     model = "-p tiny -tr nnUNetTrainerRADA -device cpu"
     run(f"nnUNetv2_train 2 3d_fullres 0 {model}")

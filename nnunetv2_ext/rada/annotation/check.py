@@ -1,4 +1,4 @@
-"""What of a sparse dataset's annotation reaches training: the report behind ``nnUNetv2_ext check``."""
+"""What of a sparse dataset's annotation reaches training: the report behind ``nnUNetv2_ext check-planes``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nnunetv2_ext.core.files import read_json, require_writable
 from nnunetv2_ext.core.labelmaps import class_names
 from nnunetv2_ext.data.raw import folder_below
 from nnunetv2_ext.data.split import clean_fold
-from nnunetv2_ext.rada.annotation.draw import CaseView, draw_planes
-from nnunetv2_ext.rada.annotation.survey import Annotation, log_lines
-from nnunetv2_ext.rada.annotation.survival import erased_annotations, lost_planes, raw_planes, thicken_remedy
-from nnunetv2_ext.rada.annotation.trainable import Preprocessed, require_trainable
+from nnunetv2_ext.rada.annotation.annotations import Annotation, log_lines
+from nnunetv2_ext.rada.annotation.lost import erased_annotations, lost_planes, raw_planes, thicken_remedy
+from nnunetv2_ext.rada.annotation.picture import CaseView, draw_planes
+from nnunetv2_ext.rada.annotation.preprocessed import Preprocessed, require_trainable
 
 Say = Callable[[str], None]
 
@@ -47,10 +47,10 @@ def check(data: Preprocessed, picture: Path | None, cases_in_picture: int = 4, s
     """Report planes, shares, survival and warnings, and draw some cases; whether training can start.
 
     Args:
-        data: What to look at.
+        data: what to look at.
         picture: PNG to write, or None.
-        cases_in_picture: At most so many, labelled ones first.
-        say: Gets each line.
+        cases_in_picture: at most so many, labelled ones first.
+        say: gets each line.
 
     Raises:
         ValueError: no annotation anywhere, or labels that dataset.json does not declare.

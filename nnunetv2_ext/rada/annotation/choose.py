@@ -22,8 +22,8 @@ def choose_planes(label: Array, axes: Sequence[int], rule: str) -> Planes:
     Several planes on one axis are spread: the foreground's extent is cut into as many equal parts and each gives one.
 
     Args:
-        label: Dense.
-        axes: Array axis of each plane; (0, 1, 2) is one on each, (2, 2, 2) three parallel ones.
+        label: dense.
+        axes: array axis of each plane; (0, 1, 2) is one on each, (2, 2, 2) three parallel ones.
         rule: ``largest``: most classes, then most foreground voxels. ``middle`` of the extent.
 
     Raises:
@@ -45,8 +45,11 @@ def choose_planes(label: Array, axes: Sequence[int], rule: str) -> Planes:
             first = max(0, min(first - (number - (stop - first)) // 2, size - number))
             stop = first + number
         bounds = [first + (stop - first) * part // number for part in range(number + 1)]
-        pick = _largest if rule == "largest" else _middle
-        chosen[axis] = tuple(pick(label, axis, a, b) for a, b in pairwise(bounds))
+        parts = list(pairwise(bounds))
+        if rule == "largest":
+            chosen[axis] = tuple(_largest(label, axis, a, b) for a, b in parts)
+        else:
+            chosen[axis] = tuple((a + b - 1) // 2 for a, b in parts)
     return Planes((chosen[0], chosen[1], chosen[2]))
 
 
@@ -93,12 +96,12 @@ def draw_cases(
     """Exactly `number` cases by a seeded draw of whole subjects; draws of one seed are nested if cases are subjects.
 
     Args:
-        cases: To draw from.
-        number: How many.
-        seed: Of the draw.
-        subjects: Case to subject; None makes every case its own.
-        usable: A subject with a case that is not usable is passed over.
-        why: What the cases are drawn for, for the error.
+        cases: to draw from.
+        number: how many.
+        seed: of the draw.
+        subjects: case to subject; None makes every case its own.
+        usable: a subject with a case that is not usable is passed over.
+        why: what the cases are drawn for, for the error.
 
     Raises:
         ValueError: there are too few, or whole subjects do not add up to `number`.
@@ -126,7 +129,3 @@ def _largest(label: Array, axis: int, start: int, stop: int) -> int:
     planes = [np.take(label, i, axis) for i in range(start, stop)]
     scores = [(np.unique(p[p > 0]).size, int((p > 0).sum())) for p in planes]
     return start + max(range(len(scores)), key=lambda i: scores[i])
-
-
-def _middle(label: Array, axis: int, start: int, stop: int) -> int:
-    return (start + stop - 1) // 2

@@ -71,8 +71,8 @@ def consecutive_runs(indices: Iterable[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def find_planes(label: Array, ignore: int, threshold: float = THRESHOLD) -> Planes:
-    """Slices of (X, Y, Z) `label` with a share of at least `threshold` voxels that are not `ignore`.
+def find_planes(label: Array, ignore: int) -> Planes:
+    """Slices of (X, Y, Z) `label` with a share of at least `THRESHOLD` voxels that are not `ignore`.
 
     -1 counts as annotated: nnU-Net writes it only where the label was background and the image is zero. A slice without
     any truly labelled voxel is no plane. Nor is a slice that reaches the threshold only by the planes of the other axes
@@ -82,23 +82,19 @@ def find_planes(label: Array, ignore: int, threshold: float = THRESHOLD) -> Plan
     Raises:
         ValueError: `label` is not 3-D.
     """
-    _require_3d(label)
+    if label.ndim != 3:
+        raise ValueError(f"planes are found in 3-D labels, got shape {label.shape}: RADA needs a 3-D configuration")
     known = label != ignore
     shares = [known.mean(axis=others) for others in _OTHERS]
     labelled = [(known & (label != OUTSIDE)).any(axis=others) for others in _OTHERS]
     full = tuple(tuple(np.flatnonzero(share == 1).tolist()) for share in shares)
     found = []
     for axis in range(3):
-        candidates = np.flatnonzero((shares[axis] >= threshold) & labelled[axis])
+        candidates = np.flatnonzero((shares[axis] >= THRESHOLD) & labelled[axis])
         free = ~_cross(label.shape, full, axis)
-        kept = [i for i in candidates.tolist() if shares[axis][i] == 1 or known.take(i, axis)[free].mean() >= threshold]
+        kept = [i for i in candidates.tolist() if shares[axis][i] == 1 or known.take(i, axis)[free].mean() >= THRESHOLD]
         found.append(tuple(kept))
     return Planes((found[0], found[1], found[2]))
-
-
-def annotated_share(label: Array, ignore: int) -> float:
-    """Share of the voxels of `label` that are not `ignore`, 0 to 1."""
-    return float((label != ignore).mean())
 
 
 def on_planes(shape: tuple[int, ...], planes: Planes) -> Mask:
@@ -136,8 +132,3 @@ def _short(indices: tuple[int, ...]) -> str:
     """The indices, runs of three and more as first-last."""
     runs = consecutive_runs(indices)
     return ",".join(f"{a}-{b}" if b - a > 1 else ",".join(map(str, range(a, b + 1))) for a, b in runs)
-
-
-def _require_3d(label: Array) -> None:
-    if label.ndim != 3:
-        raise ValueError(f"planes are found in 3-D labels, got shape {label.shape}: RADA needs a 3-D configuration")

@@ -1,9 +1,9 @@
-"""A dense dataset made sparse: what annotators would have drawn, and nothing else."""
+"""A sparse dataset whose planes survive preprocessing: chosen in a dense dataset, or found in a sparse one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,16 @@ from nnunetv2_ext.data.derive import (
     write_json,
     write_label,
 )
-from nnunetv2_ext.data.raw import BLOCK, RawDataset, measure, open_raw, require_free_id, target_grids
-from nnunetv2_ext.data.split import write_split_for
+from nnunetv2_ext.data.raw import BLOCK, RawDataset, Target, measure, open_raw, require_free_id, target_grids
+from nnunetv2_ext.data.split import recorded_subjects, write_split_for
 from nnunetv2_ext.rada.annotation.choose import choose_planes, draw_cases
-from nnunetv2_ext.rada.annotation.planes import Array, Planes, on_planes
-from nnunetv2_ext.rada.annotation.thickened import PlaneReport, thicken_case
-from nnunetv2_ext.rada.requirements import require_plain_labels
+from nnunetv2_ext.rada.annotation.planes import Array, Planes, find_planes, on_planes
+from nnunetv2_ext.rada.annotation.slabs import Slab, thicken
+from nnunetv2_ext.rada.requirements import require_ignore_label, require_plain_labels
+
+Say = Callable[[str], None]
+# a case and its non-zero crop to its sparse label, the file's properties, and the planes from the crop's corner
+Choose = Callable[[str, tuple[slice, ...]], tuple[Array, dict[str, Any], Planes]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class SparsifyOptions:
     configuration: str = "3d_fullres"
 
 
-def sparsify(source: int | str, target_id: int, options: SparsifyOptions, say: Callable[[str], None] = print) -> Path:
+def sparsify(source: int | str, target_id: int, options: SparsifyOptions, say: Say = print) -> Path:
     """Write the sparse copy of a dense dataset; its folder is returned.
 
     Images are linked. labelsTr holds the planes, thickened so that they survive preprocessing, and the ignore label
@@ -67,57 +71,177 @@ def sparsify(source: int | str, target_id: int, options: SparsifyOptions, say: C
     """
     dataset = open_raw(source)
     require_free_id(target_id)
-    _require_dense(dataset)
+    if dataset.ignore is not None:
+        raise ValueError(f"{dataset.name} has an ignore label, so it is sparse already: use --thicken-only")
+    require_plain_labels(dataset.json["labels"], dataset.name)
     if not options.axes or not set(options.axes) <= {0, 1, 2}:
         raise ValueError(f"planes lie on the array axes 0, 1 and 2, got {list(options.axes)}")
     measure(dataset, dataset.cases[0])  # 2-D data is refused before anything long starts
     test, labelled = _draw(dataset, options)
-    train = [case for case in dataset.cases if case not in test]
-    grids, target = target_grids(dataset, train, options.plans, options.configuration)
     ignore = max(dataset.label_values()) + 1
-    report = PlaneReport()
+
+    def choose(case: str, box: tuple[slice, ...]) -> tuple[Array, dict[str, Any], Planes]:
+        if case in labelled:
+            label, properties = dataset.read_label(case)
+            sparse, planes = _keep_planes(label, box, ignore, options)
+            return sparse, properties, planes
+        hidden, properties = dataset.reader.read_seg(str(dataset.files[case]["label"]))
+        return np.full(hidden.shape[1:], ignore, dtype=np.int16), properties, Planes()
+
+    block = {
+        "source": dataset.name,
+        "rule": options.rule,
+        "axes": list(options.axes),
+        "seed": options.seed,
+        "test": sorted(test),
+        "subjects": dict(options.subjects) if options.subjects else None,
+    }
+    plans = options.plans, options.configuration
+    return _derive(dataset, target_id, ignore, choose, plans, block, options.subjects, say, test=test)
+
+
+def thicken_dataset(
+    source: int | str,
+    target_id: int,
+    plans: str = "nnUNetPlans",
+    configuration: str = "3d_fullres",
+    say: Say = print,
+) -> Path:
+    """Write a copy of a sparse dataset whose annotated planes survive nnU-Net's resampling; its folder is returned.
+
+    Labels without a plane are linked unchanged. The thickness follows the plans of `source` if it has been planned,
+    else nnU-Net's rule for 3d_fullres.
+
+    Raises:
+        ValueError: the id is taken, the dataset is 2-D, has no ignore label or no annotated plane at all.
+    """
+    dataset = open_raw(source)
+    require_free_id(target_id)
+    ignore = require_ignore_label(dataset.ignore, dataset.name)
+    measure(dataset, dataset.cases[0])  # 2-D data is refused before anything long starts
+    loose: list[str] = []
+
+    def choose(case: str, box: tuple[slice, ...]) -> tuple[Array, dict[str, Any], Planes]:
+        label, properties = dataset.read_label(case)
+        planes = find_planes(label[box], ignore)
+        if not planes and (label != ignore).any():
+            loose.append(case)
+        return label, properties, planes
+
+    block = {**((dataset.json.get(BLOCK) or {}).get("sparsify") or {}), "thickened_from": dataset.name}
+    subjects = recorded_subjects(dataset.json)
+    return _derive(dataset, target_id, ignore, choose, (plans, configuration), block, subjects, say, loose=loose)
+
+
+def _derive(
+    dataset: RawDataset,
+    target_id: int,
+    ignore: int,
+    choose: Choose,
+    plans: tuple[str | None, str],
+    block: Mapping[str, Any],
+    subjects: Mapping[str, str] | None,
+    say: Say,
+    test: Collection[str] = (),
+    loose: Collection[str] = (),
+) -> Path:
+    """Write the dataset whose training labels hold the chosen planes, thick enough to survive preprocessing.
+
+    Labels without a plane are linked if the source is sparse, written if it is dense.
+
+    Args:
+        dataset: dense, or sparse with `ignore` as its ignore label.
+        target_id, ignore: of the new dataset.
+        choose: see there.
+        plans: name and configuration, which decide the thickness.
+        block, subjects: for provenance and split.
+        say: gets each line.
+        test: cases of a dense dataset that become imagesTs and labelsTs.
+        loose: cases with annotations on no plane, complete once every case was chosen from.
+    """
+    is_dense = dataset.ignore is None
+    train = [case for case in dataset.cases if case not in test]
+    grids, target = target_grids(dataset, train, *plans)
+    planes: dict[str, Planes] = {}
+    slabs: dict[str, list[Slab]] = {}
+    classes: set[int] = set()
     with new_dataset(dataset, target_id) as folder, progress_bar(dataset.cases, "writing cases") as bar:
         for case in dataset.cases:
-            part = "Ts" if case in test else "Tr"
-            link_images(dataset, case, folder / f"images{part}")
-            link_label(dataset, case, folder / "labelsTs" if case in test else folder / DENSE)
-            if case in labelled:
-                label, properties = dataset.read_label(case)
-                sparse, planes = _keep_planes(label, grids[case].box, ignore, options)
-                sparse = thicken_case(case, sparse, ignore, planes, grids[case], target.spacing, report)
-                write_label(dataset, case, sparse, properties, folder / "labelsTr")
-            elif case not in test:
-                hidden, properties = dataset.reader.read_seg(str(dataset.files[case]["label"]))
-                nothing = np.full(hidden.shape[1:], ignore, dtype=np.int16)
-                write_label(dataset, case, nothing, properties, folder / "labelsTr")
+            is_test = case in test
+            link_images(dataset, case, folder / ("imagesTs" if is_test else "imagesTr"))
+            if is_dense:
+                link_label(dataset, case, folder / ("labelsTs" if is_test else DENSE))
+            if not is_test:
+                box = grids[case].box
+                label, properties, chosen = choose(case, box)
+                if chosen:
+                    offset, label = [s.start for s in box], label.copy()
+                    label[box], found = thicken(label[box], ignore, chosen, grids[case].resampled(target.spacing))
+                    planes[case] = chosen.shifted(offset)
+                    slabs[case] = [Slab(s.axis, *(i + offset[s.axis] for i in s[1:])) for s in found]
+                    classes |= set(np.unique(label).tolist())
+                if chosen or is_dense:
+                    write_label(dataset, case, label, properties, folder / "labelsTr")
+                else:
+                    link_label(dataset, case, folder / "labelsTr")
             bar.update()
-        for name in ("imagesTs", "labelsTs") if (dataset.folder / "labelsTs").is_dir() else ():
-            link_folder(dataset.folder / name, folder / name)
-        block: dict[str, Any] = {
-            "source": dataset.name,
-            "version": __version__,
-            "rule": options.rule,
-            "axes": list(options.axes),
-            "seed": options.seed,
-            "test": sorted(test),
-            "subjects": dict(options.subjects) if options.subjects else None,
-            **target.provenance(),
-            "labelled": report.provenance(),
-            "classes_on_no_plane": report.missing(dataset.json["labels"]),
-        }
+        if not planes:
+            raise ValueError(
+                f"no case of {dataset.name} has an annotated plane (a slice with at least 95 % of its voxels labelled, "
+                "background included): label whole slices"
+            )
+        if not is_dense:
+            link_folder(dataset.folder / DENSE, folder / DENSE)
+            if not any((folder / DENSE).iterdir()):
+                (folder / DENSE).rmdir()
+        if not is_dense or (dataset.folder / "labelsTs").is_dir():
+            for name in ("imagesTs", "labelsTs"):
+                link_folder(dataset.folder / name, folder / name)
         labels = {**dataset.json["labels"], "ignore": ignore}
+        missing = [name for name, value in labels.items() if name != "ignore" and int(value) not in classes]
+        block = {
+            **block,
+            "version": __version__,
+            **target.provenance(),
+            # slabs: the slices a plane was thickened to, as (axis, first, last)
+            "labelled": {
+                case: {
+                    "planes": [list(indices) for indices in planes[case].indices],
+                    "slabs": [[s.axis, s.start, s.stop - 1] for s in slabs[case]],
+                }
+                for case in sorted(planes)
+            },
+            "classes_on_no_plane": missing,
+        }
         write_json(dataset, target_id, folder, train, {"labels": labels, BLOCK: {"sparsify": block}})
     final = final_folder(dataset, target_id)
-    say(f"{final}: {len(labelled)} labelled and {len(train) - len(labelled)} unlabelled cases, {len(test)} for testing")
-    report.tell(dataset.json["labels"], target, say)
-    write_split_for(final.name, labelled, set(train) - labelled, options.subjects, say)
+    of_all = f"{len(planes)} cases with planes of {len(train)}"
+    if is_dense:
+        of_all = f"{len(planes)} labelled and {len(train) - len(planes)} unlabelled cases, {len(test)} for testing"
+    say(f"{final}: {of_all}")
+    for case in loose:
+        say(f"{case}  annotations on no plane (scribbles) are left as they are; resampling may thin them out")
+    _tell(planes, slabs, target, missing, say)
+    labelled = {*planes, *loose}
+    write_split_for(final.name, labelled, set(train) - labelled, subjects, say)
     return final
 
 
-def _require_dense(dataset: RawDataset) -> None:
-    if dataset.ignore is not None:
-        raise ValueError(f"{dataset.name} has an ignore label, so it is sparse already: use --thicken-only")
-    require_plain_labels(dataset.json["labels"], dataset.name)
+def _tell(
+    planes: Mapping[str, Planes], slabs: Mapping[str, Sequence[Slab]], target: Target, missing: Sequence[str], say: Say
+) -> None:
+    """Say what was thickened, and which classes nobody drew."""
+    for case in sorted(planes):
+        thick = [
+            f"axis{s.axis} {s.first}->{s.start}..{s.stop - 1}"
+            for s in slabs[case]
+            if s.stop - s.start > s.last + 1 - s.first
+        ]
+        say(f"{case}  {planes[case].describe()}" + (f"  thickened: {', '.join(thick)}" if thick else ""))
+    spacing = " x ".join(f"{s:g}" for s in target.spacing)
+    say(f"target spacing {spacing} mm (z, y, x of the file), from {target.source}")
+    for name in missing:
+        say(f"WARNING: no plane shows {name}: it stays declared, but nothing teaches it; label more cases or planes")
 
 
 def _draw(dataset: RawDataset, options: SparsifyOptions) -> tuple[set[str], set[str]]:

@@ -49,7 +49,6 @@ def propagate(
     ignore: int,
     max_distance: int = MAX_DISTANCE,
     min_correlation: float = MIN_CORRELATION,
-    threads: int | None = None,
 ) -> Propagated:
     """Carry each plane outward, slice to slice, up to `max_distance` slices or half way to the next plane of its axis.
 
@@ -64,24 +63,13 @@ def propagate(
         ignore: the ignore label.
         max_distance: slices, 1 to 254.
         min_correlation: Pearson's r of neighbouring slices, -1 to 1.
-        threads: for ITK; default: the cores this process may use.
-
-    Raises:
-        ValueError: shapes differ, a plane is outside, or `max_distance` is out of range.
     """
-    if image.shape != label.shape or image.ndim != 3:
-        raise ValueError(f"image {image.shape} and label {label.shape} must be volumes of one shape")
-    if not 1 <= max_distance < NONE:
-        raise ValueError(f"rada.max_distance={max_distance}: choose 1 to {NONE - 1} slices")
-    threads = cores() if threads is None else threads
+    threads = cores()
     dtype = np.uint8 if ignore < NONE else np.int16
     known = np.where(label < 0, 0, label).astype(dtype)
     labels = np.full((3, *label.shape), ignore, dtype=dtype)
     distances = np.full((3, *label.shape), NONE, dtype=np.uint8)
     for axis in range(3):
-        outside = [index for index in planes[axis] if not 0 <= index < label.shape[axis]]
-        if outside:
-            raise ValueError(f"plane {outside[0]} of axis {axis} is outside the volume of {label.shape[axis]} slices")
         slices, truth = np.moveaxis(image, axis, 0), np.moveaxis(known, axis, 0)
         out, distance = np.moveaxis(labels[axis], axis, 0), np.moveaxis(distances[axis], axis, 0)
         for start, step, count in _walks(sorted(planes[axis]), label.shape[axis], max_distance):
@@ -140,9 +128,7 @@ def propagate_cases(
     key: dict[str, Any],
     ignore: int,
     max_distance: int = MAX_DISTANCE,
-    min_correlation: float = MIN_CORRELATION,
     log: Callable[[str], None] = print,
-    progress: bool = True,
 ) -> dict[str, Path]:
     """Propagate the planes of all cases, once: case name to file, for ``read_propagated``.
 
@@ -154,28 +140,21 @@ def propagate_cases(
         root: folder of all caches, outside of nnU-Net's configuration folders.
         key: what else preprocessed data depend on (plans); JSON-serialisable.
         ignore: the ignore label.
-        max_distance, min_correlation: see ``propagate``.
-        log, progress: a line at the end, a bar on stderr.
-
-    Raises:
-        ValueError: see ``propagate``.
+        max_distance: see ``propagate``.
+        log: gets a line at the end.
     """
     import SimpleITK
 
-    settings = {"max_distance": max_distance, "min_correlation": min_correlation, "ignore": ignore}
+    settings = {"max_distance": max_distance, "min_correlation": MIN_CORRELATION, "ignore": ignore}
     settings |= {"version": VERSION, "SimpleITK": SimpleITK.Version_VersionString(), **key}
     folder = require_writable(Path(root) / f"propagated_{_digest(settings)}")
     paths, computed = {}, 0
-    for case in tqdm(cases, desc="propagating planes", unit="case", disable=not progress):
+    for case in tqdm(cases, desc="propagating planes", unit="case"):
         path = folder / f"{case.name}.b2nd"
         state = _digest([[list(map(int, indices)) for indices in case.planes], case.state])
         if _state_of(path) != state:
             sparse = case.load()
-            try:
-                found = propagate(sparse.image, sparse.label, case.planes, ignore, max_distance, min_correlation)
-            except ValueError as error:
-                raise ValueError(f"case {case.name}: {error}") from error
-            _write(path, found, state)
+            _write(path, propagate(sparse.image, sparse.label, case.planes, ignore, max_distance), state)
             computed += 1
         paths[case.name] = path
     log(f"pseudo-labels of {len(paths)} cases, {computed} of them computed now: {folder}")
@@ -202,11 +181,7 @@ def _write(path: Path, found: Propagated, state: str) -> None:
     array = blosc2.asarray(both, chunks=chunks, cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1})
     array.schunk.vlmeta["rada_state"] = state
     frame = array.to_cframe()
-
-    def write(file: Any) -> None:
-        file.write(frame)
-
-    atomic_write(path, write)
+    atomic_write(path, lambda file: file.write(frame) and None)
 
 
 def _state_of(path: Path) -> str | None:

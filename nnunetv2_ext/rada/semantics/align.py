@@ -21,9 +21,9 @@ def alignment_loss(
     valid: Tensor,
     text: Tensor,
     projection: Callable[[Tensor], Tensor],
-    tau: float = 0.07,
-    min_voxels: int = 32,
-    bank: Tensor | None = None,
+    tau: float,
+    min_voxels: int,
+    bank: Tensor,
 ) -> Tensor | None:
     """Mean over samples n, axes a in view and foreground classes c of InfoNCE(q; v(n, a, c)) + (1 - cos(q, u(c))) / 2.
 
@@ -63,7 +63,7 @@ def alignment_loss(
             return None
         means = sums[sample, axis, target] / counts[sample, axis, target][:, None]
         q = F.normalize(projection(means), dim=-1)
-        candidates, allowed = _candidates(own, exists, text.float(), bank if bank is None else bank[axes].float())
+        candidates, allowed = _candidates(own, exists, text.float(), bank[axes].float())
         logits = torch.einsum("td,tkd->tk", q, candidates[sample, axis]) / tau
         usable = allowed[sample, axis]
         # the class's own text is pulled by the second part, it is no negative
@@ -94,14 +94,10 @@ def _sums_on_planes(
     return sums.view(B, A, C, -1), counts.view(B, A, C)
 
 
-def _candidates(own: Tensor, exists: Tensor, text: Tensor, bank: Tensor | None) -> tuple[Tensor, Tensor]:
+def _candidates(own: Tensor, exists: Tensor, text: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors `(B, A, 2C, D)`, first the classes' images and then their texts, and which of them may be used."""
-    image, usable = own, exists
-    if bank is not None:
-        image = torch.where(exists[..., None], own, bank)
-        usable = exists | (bank != 0).any(-1)
-    else:
-        image = torch.where(exists[..., None], own, 0.0)
+    image = torch.where(exists[..., None], own, bank)
+    usable = exists | (bank != 0).any(-1)
     texts = text.expand(*image.shape[:2], -1, -1)
     has_text = torch.ones_like(usable)
     has_text[..., 0] = False

@@ -25,17 +25,7 @@ def mean_vectors(vectors: Tensor, valid: Tensor) -> Tensor:
 
     Returns:
         `(3, C, D)` fp32.
-
-    Raises:
-        ValueError: shapes that do not fit together, or a vector in use that is not finite.
     """
-    if vectors.ndim != 4 or vectors.shape[1] != NUM_AXES or valid.shape != vectors.shape[:3]:
-        raise ValueError(
-            f"expected vectors (cases, 3 axes, classes, dimensions) and valid (cases, 3 axes, classes), not "
-            f"{tuple(vectors.shape)} and {tuple(valid.shape)}"
-        )
-    if not torch.isfinite(vectors[valid]).all():
-        raise ValueError("an embedding is not finite; delete the embedding cache, and compute it again")
     weights = valid.float()[..., None]
     sums = torch.where(valid[..., None], vectors.float(), 0.0).sum(0)
     of_axis = sums / weights.sum(0).clamp(min=1)
@@ -48,9 +38,7 @@ def mean_in_view(vectors: Tensor, view_axes: Sequence[int]) -> Tensor:
     return F.normalize(vectors[..., list(view_axes), :, :].float().mean(-3), dim=-1)
 
 
-def own_or_bank(
-    vectors: Tensor, valid: Tensor, bank: Tensor, view_axes: Sequence[int], use_own: Tensor | None = None
-) -> Tensor:
+def own_or_bank(vectors: Tensor, valid: Tensor, bank: Tensor, view_axes: Sequence[int], use_own: Tensor) -> Tensor:
     """Image vectors a batch is conditioned on: a sample's own where it has them, else the bank's.
 
     Args:
@@ -58,12 +46,12 @@ def own_or_bank(
         valid: `(B, 3, C)` bool.
         bank: `(3, C, D)`.
         view_axes: axes the network holds.
-        use_own: `(B,)` bool, see `draw_own`; None: all samples.
+        use_own: `(B,)` bool, see `draw_own`.
 
     Returns:
         `(B, C, D)`, mean over the axes in view, of length 1 where it is not 0.
     """
-    wanted = valid if use_own is None else valid & use_own[:, None, None]
+    wanted = valid & use_own[:, None, None]
     return mean_in_view(torch.where(wanted[..., None], vectors.float(), bank.float()[None]), view_axes)
 
 
@@ -72,48 +60,19 @@ def draw_own(has_own: Tensor, probability: float, generator: torch.Generator | N
     return has_own & (torch.rand(has_own.shape, device=has_own.device, generator=generator) < probability)
 
 
-class CaseVectors:
-    """Every training case's own vectors, by case id.
+def vectors_of(
+    cases: Mapping[str, tuple[Tensor, Tensor]], keys: Sequence[str], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Own vectors of a batch, `(B, 3, C, D)` fp32, and which are valid, `(B, 3, C)`.
 
     Args:
-        cases: case id to `(vectors (3, C, D), valid (3, C) bool)`; cases without planes need not be there.
-        num_classes: C, with background.
-        dimension: D.
-
-    Raises:
-        ValueError: a case with other shapes.
+        cases: case id to vectors `(3, C, D)` and which are valid `(3, C)`, at least one; others have none.
+        keys: the batch's cases.
+        device: where they are wanted.
     """
-
-    def __init__(self, cases: Mapping[str, tuple[Tensor, Tensor]], num_classes: int, dimension: int) -> None:
-        self.shape = (NUM_AXES, num_classes, dimension)
-        for case, (vectors, valid) in cases.items():
-            if tuple(vectors.shape) != self.shape or tuple(valid.shape) != self.shape[:2]:
-                raise ValueError(
-                    f"case {case} has embeddings of shape {tuple(vectors.shape)} with validity {tuple(valid.shape)}, "
-                    f"expected {self.shape} and {self.shape[:2]}; delete the embedding cache, and compute it again"
-                )
-        self._cases = {case: (vectors.float(), valid.bool()) for case, (vectors, valid) in cases.items()}
-
-    def __len__(self) -> int:
-        return len(self._cases)
-
-    def of(self, keys: Sequence[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Vectors `(B, 3, C, D)` fp32 and which are valid `(B, 3, C)` of a batch; a case without any is not valid."""
-        none = torch.zeros(self.shape), torch.zeros(self.shape[:2], dtype=torch.bool)
-        found = [self._cases.get(str(key), none) for key in keys]
-        vectors, valid = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return vectors.to(device, non_blocking=True), valid.to(device, non_blocking=True)
-
-    def mean(self) -> Tensor:
-        """R, see `mean_vectors`.
-
-        Raises:
-            ValueError: there is no case.
-        """
-        if not self._cases:
-            raise ValueError("no training case has an annotated plane, so there are no embeddings to take the mean of")
-        vectors, valid = zip(*self._cases.values(), strict=True)
-        return mean_vectors(torch.stack(vectors), torch.stack(valid))
+    none = tuple(torch.zeros_like(tensor) for tensor in next(iter(cases.values())))
+    vectors, valid = (torch.stack(parts) for parts in zip(*(cases.get(str(key), none) for key in keys), strict=True))
+    return vectors.to(device, non_blocking=True), valid.to(device, non_blocking=True)
 
 
 class SemanticBank(nn.Module):
@@ -130,11 +89,14 @@ class SemanticBank(nn.Module):
         image: R, `(3, C, D)` fp32.
         text: U, `(C, D)` fp32; row 0, background, is not used.
         views: `(networks, 3)` bool.
+        view_axes: `views` as numbers, per network; kept on the host, so that no step waits for the device.
+        is_filled: whether R and U are there.
     """
 
     image: Tensor
     text: Tensor
     views: Tensor
+    view_axes: tuple[tuple[int, ...], ...]
 
     def __init__(self, num_classes: int, dimension: int, view_axes: Sequence[Sequence[int]]) -> None:
         super().__init__()
@@ -149,48 +111,25 @@ class SemanticBank(nn.Module):
         """D."""
         return self.text.shape[1]
 
-    @property
-    def view_axes(self) -> tuple[tuple[int, ...], ...]:
-        """`views` as numbers; kept on the host, so that no step waits for the device."""
-        return self._view_axes
-
     def in_view(self, k: int) -> Tensor:
         """R, mean over the axes network k holds, `(C, D)`."""
-        return mean_in_view(self.image, self._view_axes[k])
+        return mean_in_view(self.image, self.view_axes[k])
 
     def set_views(self, view_axes: Sequence[Sequence[int]]) -> None:
-        """Set the axes each network holds.
-
-        Raises:
-            ValueError: another number of networks, a network without axis, or no such axis.
-        """
-        if len(view_axes) != len(self.views) or not all(
-            axes and set(axes) <= set(range(NUM_AXES)) for axes in map(tuple, view_axes)
-        ):
-            raise ValueError(
-                f"expected one or more of the axes 0, 1, 2 for each of {len(self.views)} networks, got {view_axes}"
-            )
-        views = torch.tensor([[axis in axes for axis in range(NUM_AXES)] for axes in view_axes])
+        """Set the axes each network holds."""
         with torch.no_grad():
-            self.views.copy_(views)
+            self.views.copy_(torch.tensor([[axis in axes for axis in range(NUM_AXES)] for axes in view_axes]))
         self._read_views()
 
     def set(self, image: Tensor, text: Tensor) -> None:
         """Replace R and U, of any dimension.
 
         Raises:
-            ValueError: shapes that fit neither each other nor the classes, or values that are not finite.
+            ValueError: values that are not finite.
         """
-        classes = self.text.shape[0]
-        D = text.shape[-1]
-        if tuple(text.shape) != (classes, D) or tuple(image.shape) != (NUM_AXES, classes, D):
-            raise ValueError(
-                f"a bank of {classes} classes needs image vectors (3, {classes}, D) and text vectors ({classes}, D), "
-                f"not {tuple(image.shape)} and {tuple(text.shape)}"
-            )
         if not torch.isfinite(image).all() or not torch.isfinite(text).all():
             raise ValueError("an embedding is not finite; delete the embedding cache, and compute it again")
-        if self.dimension != D:
+        if self.dimension != text.shape[-1]:
             self.image, self.text = new_zeros(self.image, image.shape), new_zeros(self.text, text.shape)
         with torch.no_grad():
             self.image.copy_(image)
@@ -198,7 +137,7 @@ class SemanticBank(nn.Module):
         self._read_filled()
 
     def _read_views(self) -> None:
-        self._view_axes = tuple(
+        self.view_axes = tuple(
             tuple(axis for axis, held in enumerate(row) if held) for row in self.views.cpu().tolist()
         )
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunetv2_ext.rada.semantics.clip_model import ClipSource, load_clip
-from nnunetv2_ext.rada.semantics.clip_weights import ALPHA_NOTICE, alpha_state_dict, load_strict, read_weights
+from nnunetv2_ext.rada.semantics.clip_model import WITHOUT_CLIP, ClipSource, in_one_line, load_clip, require_file
 
+ALPHA_NOTICE = (
+    "Alpha-CLIP: the code is Apache-2.0, the weights are for research only, the training data CC BY-NC 4.0"
+    " (https://github.com/SunzeY/AlphaCLIP)."
+)
 # Alpha-CLIP's normalisation of the mask: +1.923 inside, -1.923 outside
 ALPHA_MEAN, ALPHA_STD = 0.5, 0.26
-
-Precision = Literal["fp32", "bf16"]
+_ALPHA = "rada.alpha_weights"
 
 
 class RegionEncoder:
@@ -27,7 +28,6 @@ class RegionEncoder:
             kernel of the mask is zero, so that masks change nothing, until ``load_alpha``.
         tokenizer: open_clip's for that model.
         device: where to run.
-        precision: ``bf16`` runs matrix products in bfloat16; vectors are fp32 in both.
 
     Attributes:
         image_size: S, pixels per side.
@@ -35,10 +35,8 @@ class RegionEncoder:
         reads_masks: whether Alpha-CLIP's weights are loaded.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, device: torch.device | str = "cpu", precision: Precision = "fp32"
-    ) -> None:
-        self.device, self.precision = torch.device(device), precision
+    def __init__(self, model: nn.Module, tokenizer: Any, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
         self._tokenizer, self._model = tokenizer, model
         visual: Any = model.visual
         self.has_tokens = _is_vision_transformer(visual)
@@ -60,14 +58,16 @@ class RegionEncoder:
         Raises:
             ValueError: the file is missing, damaged, no Alpha-CLIP file, or of another size than the model.
         """
-        setting = "rada.alpha_weights"
         if not self.has_tokens:
-            raise ValueError(f"{setting}: Alpha-CLIP's weights are for OpenAI's ViT, not for {model_name}")
+            raise ValueError(f"{_ALPHA}: Alpha-CLIP's weights are for OpenAI's ViT, not for {model_name}")
+        state = alpha_state_dict(path)
         try:
-            state = alpha_state_dict(read_weights(path, setting, log))
-        except ValueError as error:
-            raise error if str(error).startswith(setting) else ValueError(f"{setting}: {path}: {error}") from error
-        load_strict(self._visual, state, path, setting, f"the image encoder of {model_name}")
+            self._visual.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{_ALPHA}: {path} does not fit the image encoder of {model_name} ({in_one_line(error)}); give the "
+                f"weights of that model, or set rada.clip_model to the model of these weights, {WITHOUT_CLIP}"
+            ) from error
         self.reads_masks = True
         log(f"Alpha-CLIP: masks are read with the weights of {path}.")
         log(ALPHA_NOTICE)
@@ -75,8 +75,7 @@ class RegionEncoder:
     @torch.inference_mode()
     def encode_images(self, images: Tensor, masks: Tensor) -> Tensor:
         """Vectors `(n, D)`, fp32 on the CPU, of images `(n, 3, S, S)` in 0..1 with masks `(n, 1, S, S)` in 0..1."""
-        with self._autocast():
-            return self._normalise(self._visual(self._stack(images, masks)))
+        return self._normalise(self._visual(self._stack(images, masks)))
 
     @torch.inference_mode()
     def encode_pooled(self, images: Tensor, masks: Tensor) -> Tensor:
@@ -89,10 +88,9 @@ class RegionEncoder:
         """
         if not self.has_tokens:
             raise ValueError("rada.region=pool needs an open_clip ViT, which gives patch tokens; use rada.region=crop")
-        with self._autocast():
-            found = self._visual.forward_intermediates(
-                self._stack(images, torch.ones_like(masks)), indices=1, normalize_intermediates=True
-            )
+        found = self._visual.forward_intermediates(
+            self._stack(images, torch.ones_like(masks)), indices=1, normalize_intermediates=True
+        )
         tokens = found["image_intermediates"][-1].float()  # (n, width, rows, columns)
         weights = F.adaptive_avg_pool2d(masks.to(self.device).float(), tokens.shape[-2:])
         total = weights.sum((2, 3))
@@ -104,8 +102,7 @@ class RegionEncoder:
     @torch.inference_mode()
     def encode_text(self, sentences: Sequence[str]) -> Tensor:
         """Vectors `(n, D)`, fp32 on the CPU."""
-        with self._autocast():
-            return self._normalise(self._model.encode_text(self._tokenizer(list(sentences)).to(self.device)))  # type: ignore[operator]
+        return self._normalise(self._model.encode_text(self._tokenizer(list(sentences)).to(self.device)))  # type: ignore[operator]
 
     def _stack(self, images: Tensor, masks: Tensor) -> Tensor:
         """What the patch embedding reads: `(n, 4, S, S)`, or three channels where there is none for the mask."""
@@ -113,11 +110,6 @@ class RegionEncoder:
         if not self.has_tokens:
             return normalised
         return torch.cat((normalised, (masks.to(self.device) - ALPHA_MEAN) / ALPHA_STD), 1)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     @staticmethod
     def _normalise(vectors: Tensor) -> Tensor:
@@ -127,7 +119,6 @@ class RegionEncoder:
 def load_encoder(
     source: ClipSource,
     device: torch.device | str = "cpu",
-    precision: Precision = "fp32",
     log: Callable[[str], None] = print,
 ) -> RegionEncoder:
     """CLIP, with Alpha-CLIP's image encoder if `source` names its weights.
@@ -140,10 +131,53 @@ def load_encoder(
     """
     with torch.random.fork_rng(devices=[]):  # built on the CPU
         model, tokenizer = load_clip(source, log)
-        encoder = RegionEncoder(model, tokenizer, device, precision)
+        encoder = RegionEncoder(model, tokenizer, device)
         if source.alpha_weights is not None:
             encoder.load_alpha(source.alpha_weights, source.located or source.model, log)
     return encoder
+
+
+def alpha_state_dict(path: str) -> dict[str, Tensor]:
+    """Alpha-CLIP's visual weights under open_clip's names, for a patch embedding of four channels; no code is run.
+
+    Alpha-CLIP adds a convolution of the mask to the one of the image: ``conv1(x) + conv1_alpha(a)`` is one convolution
+    of the four channels with both kernels side by side. Its attention calls ``in_proj_weight`` ``in_proj.weight``.
+
+    Source: https://github.com/SunzeY/AlphaCLIP, alpha_clip/model.py; equal to 2.4e-6 when measured.
+
+    Args:
+        path: a ``torch.save`` file with the state dict, or the same as ``.safetensors``.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged or something else.
+    """
+    file = require_file(path, _ALPHA)
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in too many ways to list
+        raise ValueError(
+            f"{_ALPHA}: {path} cannot be read as weights ({in_one_line(error)}); it is truncated or not a weights "
+            f"file: download it again, {WITHOUT_CLIP}"
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    state = {str(name).removeprefix("module.").removeprefix("visual."): tensor for name, tensor in content.items()}
+    missing = [name for name in ("conv1.weight", "conv1_alpha.weight") if not isinstance(state.get(name), Tensor)]
+    if missing:
+        raise ValueError(
+            f"{_ALPHA}: {path}: no Alpha-CLIP weights: {' and '.join(missing)} not found; give another file, "
+            f"{WITHOUT_CLIP}"
+        )
+    colour, alpha = state.pop("conv1.weight"), state.pop("conv1_alpha.weight")
+    if alpha.shape != (colour.shape[0], 1, *colour.shape[2:]):
+        shapes = ("x".join(map(str, tensor.shape)) for tensor in (alpha, colour))
+        raise ValueError(f"{_ALPHA}: {path}: conv1_alpha.weight is {' beside conv1.weight of '.join(shapes)}")
+    renamed = {name.replace(".attn.in_proj.", ".attn.in_proj_"): tensor for name, tensor in state.items()}
+    return {"conv1.weight": torch.cat((colour, alpha), 1), **renamed}
 
 
 def _is_vision_transformer(visual: nn.Module) -> bool:

@@ -1,35 +1,28 @@
-"""CLIP models by open_clip's names: found, checked and loaded, or refused with the way out. Never random weights."""
+"""CLIP models by open_clip's names: loaded by open_clip, or refused with the way out. Never random weights."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from nnunetv2_ext.rada.semantics.clip_weights import (
-    OPENAI_NOTICE,
-    WITHOUT_CLIP,
-    file_hash,
-    first_line,
-    load_strict,
-    read_weights,
-    require_file,
-)
-from nnunetv2_ext.rada.semantics.torchscript import is_torchscript
-
 Log = Callable[[str], None]
+WITHOUT_CLIP = "or train without CLIP: rada.semantics=learned or rada.semantics=off"
+OPENAI_NOTICE = (
+    "OpenAI CLIP: the code is MIT; the model card puts deployed use, and so clinical use, out of scope"
+    " (https://github.com/openai/CLIP/blob/main/model-card.md)."
+)
 _SCHEMAS = ("local-dir:", "hf-hub:")
 _QUICK = "-quickgelu"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _MODEL, _WEIGHTS, _ALPHA = "rada.clip_model", "rada.clip_weights", "rada.alpha_weights"
+_WAYS_OUT = f"give a local file with {_WEIGHTS}=/path/to/weights.safetensors, {WITHOUT_CLIP}"
 
 
 @dataclass(frozen=True)
@@ -39,48 +32,41 @@ class ClipSource:
     Attributes:
         model: open_clip's name of the architecture, or ``local-dir:FOLDER`` or ``hf-hub:ORG/REPOSITORY``, which bring
             their own weights (open_clip's schemas; also accepted for `weights`).
-        weights: a tag that open_clip lists for that model (downloaded on first use), or a local file: ``.safetensors``,
-            a ``torch.save`` file, or OpenAI's TorchScript archive.
+        weights: a tag that open_clip lists for that model (downloaded on first use), or a local file that open_clip
+            loads: ``.safetensors`` or a ``torch.save`` file with a state dict.
         alpha_weights: local file with Alpha-CLIP's visual weights, or None.
     """
 
     model: str = "ViT-B-16-quickgelu"
-    weights: str | None = "openai"
+    weights: str = "openai"
     alpha_weights: str | None = None
 
     @property
     def located(self) -> str | None:
         """The ``local-dir:`` or ``hf-hub:`` name that brings architecture and weights, if there is one."""
-        names = (self.weights or "", self.model)
-        return next((name for name in names if name.startswith(_SCHEMAS)), None)
+        return next((name for name in (self.weights, self.model) if name.startswith(_SCHEMAS)), None)
 
-    def identity(self) -> dict[str, str]:
+    def identity(self, missing_ok: bool = False) -> dict[str, str]:
         """What tells these weights from others, for cache keys: names of published ones, hashes of local files.
+
+        Args:
+            missing_ok: leave out what is missing.
 
         Raises:
             ValueError: a local file or folder is missing.
         """
-        return {name: tell() for name, tell in self._identifiers().items()}
-
-    def known_identity(self) -> dict[str, str]:
-        """`identity` without the entries of files that are missing."""
-        found = {}
-        for name, tell in self._identifiers().items():
-            with suppress(ValueError):
-                found[name] = tell()
-        return found
-
-    def _identifiers(self) -> dict[str, Callable[[], str]]:
-        found: dict[str, Callable[[], str]] = {"model": partial(str, self.located or self.model)}
+        places = {_MODEL: self.located or self.model, _ALPHA: self.alpha_weights or "none"}
         if self.located is None:
-            local = _local_file(self.weights)
-            found["weights"] = partial(_file_identity, local, _WEIGHTS) if local else partial(str, self.weights)
-        elif self.located.startswith("local-dir:"):
-            # the content, not the folder's name, which may be moved
-            folder = Path(self.located.removeprefix("local-dir:")).expanduser()
-            found["model"] = partial(_folder_identity, folder)
-        alpha = self.alpha_weights
-        found["alpha"] = partial(_file_identity, alpha, _ALPHA) if alpha else partial(str, "none")
+            places[_WEIGHTS] = self.weights
+        found = {}
+        for setting, place in places.items():
+            is_file = self.alpha_weights is not None if setting == _ALPHA else setting == _WEIGHTS and _is_file(place)
+            try:
+                name = setting.removeprefix("rada.").removeprefix("clip_").removesuffix("_weights")
+                found[name] = _identity_of(place, setting, is_file)
+            except ValueError:
+                if not missing_ok:
+                    raise
         return found
 
 
@@ -91,19 +77,24 @@ def load_clip(source: ClipSource, log: Log = print) -> tuple[nn.Module, Any]:
         ValueError: open_clip is not installed, the model is unknown, the weights are missing, unreadable or of another
             size, or model and weights disagree on the activation. One line with the ways out.
     """
-    open_clip = _import_open_clip()
-    if source.located is not None:
-        name = source.located
-        if source.weights not in (None, "openai", name):
-            raise ValueError(
-                f"{_MODEL}={source.model} brings its own weights, so {_WEIGHTS}={source.weights} is of no use: "
-                "leave it out"
-            )
-        model = _create(open_clip, name, None)
-        log(f"CLIP: model and weights from {name}.")
-    else:
-        name = source.model
-        model = _load_named(open_clip, source, log)
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ValueError(
+            f"rada.semantics=clip needs the package open_clip_torch, which cannot be imported ({in_one_line(error)}): "
+            f"pip install open_clip_torch, {WITHOUT_CLIP}"
+        ) from error
+    name, weights = source.located or source.model, None if source.located else source.weights
+    if weights is not None:
+        weights = _require_weights(open_clip, source, log)
+    elif source.weights not in ("openai", name):
+        raise ValueError(
+            f"{_MODEL}={source.model} brings its own weights, so {_WEIGHTS}={source.weights} is of no use: leave it out"
+        )
+    model = _create(open_clip, name, weights)
+    log(f"CLIP: {name} with {'its own weights' if weights is None else f'the weights {weights}'}.")
+    if weights == "openai":
+        log(OPENAI_NOTICE)
     if source.alpha_weights is not None and not _is_quick(model):
         raise ValueError(
             f"{_ALPHA}: Alpha-CLIP was trained with QuickGELU and {name} has the plain GELU, which spoils its "
@@ -113,24 +104,13 @@ def load_clip(source: ClipSource, log: Log = print) -> tuple[nn.Module, Any]:
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # transformers is missing, or tokenizer files are not at hand
         raise ValueError(
-            f"{_MODEL}: the tokenizer of {name} cannot be made ({first_line(error)}); {_ways_out()}"
+            f"{_MODEL}: the tokenizer of {name} cannot be made ({in_one_line(error)}); {_WAYS_OUT}"
         ) from error
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _import_open_clip() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ValueError(
-            f"rada.semantics=clip needs the package open_clip_torch, which cannot be imported ({first_line(error)}): "
-            f"pip install open_clip_torch, {WITHOUT_CLIP}"
-        ) from error
-    return open_clip
-
-
-def _load_named(open_clip: Any, source: ClipSource, log: Log) -> nn.Module:
-    """A model by its name, with weights from a tag or a local file."""
+def _require_weights(open_clip: Any, source: ClipSource, log: Log) -> str:
+    """The weights as open_clip takes them: a tag it lists for that model, or an existing file."""
     config = open_clip.get_model_config(source.model)
     if config is None:
         close = difflib.get_close_matches(source.model, open_clip.list_models(), 3)
@@ -140,72 +120,43 @@ def _load_named(open_clip: Any, source: ClipSource, log: Log) -> nn.Module:
             else "python -c 'import open_clip; print(open_clip.list_models())' lists them"
         )
         raise ValueError(f"{_MODEL}: open_clip knows no model {source.model}; {hint}")
-    if source.weights is None:
-        raise ValueError(f"{_WEIGHTS} is not set, and a random encoder says nothing about images; {_ways_out()}")
-    local = _local_file(source.weights)
-    if local is not None:
-        return _load_local(open_clip, source.model, config, local, log)
+    quick, sister = bool(config.get("quick_gelu", False)), _sister(open_clip, source.model)
+    if _is_file(source.weights):
+        if sister and not quick:
+            log(
+                f"CLIP: if {source.weights} comes from OpenAI's weights, set {_MODEL}={sister}: {source.model} has "
+                "another activation."
+            )
+        return str(require_file(source.weights, _WEIGHTS).absolute())  # a bare name could also be a tag
     tags = open_clip.list_pretrained_tags_by_model(source.model)
     if source.weights not in tags:
         raise ValueError(
             f"{_WEIGHTS}={source.weights} is neither a file nor weights that open_clip lists for {source.model} "
-            f"({', '.join(tags) or 'none'}); {_ways_out()}"
+            f"({', '.join(tags) or 'none'}); {_WAYS_OUT}"
         )
-    _require_same_gelu(open_clip, source, config)
-    model = _create(open_clip, source.model, source.weights)
-    log(f"CLIP: {source.model} with open_clip's weights '{source.weights}'.")
-    if source.weights == "openai":
-        log(OPENAI_NOTICE)
-    return model
-
-
-def _load_local(open_clip: Any, name: str, config: dict[str, Any], path: Path, log: Log) -> nn.Module:
-    state = read_weights(path, _WEIGHTS, log)
-    archive = is_torchscript(path)
-    if not config.get("quick_gelu", False):
-        sister = _sister(open_clip, name)
-        if archive:
-            raise ValueError(
-                f"{_WEIGHTS}: {path} has the form of OpenAI's files, which were trained with QuickGELU, and {name} has "
-                f"the plain GELU, which spoils its features; set {_MODEL}={sister or 'a -quickgelu model'}"
-            )
-        if sister:
-            log(f"CLIP: if {path} comes from OpenAI's weights, set {_MODEL}={sister}: {name} has another activation.")
-    with _without_random_warning():
-        model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
-    # an archive stores constants beside the weights (the causal mask of the text encoder)
-    load_strict(model, state, path, _WEIGHTS, name, extra_ok=archive)
-    log(f"CLIP: {name} with the weights of {path}.")
-    if archive:
-        log(OPENAI_NOTICE)
-    return model
-
-
-def _create(open_clip: Any, name: str, tag: str | None) -> nn.Module:
-    """open_clip's own loading; it never falls back to random weights here."""
-    what = f"weights '{tag}' of {name}" if tag else name
-    try:
-        return open_clip.create_model(name, pretrained=tag, require_pretrained=True, weights_only=True)
-    except Exception as error:  # a download, a file and a hub client can fail in too many ways to list
-        setting = _MODEL if tag is None else _WEIGHTS
-        origin = "that folder must hold open_clip_config.json and the weights"
-        if not name.startswith("local-dir:"):
-            origin = "open_clip downloads them from the Hugging Face hub on first use, which needs the network once"
-        raise ValueError(
-            f"{setting}: {what} cannot be loaded ({first_line(error)}): {origin}; {_ways_out()}"
-        ) from error
-
-
-def _require_same_gelu(open_clip: Any, source: ClipSource, config: dict[str, Any]) -> None:
-    from open_clip.pretrained import get_pretrained_cfg
-
-    trained = bool(get_pretrained_cfg(source.model, source.weights).get("quick_gelu", False))
-    if trained != bool(config.get("quick_gelu", False)):
+    trained = bool(open_clip.get_pretrained_cfg(source.model, source.weights).get("quick_gelu", False))
+    if trained != quick:
         used, other = ("QuickGELU", "the plain GELU") if trained else ("the plain GELU", "QuickGELU")
         raise ValueError(
             f"{_MODEL}={source.model} has {other} and the weights '{source.weights}' were trained with {used}, which "
-            f"spoils their features; set {_MODEL}={_sister(open_clip, source.model) or 'a model of that activation'}"
+            f"spoils their features; set {_MODEL}={sister or 'a model of that activation'}"
         )
+    return source.weights
+
+
+def _create(open_clip: Any, name: str, weights: str | None) -> nn.Module:
+    """open_clip's own loading, which never falls back to random weights and never runs code of a file."""
+    try:
+        return open_clip.create_model(name, pretrained=weights, require_pretrained=True, weights_only=True)
+    except Exception as error:  # a download, a file and a hub client can fail in too many ways to list
+        setting, what = (_MODEL, name) if weights is None else (_WEIGHTS, f"weights '{weights}' of {name}")
+        if weights is not None and _is_file(weights):
+            remedy = f"the file is damaged or of another model than {_MODEL}"
+        elif name.startswith("local-dir:"):
+            remedy = "that folder must hold open_clip_config.json and the weights"
+        else:
+            remedy = "open_clip downloads them from the Hugging Face hub on first use, which needs the network once"
+        raise ValueError(f"{setting}: {what} cannot be loaded ({in_one_line(error)}): {remedy}; {_WAYS_OUT}") from error
 
 
 def _sister(open_clip: Any, name: str) -> str | None:
@@ -220,41 +171,50 @@ def _is_quick(model: nn.Module) -> bool:
     return any(isinstance(module, QuickGELU) for module in model.visual.modules())  # type: ignore[union-attr, operator]
 
 
-def _ways_out() -> str:
-    return f"give a local file with {_WEIGHTS}=/path/to/weights.safetensors, {WITHOUT_CLIP}"
+def require_file(path: str | Path, setting: str) -> Path:
+    """The path with ``~`` expanded; ValueError, naming the setting, if there is no such file, or if it is a program."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{setting}: there is no file {path}; give the path of a weights file, {WITHOUT_CLIP}")
+    # torch before 2.6 would run it in spite of weights_only
+    if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+        openai = f"set {_WEIGHTS}=openai, " if setting == _WEIGHTS else ""
+        raise ValueError(
+            f"{setting}: {path} is a program (TorchScript), as OpenAI's own .pt files are, and is not run: {openai}"
+            f"give a file with a state dict, {WITHOUT_CLIP}"
+        )
+    return path
 
 
-def _local_file(weights: str | None) -> Path | None:
-    """The path, if `weights` is meant as one: it exists, or has a folder or a weights file's ending in it."""
-    if weights is None or weights.startswith(_SCHEMAS):
-        return None
+def in_one_line(error: BaseException, length: int = 200) -> str:
+    """The beginning of an error: libraries put pages of advice into theirs."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _is_file(weights: str) -> bool:
+    """Whether `weights` is meant as a path: it exists, or has a folder or a weights file's ending in it."""
     path = Path(weights).expanduser()
-    looks = "/" in weights or "\\" in weights or path.suffix in _WEIGHT_SUFFIXES
-    return path if looks or path.is_file() else None
+    return "/" in weights or "\\" in weights or path.suffix in _WEIGHT_SUFFIXES or path.is_file()
 
 
-def _file_identity(path: str | Path, setting: str) -> str:
-    return f"sha256:{file_hash(require_file(path, setting))}"
-
-
-def _folder_identity(folder: Path) -> str:
+def _identity_of(place: str, setting: str, is_file: bool) -> str:
+    """The name itself, or SHA-256 of the file (about a second for ViT-B/16) or of the folder's files."""
+    if is_file:
+        return f"sha256:{_file_hash(require_file(place, setting))}"
+    if not place.startswith("local-dir:"):
+        return place
+    folder = Path(place.removeprefix("local-dir:")).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"{_MODEL}: there is no folder {folder}; {_ways_out()}")
+        raise ValueError(f"{_MODEL}: there is no folder {folder}; {_WAYS_OUT}")
     files = sorted(p for p in folder.iterdir() if p.suffix in (".json", *_WEIGHT_SUFFIXES))
-    content = "".join(f"{p.name} {file_hash(p)}\n" for p in files)
+    content = "".join(f"{p.name} {_file_hash(p)}\n" for p in files)  # not its name: a folder may be moved
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
-@contextmanager
-def _without_random_warning() -> Iterator[None]:
-    """open_clip warns that the model is random before we fill it."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "initialized randomly" not in record.getMessage()
-
-    root = logging.getLogger()
-    root.addFilter(keep)
-    try:
-        yield
-    finally:
-        root.removeFilter(keep)
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

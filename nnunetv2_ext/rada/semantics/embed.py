@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from nnunetv2_ext.core.files import atomic_write, atomic_write_text, require_writable
-from nnunetv2_ext.rada.annotation.cases import CaseSource
+from nnunetv2_ext.rada.annotation.cases import CaseSource, plans_key
 from nnunetv2_ext.rada.requirements import require_alpha
 from nnunetv2_ext.rada.semantics.clip_encoder import RegionEncoder
 from nnunetv2_ext.rada.semantics.regions import embed_regions
 from nnunetv2_ext.rada.semantics.slices import Region
-from nnunetv2_ext.rada.semantics.spread import SMALL_GAP, Spread, spread
 
 Log = Callable[[str], None]
 
 VERSION = 1  # of what is computed; a change makes old caches unread
+SMALL_GAP = 0.02
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,15 @@ class CaseEmbeddings:
         vectors: ``(N, 3, C, D)``: region of a class on the planes of an axis (several planes: their mean, of unit
             length again); zero where `present` is False, and always for class 0.
         present: ``(N, 3, C)`` bool.
-        background: ``(N, D)``: one vector per case; zero where `has_background` is False.
-        has_background: ``(N,)`` bool.
+        background: ``(N, D)``: one vector per case; zero without any.
         text: ``(C, D)``: the classes' prompts, background first.
-        prompts: C sentences.
     """
 
     cases: tuple[str, ...]
     vectors: Tensor
     present: Tensor
     background: Tensor
-    has_background: Tensor
     text: Tensor
-    prompts: tuple[str, ...]
 
 
 def embed_cases(
@@ -58,7 +56,6 @@ def embed_cases(
     key: Mapping[str, Any],
     region: Region,
     log: Log = print,
-    progress: bool = True,
 ) -> CaseEmbeddings:
     """Vectors of all cases and prompts, from the disk as far as they are there, else computed and kept.
 
@@ -72,10 +69,9 @@ def embed_cases(
         prompts: C sentences, background first.
         make_encoder: loads CLIP.
         root: folder of all caches, outside of nnU-Net's configuration folders.
-        key: whatever else the vectors depend on (weights, plans, precision); JSON-serialisable.
+        key: whatever else the vectors depend on, see ``embedding_key``; JSON-serialisable.
         region: how the encoder sees a class.
         log: told about the cache and about how well the vectors separate the classes.
-        progress: show a bar on stderr.
 
     Raises:
         ValueError: no case, a case without planes or not finite, a region the encoder cannot show, CLIP not at hand.
@@ -86,14 +82,25 @@ def embed_cases(
     key = {"version": VERSION, "region": region, **key}
     folder = require_writable(Path(root) / _digest(key))
     atomic_write_text(folder / "key.json", json.dumps(key, indent=2, sort_keys=True) + "\n")
-    encoder = _Lazy(make_encoder, region)
-    text = _text_vectors(folder, prompts, encoder)
+
+    @cache
+    def encoder() -> RegionEncoder:
+        made = make_encoder()
+        require_alpha(region, made.reads_masks)
+        return made
+
+    state = _digest(list(prompts))
+    path = folder / f"text_{state}.safetensors"
+    text = _read(path, state)
+    if text is None:
+        text = {"text": encoder().encode_text(prompts)}
+        _write(path, state, text)
     states = {source.name: _digest(_state(source, len(prompts))) for source in sources}
     found = {name: _read(folder / f"{name}.safetensors", state) for name, state in states.items()}
     missing = [source for source in sources if found[source.name] is None]
     if missing:
-        bar = tqdm(missing, desc="CLIP embeddings", unit="case", disable=not progress)
-        for name, tensors in embed_regions(bar, len(prompts), encoder.get(), region):
+        bar = tqdm(missing, desc="CLIP embeddings", unit="case")
+        for name, tensors in embed_regions(bar, len(prompts), encoder(), region):
             _write(folder / f"{name}.safetensors", states[name], tensors)
             found[name] = tensors
     log(f"CLIP embeddings of {len(sources)} cases, {len(missing)} of them computed now: {folder}")
@@ -103,47 +110,43 @@ def embed_cases(
         vectors=torch.stack([tensors["vectors"] for tensors in rows]),
         present=torch.stack([tensors["present"] for tensors in rows]),
         background=torch.stack([tensors["background"] for tensors in rows]),
-        has_background=torch.stack([tensors["background"].any() for tensors in rows]),
-        text=text,
-        prompts=tuple(prompts),
+        text=text["text"],
     )
-    report(spread(result.vectors, result.present, result.background, result.has_background), log)
+    report(result.vectors, result.present, result.background, log)
     return result
 
 
-def report(found: Spread, log: Log = print) -> None:
-    """Say how well the vectors tell the classes apart, and warn if they hardly do."""
-    log(f"CLIP embeddings, {found.describe()}")
-    if found.gap < SMALL_GAP:
+def report(vectors: Tensor, present: Tensor, background: Tensor, log: Log = print) -> None:
+    """Say how well the vectors tell the classes apart, by mean cosines over pairs, and warn if they hardly do.
+
+    Sums of cosines over all pairs are products of sums of vectors: the sum over i, j of v_i . v_j is |sum v|^2.
+
+    Args:
+        vectors: ``(N, 3, C, D)``, unit length where `present`.
+        present: ``(N, 3, C)`` bool.
+        background: ``(N, D)``, unit length or zero.
+        log: gets both.
+    """
+    masked = (vectors * present[..., None]).double()
+    sums, counts = masked.sum((0, 1)), present.sum((0, 1)).double()  # (C, D), (C,)
+    own, everything, regions = sums.square().sum(), sums.sum(0), counts.sum()
+    within = _mean(own - masked.square().sum(), (counts * (counts - 1)).sum())
+    between = _mean(everything.square().sum() - own, regions**2 - counts.square().sum())
+    apart = _mean(everything @ background.double().sum(0), regions * background.any(1).sum())
+    log(
+        f"CLIP embeddings, mean cosine within a class {within:.3f}, between classes {between:.3f}, against background "
+        f"{apart:.3f}"
+    )
+    gap = within - max((value for value in (between, apart) if not math.isnan(value)), default=math.nan)
+    if gap < SMALL_GAP:
         log(
-            f"WARNING: the embeddings hardly separate the classes (gap {found.gap:.3f} < {SMALL_GAP}): their guidance "
+            f"WARNING: the embeddings hardly separate the classes (gap {gap:.3f} < {SMALL_GAP}): their guidance "
             "is weak; try rada.alpha_weights, other rada.prompts or rada.region, or rada.semantics=learned"
         )
 
 
-class _Lazy:
-    """The encoder, made at first use."""
-
-    def __init__(self, make: Callable[[], RegionEncoder], region: Region) -> None:
-        self._make, self._region = make, region
-        self._encoder: RegionEncoder | None = None
-
-    def get(self) -> RegionEncoder:
-        if self._encoder is None:
-            encoder = self._make()
-            require_alpha(self._region, encoder.reads_masks)
-            self._encoder = encoder
-        return self._encoder
-
-
-def _text_vectors(folder: Path, prompts: Sequence[str], encoder: _Lazy) -> Tensor:
-    state = _digest(list(prompts))
-    path = folder / f"text_{state}.safetensors"
-    tensors = _read(path, state)
-    if tensors is None:
-        tensors = {"text": encoder.get().encode_text(prompts)}
-        _write(path, state, tensors)
-    return tensors["text"]
+def _mean(total: Tensor, number: Tensor) -> float:
+    return float(total / number) if number > 0 else math.nan
 
 
 def _state(source: CaseSource, number: int) -> dict[str, Any]:
@@ -171,8 +174,26 @@ def _write(path: Path, state: str, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save
 
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"state": state})
+    atomic_write(path, lambda file: file.write(content) and None)
 
-    def write(file: Any) -> None:
-        file.write(content)
 
-    atomic_write(path, write)
+def embedding_key(
+    plans_name: str, configuration: Mapping[str, Any], identity: Mapping[str, str], channel: int
+) -> dict[str, Any]:
+    """What the vectors of preprocessed cases depend on: their plans, CLIP's weights, and the image channel it sees."""
+    # one precision only; in the key, so that existing files stay valid
+    return {**plans_key(plans_name, configuration), **identity, "channel": channel, "precision": "fp32"}
+
+
+def resolve_region(region: str, has_alpha: bool, log: Log = print) -> Region:
+    """``auto`` becomes ``alpha`` with Alpha-CLIP's weights and ``crop`` without; the log says which.
+
+    Raises:
+        ValueError: ``alpha`` without those weights.
+    """
+    if region == "auto":
+        region = "alpha" if has_alpha else "crop"
+        reason = "read by Alpha-CLIP" if has_alpha else "CLIP without Alpha-CLIP's weights cannot see masks"
+        log(f"rada.region: {region} ({reason}).")
+    require_alpha(region, has_alpha)
+    return cast(Region, region)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from nnunetv2_ext.parts.resizing import ResizableLinear
 
 EMBEDDING_DIM = 512  # of CLIP's ViT-B, and of learned tokens
+GATE_BOUND = 1.0  # of the gate's absolute value; ours: without it one training with learned vectors ended at 35
 ADAPTER_WIDTH, CONTEXT_WIDTH, MAP_CHANNELS, MAX_GROUPS = 128, 256, 8, 16
 # Class vectors of length 1 are scaled to sqrt(D), so that their entries have variance 1. Share of the generated weights
 # that differs between classes, 4 classes, D = 512, cosine 0.8 between their vectors [measured]: 0.04 % at length 1 with
@@ -69,7 +70,8 @@ class SemanticHead(nn.Module):
     into the weights of a head 8-8-1 for each foreground class, applied to an 8-channel map of the last decoder feature.
     Binary: into an 8-vector added to that map, which one layer turns into both classes' logits.
 
-    The gate starts at 0: the logits are then exactly those given, and the gate already gets a gradient.
+    The gate starts at 0: the logits are then exactly those given, and the gate already gets a gradient. `bound_gate`
+    keeps it small; here it counts as it is, so that a model predicts what it was trained to.
 
     Args:
         num_classes: C, with background.
@@ -116,6 +118,11 @@ class SemanticHead(nn.Module):
         self.text_adapter.resize(dimension)
         self.image_adapter.resize(dimension)
         self.merge.resize(2 * dimension)
+
+    @torch.no_grad()
+    def bound_gate(self) -> None:
+        """Back to -`GATE_BOUND` to `GATE_BOUND`, after a step of the optimiser."""
+        self.gate.clamp_(-GATE_BOUND, GATE_BOUND)
 
     def forward(self, logits: Tensor, features: Tensor, bottleneck: Tensor, text: Tensor, image: Tensor) -> Tensor:
         """Logits with semantics, of the type of those given.

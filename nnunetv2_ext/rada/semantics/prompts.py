@@ -54,7 +54,8 @@ def class_prompts(
     kind = modality(channel_names, channel)
     article = "an" if kind == "MRI" else "a"
     names = sorted(values, key=lambda name: values[name])
-    prompts = {name: f"{article} {kind} slice showing the {_words(name)}" for name in names} | overrides
+    words = {name: re.sub(r"[_\s]+", " ", name).strip() for name in names}
+    prompts = {name: f"{article} {kind} slice showing the {words[name]}" for name in names} | overrides
     untold = [name for name in names if values[name] > 0 and name not in overrides]
     if overrides and untold:
         log(f"rada.prompts names no {', '.join(untold)}: the built-in sentence is used there.")
@@ -71,7 +72,3 @@ def _require_classes(overrides: Mapping[str, str], values: Mapping[str, int]) ->
             raise ValueError(f"rada.prompts: dataset.json has no class {name}; {hint}")
         if not isinstance(sentence, str) or not sentence.strip():
             raise ValueError(f"rada.prompts: the sentence for {name} is empty; write one or leave {name} out")
-
-
-def _words(name: str) -> str:
-    return re.sub(r"[_\s]+", " ", name).strip()

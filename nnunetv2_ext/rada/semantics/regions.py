@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,36 +31,13 @@ def representatives(planes: Sequence[int]) -> tuple[int, ...]:
     return tuple((first + last) // 2 for first, last in consecutive_runs(planes))
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is encoded: a class (label 0: the background) on a plane of one of the open cases."""
+class _Job(NamedTuple):
+    """What is encoded: a class (label 0: the background) on a plane of a case."""
 
-    case: int
+    case: str
     axis: int
-    index: int
+    plane: int
     label: int
-
-
-class _Open:
-    """A case whose regions are being encoded."""
-
-    def __init__(self, name: str, number: int, dim: int, jobs: int) -> None:
-        self.name, self.left = name, jobs
-        self.sums, self.background = torch.zeros(3, number, dim), torch.zeros(dim)
-
-    def add(self, job: _Job, vector: Tensor) -> None:
-        self.left -= 1
-        if job.label == 0:
-            self.background = vector
-        else:
-            self.sums[job.axis, job.label] += vector
-
-    def result(self) -> dict[str, Tensor]:
-        return {
-            "vectors": F.normalize(self.sums, dim=-1),
-            "present": self.sums.any(-1),
-            "background": self.background.clone(),
-        }
 
 
 def embed_regions(
@@ -80,49 +57,56 @@ def embed_regions(
         ValueError: a case without planes or not finite; names it.
     """
     encode = encoder.encode_pooled if region == "pool" else encoder.encode_images
-    cases: dict[int, _Open] = {}
-    waiting: list[tuple[_Job, tuple[Tensor, Tensor]]] = []
+    # of the cases that are not done: regions to come, sums of vectors, background
+    left: dict[str, int] = {}
+    sums: dict[str, Tensor] = {}
+    backgrounds: dict[str, Tensor] = {}
 
-    def flush() -> Iterator[tuple[str, dict[str, Tensor]]]:
-        part = waiting[:BATCH]
-        del waiting[:BATCH]
-        images, masks = (torch.stack(tensors) for tensors in zip(*(inputs for _, inputs in part)))
+    def inputs() -> Iterator[tuple[_Job, tuple[Tensor, Tensor]]]:
+        for source in sources:
+            found = list(_inputs(source, number, encoder.image_size, region))
+            left[source.name] = len(found)
+            sums[source.name], backgrounds[source.name] = torch.zeros(3, number, encoder.dim), torch.zeros(encoder.dim)
+            yield from found
+
+    def done() -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name in [name for name, count in left.items() if count == 0]:
+            del left[name]
+            vectors, background = sums.pop(name), backgrounds.pop(name)
+            yield (
+                name,
+                {"vectors": F.normalize(vectors, dim=-1), "present": vectors.any(-1), "background": background},
+            )
+
+    waiting = inputs()
+    while part := list(islice(waiting, BATCH)):
+        images, masks = (torch.stack(tensors) for tensors in zip(*(seen for _, seen in part)))
         for (job, _), vector in zip(part, encode(images, masks)):
-            cases[job.case].add(job, vector)
-        for key in [key for key, case in cases.items() if case.left == 0]:
-            done = cases.pop(key)
-            yield done.name, done.result()
-
-    for key, source in enumerate(sources):
-        inputs = list(_inputs(source, key, number, encoder.image_size, region))
-        cases[key] = _Open(source.name, number, encoder.dim, len(inputs))
-        waiting += inputs
-        while len(waiting) >= BATCH:
-            yield from flush()
-    while waiting:
-        yield from flush()
-    for case in cases.values():  # without a single region, all outside the body
-        yield case.name, case.result()
+            left[job.case] -= 1
+            if job.label == 0:
+                backgrounds[job.case] = vector.clone()  # not the whole batch
+            else:
+                sums[job.case][job.axis, job.label] += vector
+        yield from done()
+    yield from done()  # without a single region, all outside the body
 
 
-def _inputs(
-    source: CaseSource, key: int, number: int, size: int, region: Region
-) -> Iterator[tuple[_Job, tuple[Tensor, Tensor]]]:
+def _inputs(source: CaseSource, number: int, size: int, region: Region) -> Iterator[tuple[_Job, tuple[Tensor, Tensor]]]:
     """What the encoder gets for each region of a case."""
     case = source.load()
     try:
-        jobs = _jobs(case, [representatives(indices) for indices in source.planes], key, number)
+        jobs = _jobs(case, [representatives(indices) for indices in source.planes], source.name, number)
         window = intensity_window(case.image)
     except ValueError as error:
         raise ValueError(f"case {source.name}: {error}") from error
     for job in jobs:
-        picture = rescale(case.image.take(job.index, job.axis), window)
-        mask = case.label.take(job.index, job.axis) == job.label
+        picture = rescale(case.image.take(job.plane, job.axis), window)
+        mask = case.label.take(job.plane, job.axis) == job.label
         spacing = in_plane(case.spacing, job.axis)
         yield job, encoder_input(picture, mask, spacing, size, region, background=job.label == 0)
 
 
-def _jobs(case: SparseCase, planes: Sequence[Sequence[int]], key: int, number: int) -> list[_Job]:
+def _jobs(case: SparseCase, planes: Sequence[Sequence[int]], name: str, number: int) -> list[_Job]:
     """Each class on each plane, and the background of the plane with the most foreground, whose surroundings are the
     ones to be told apart from it.
     """
@@ -133,10 +117,10 @@ def _jobs(case: SparseCase, planes: Sequence[Sequence[int]], key: int, number: i
     for axis, indices in enumerate(planes):
         for index in indices:
             counts = _counts(case.label.take(index, axis), number)
-            jobs += [_Job(key, axis, index, label) for label in range(1, number) if counts[label]]
+            jobs += [_Job(name, axis, index, label) for label in range(1, number) if counts[label]]
             foreground = int(counts[1:].sum())
             if counts[0] and (best is None or foreground > best[0]):
-                best = foreground, _Job(key, axis, index, 0)
+                best = foreground, _Job(name, axis, index, 0)
     return jobs if best is None else [*jobs, best[1]]
 
 

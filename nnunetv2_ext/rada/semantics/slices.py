@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +21,7 @@ MIN_BOX = 32  # pixels of the finer spacing: a box around a few pixels would sho
 _SAMPLE = 2_000_000  # voxels the percentiles are taken from; all of them cost seconds per large volume
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """Rows `top` to `top + height` and columns `left` to `left + width`; it may reach outside of the slice."""
 
     top: int
@@ -99,8 +97,9 @@ def box_around(mask: Array, spacing: tuple[float, float]) -> Box:
     spans = [np.flatnonzero(mask.any(axis=other))[[0, -1]] for other in (1, 0)]
     longest = max((last - first + 1) * step for (first, last), step in zip(spans, spacing))
     side = max((1 + 2 * MARGIN) * longest, MIN_BOX * min(spacing))
-    centre = [(first + last + 1) / 2 for first, last in spans]
-    return _square_box(centre, side, spacing)
+    lengths = [max(1, round(side / step)) for step in spacing]
+    top, left = (round((first + last + 1 - length) / 2) for (first, last), length in zip(spans, lengths))
+    return Box(top, left, lengths[0], lengths[1])
 
 
 def empty_box(background: Array, spacing: tuple[float, float]) -> Box:
@@ -122,12 +121,6 @@ def empty_box(background: Array, spacing: tuple[float, float]) -> Box:
         first, last = -((reach - middle) // repeat), (middle + reach + 1) // repeat
         spans.append((int(first), int(last)) if last > first else (int(middle // repeat), int(middle // repeat) + 1))
     return Box(spans[0][0], spans[1][0], spans[0][1] - spans[0][0], spans[1][1] - spans[1][0])
-
-
-def _square_box(centre: Sequence[float], side: float, spacing: tuple[float, float]) -> Box:
-    lengths = [max(1, round(side / step)) for step in spacing]
-    top, left = (round(middle - length / 2) for middle, length in zip(centre, lengths))
-    return Box(top, left, lengths[0], lengths[1])
 
 
 def encoder_input(

@@ -1,4 +1,4 @@
-"""``nnUNetv2_ext check``: the report, the picture, the exit status."""
+"""``nnUNetv2_ext check-planes``: the report, the picture, the exit status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from nnunetv2_ext.cli.dispatch import main
 from nnunetv2_ext.data.fingerprint import MARK, PROPERTIES
-from nnunetv2_ext.rada.annotation.draw import AXIS_COLOURS, CaseView, draw_planes
+from nnunetv2_ext.rada.annotation.picture import AXIS_COLOURS, CaseView, draw_planes
 from nnunetv2_ext.rada.annotation.planes import find_planes
 from tests.conftest import TinyDataset
 
@@ -33,7 +33,7 @@ def edit(file: Path, **changes) -> None:
 
 
 def test_report_and_picture(base: Path, tmp_path: Path, capsys) -> None:
-    assert main(["check", "-d", "2", "-c", "3d_fullres", "-p", "tiny", "-o", str(tmp_path / "out")]) == 0
+    assert main(["check-planes", "-d", "2", "-c", "3d_fullres", "-p", "tiny", "-o", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     recorded = json.loads((base / "dataset.json").read_text())["nnunetv2_ext"]["sparsify"]["labelled"]
     for case, entry in recorded.items():
@@ -60,7 +60,7 @@ def test_erased_plane_is_exit_status_1(base: Path, capsys) -> None:
     changed = sitk.GetImageFromArray(label)
     changed.CopyInformation(image)
     sitk.WriteImage(changed, str(file))
-    assert main(["check", "-d", "2", "-p", "tiny", "--cases", "0"]) == 1
+    assert main(["check-planes", "-d", "2", "-p", "tiny", "--cases", "0"]) == 1
     out = capsys.readouterr().out
     assert f"LOST {case}: axis 0, slice {index} of the raw label's axis 0 (z), spacing 1 -> 1 mm" in out
     assert "erased 1 of 13 annotated planes" in out and "--thicken-only" in out
@@ -72,7 +72,7 @@ def test_ct_without_correction_and_a_stock_split_are_warned_about(base: Path, ca
     (base / "tiny.json").write_text(json.dumps(plans))
     cases = sorted(p.name.removesuffix("_seg.b2nd") for p in (base / "nnUNetPlans_3d_fullres").glob("*_seg.b2nd"))
     (base / "splits_final.json").write_text(json.dumps([{"train": cases[1:], "val": cases}]))
-    assert main(["check", "-d", "2", "-p", "tiny", "--cases", "0"]) == 0
+    assert main(["check-planes", "-d", "2", "-p", "tiny", "--cases", "0"]) == 0
     out = capsys.readouterr().out
     assert "fix-fingerprint -d Dataset002_Phantom" in out and PROPERTIES in plans
     assert "4 of 8 validation cases have no annotation" in out
@@ -85,7 +85,7 @@ def test_ct_preprocessed_before_the_correction_is_warned_about(base: Path, capsy
     newest = max(p.stat().st_mtime for p in images)
     for seconds, stale in ((newest + 1, True), (newest - 1e6, False)):
         (base / "tiny.json").write_text(json.dumps(plans | {MARK: {"corrected_at": seconds}}))
-        assert main(["check", "-d", "2", "-p", "tiny", "--cases", "0"]) == 0
+        assert main(["check-planes", "-d", "2", "-p", "tiny", "--cases", "0"]) == 0
         out = capsys.readouterr().out
         assert (
             "WARNING: 8 of 8 images" in out and "run nnUNetv2_preprocess -d Dataset002_Phantom again" in out
@@ -102,17 +102,17 @@ def test_ct_preprocessed_before_the_correction_is_warned_about(base: Path, capsy
     ],
 )
 def test_what_cannot_be_checked(base: Path, capsys, arguments: list[str], message: str) -> None:
-    assert main(["check", *arguments]) == 2
+    assert main(["check-planes", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_dataset_without_ignore_label_or_with_regions(base: Path, capsys) -> None:
     edit(base / "dataset.json", labels={"background": 0, "organ_1": 1, "organ_2": 2})
-    assert main(["check", "-d", "2", "-p", "tiny"]) == 2
+    assert main(["check-planes", "-d", "2", "-p", "tiny"]) == 2
     assert "no ignore label" in capsys.readouterr().err
     labels = {"background": 0, "whole": [1, 2], "organ_2": 2, "ignore": 3}
     edit(base / "dataset.json", labels=labels, regions_class_order=[1, 2])
-    assert main(["check", "-d", "2", "-p", "tiny"]) == 2
+    assert main(["check-planes", "-d", "2", "-p", "tiny"]) == 2
     assert "regions" in capsys.readouterr().err
 
 
@@ -124,7 +124,7 @@ def test_nothing_annotated(base: Path, capsys) -> None:
     empty = next(p for p in sorted(folder.glob("*_seg.b2nd")) if p.name.removesuffix("_seg.b2nd") not in labelled)
     for case in labelled:
         shutil.copy(empty, folder / f"{case}_seg.b2nd")
-    assert main(["check", "-d", "2", "-p", "tiny"]) == 2
+    assert main(["check-planes", "-d", "2", "-p", "tiny"]) == 2
     assert "none of the 8 cases has any annotation" in capsys.readouterr().err
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from nnunetv2_ext.rada.annotation.planes import (
     Planes,
-    annotated_share,
     consecutive_runs,
     find_planes,
     off_plane,
@@ -86,7 +85,6 @@ def test_scribbles_are_off_plane() -> None:
     planes = find_planes(label, IGNORE)
     assert planes == Planes(((4,), (), ()))
     assert sorted(map(tuple, np.argwhere(off_plane(label, IGNORE, planes)))) == [(7, 2, 3), (7, 3, 3), (7, 4, 3)]
-    assert annotated_share(label, IGNORE) == pytest.approx((12 * 14 + 4) / label.size)
 
 
 def test_two_dimensional_label_is_refused() -> None:

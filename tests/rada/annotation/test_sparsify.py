@@ -17,12 +17,11 @@ import SimpleITK as sitk
 from nnunetv2_ext.cli.dispatch import main
 from nnunetv2_ext.phantom import write_phantom_dataset
 from nnunetv2_ext.rada.annotation import sparsify as sparsify_module
+from nnunetv2_ext.rada.annotation.annotations import survey_cases
 from nnunetv2_ext.rada.annotation.check import open_preprocessed
+from nnunetv2_ext.rada.annotation.lost import lost_planes, require_planes_survived
 from nnunetv2_ext.rada.annotation.planes import find_planes, on_planes
-from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify
-from nnunetv2_ext.rada.annotation.survey import survey_cases
-from nnunetv2_ext.rada.annotation.survival import lost_planes, require_planes_survived
-from nnunetv2_ext.rada.annotation.thickened import thicken_dataset
+from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify, thicken_dataset
 from tests.conftest import TinyDataset, run_command
 from tests.rada.sparse_data import add_lowres, plan_and_preprocess
 
@@ -192,7 +191,7 @@ def test_planes_are_thickened_where_the_case_is_finer_than_the_plans(mixed: Path
 def test_erased_planes_are_reported_and_thicken_only_is_the_remedy(mixed: Path, monkeypatch) -> None:
     """Through nnU-Net's own planning and preprocessing, first without and then with thickening."""
     with monkeypatch.context() as patch:
-        patch.setattr(sparsify_module, "thicken_case", lambda case, label, *rest: label)  # as drawn by hand
+        patch.setattr(sparsify_module, "thicken", lambda label, *rest: (label, []))  # as drawn by hand
         sparsify(1, 3, SparsifyOptions(5, rule="middle"))
     lost = {}
     for dataset_id, name in ((3, "Dataset003_Phantom"), (4, "Dataset004_Phantom")):
@@ -221,7 +220,7 @@ def test_the_printed_remedy_mends_a_coarser_configuration(phantom, world: Path, 
     changed = sitk.GetImageFromArray(thin)
     changed.CopyInformation(image)
     sitk.WriteImage(changed, str(file))
-    check = ["check", "-c", "3d_lowres", "-p", "tiny", "--cases", "0", "-d"]
+    check = ["check-planes", "-c", "3d_lowres", "-p", "tiny", "--cases", "0", "-d"]
     dataset = TinyDataset(world.parent, 2, sparse.name)
     plan_and_preprocess(dataset)
     add_lowres(dataset, 2.0)

@@ -16,6 +16,7 @@ from nnunetv2_ext.rada.annotation.cases import CaseSource, SparseCase
 from nnunetv2_ext.rada.propagation import propagate as module
 from nnunetv2_ext.rada.propagation.propagate import (
     NONE,
+    cores,
     plane_weight,
     propagate,
     propagate_cases,
@@ -98,10 +99,12 @@ def test_annotation_wins_on_every_axis():
         assert np.array_equal(found.labels[axis] == IGNORE, found.distances[axis] == NONE)
 
 
-def test_the_number_of_threads_changes_nothing():
+def test_the_number_of_threads_changes_nothing(monkeypatch):
     dense, image = tube((9, 40, 44))
     planes = ((4,), (), ())
-    first, second = (propagate(image, keep(dense, planes), planes, IGNORE, 3, threads=n) for n in (1, 2))
+    first = propagate(image, keep(dense, planes), planes, IGNORE, 3)
+    monkeypatch.setattr(module, "cores", lambda: cores() % 2 + 1)
+    second = propagate(image, keep(dense, planes), planes, IGNORE, 3)
     assert np.array_equal(first.labels, second.labels) and np.array_equal(first.distances, second.distances)
 
 
@@ -174,22 +177,6 @@ def test_many_classes_need_wider_numbers():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"planes": ((14,), (), ())}, "plane 14 of axis 0 is outside the volume of 14 slices"),
-        ({"max_distance": 0}, "rada.max_distance=0"),
-        ({"max_distance": 255}, "rada.max_distance=255"),
-        ({"image": np.zeros((3, 3))}, "one shape"),
-    ],
-)
-def test_wrong_arguments(change, words):
-    dense, image = tube()
-    arguments = {"image": image, "label": keep(dense, ((7,), (), ())), "planes": ((7,), (), ()), "ignore": IGNORE}
-    with pytest.raises(ValueError, match=words):
-        propagate(**{**arguments, **change})
-
-
-@pytest.mark.parametrize(
     ("t", "expected"),
     [(0.0, 0.95), (0.1, 0.95), (0.25, 0.8535534), (0.5, 0.5), (0.75, 0.1464466), (1.0, 0.0)],
 )
@@ -224,7 +211,7 @@ def cases():
 
 
 def run(cases, root, **changes):
-    arguments = {"key": {"plans": "x"}, "ignore": IGNORE, "max_distance": 2, "log": lambda _: None, "progress": False}
+    arguments = {"key": {"plans": "x"}, "ignore": IGNORE, "max_distance": 2, "log": lambda _: None}
     return propagate_cases(cases, root, **{**arguments, **changes})
 
 
@@ -251,7 +238,7 @@ def test_what_changed_is_computed_again(cases, tmp_path):
     assert loaded == ["a"], "files"
     run([replace(a, state=1), replace(b, planes=((4,), (1,), ()))], tmp_path)
     assert loaded == ["a", "b"], "planes"
-    for changes in ({"key": {"plans": "y"}}, {"max_distance": 1}, {"min_correlation": 0.1}):
+    for changes in ({"key": {"plans": "y"}}, {"max_distance": 1}):
         loaded.clear()
         assert run([a], tmp_path, **changes)["a"] != paths["a"] and loaded == ["a"]
 
@@ -277,9 +264,3 @@ def test_interrupted_run_goes_on(cases, tmp_path):
         run([a, replace(b, load=die)], tmp_path)
     run([a, b], tmp_path)
     assert loaded == ["a", "b"]
-
-
-def test_wrong_case_is_named(cases, tmp_path):
-    sources, _ = cases
-    with pytest.raises(ValueError, match="case a: plane 99 of axis 0"):
-        run([replace(sources[0], planes=((99,), (), ()))], tmp_path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,14 +17,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnunetv2_ext.rada.annotation.cases import CaseSource, SparseCase
-from nnunetv2_ext.rada.semantics import embed, preprocessed, regions
+from nnunetv2_ext.rada.annotation.cases import CaseSource, SparseCase, cache_root, case_sources
+from nnunetv2_ext.rada.annotation.planes import Planes
+from nnunetv2_ext.rada.semantics import embed, regions
 from nnunetv2_ext.rada.semantics.clip_encoder import load_encoder
 from nnunetv2_ext.rada.semantics.clip_model import ClipSource
-from nnunetv2_ext.rada.semantics.embed import embed_cases
+from nnunetv2_ext.rada.semantics.embed import embed_cases, embedding_key, report
 from nnunetv2_ext.rada.semantics.regions import representatives
 from nnunetv2_ext.rada.semantics.slices import encoder_input, intensity_window, rescale
-from nnunetv2_ext.rada.semantics.spread import Spread, spread
 
 IGNORE, PROMPTS = 3, ("a background", "a liver", "a spleen")
 
@@ -64,7 +66,7 @@ class Counter:
         self.made, self.loaded = 0, []
         cases = [self.case("a", 1), self.case("b", 2)] if cases is None else cases
         key = self.source.identity() if key is None else key
-        return embed_cases(cases, prompts, self.make_encoder, self.root, key, region, log, progress=False)
+        return embed_cases(cases, prompts, self.make_encoder, self.root, key, region, log)
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def test_vectors_are_the_encoders(counter, region):
     found = counter.run(region=region)
     encoder = counter.make_encoder()
     encode = encoder.encode_pooled if region == "pool" else encoder.encode_images
-    assert found.cases == ("a", "b") and found.prompts == PROMPTS
+    assert found.cases == ("a", "b")
     assert found.vectors.shape == (2, 3, 3, 16) and found.vectors.dtype == torch.float32
     torch.testing.assert_close(found.text, encoder.encode_text(PROMPTS), atol=1e-5, rtol=0)
     for number, seed in enumerate((1, 2)):
@@ -114,7 +116,7 @@ def test_background_is_of_the_plane_with_most_foreground(counter):
     torch.testing.assert_close(
         found.background[0], encoder.encode_images(image[None], alpha[None])[0], atol=1e-5, rtol=0
     )
-    assert found.has_background.tolist() == [True, True]
+    assert found.background.any(1).tolist() == [True, True]
 
 
 def preprocessed_spacing(spacing, axis):
@@ -148,7 +150,7 @@ def test_second_run_reads_the_disk_only(counter):
     assert counter.made == 1 and counter.loaded == ["a", "b"]
     second = counter.run()
     assert counter.made == 0 and counter.loaded == [], "neither open_clip nor the images are touched"
-    for name in ("vectors", "present", "background", "has_background", "text"):
+    for name in ("vectors", "present", "background", "text"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
 
 
@@ -273,7 +275,7 @@ def test_outside_of_the_body_is_neither_class_nor_background(counter):
     case.label[5][case.label[5] == 0] = -1
     source = replace(counter.case("a", 1, ((5,), (), ())), load=lambda: case)
     found = counter.run([source])
-    assert not found.has_background[0] and not found.background[0].any()
+    assert not found.background[0].any()
     assert found.present[0, 0, 1]
 
 
@@ -288,39 +290,45 @@ def test_hidden_labels_change_nothing(counter):
     torch.testing.assert_close(first.background[:1], second.background, atol=1e-5, rtol=0)
 
 
-def test_spread_against_a_loop():
+def told(vectors, present, background):
+    lines = []
+    report(vectors, present, background, lines.append)
+    return [float(text) for text in re.findall(r"\d\.\d{3}|nan", lines[0])], lines[1:]
+
+
+def test_mean_cosines_against_a_loop():
     generator = torch.Generator().manual_seed(0)
-    vectors = F.normalize(torch.randn(4, 3, 3, 5, generator=generator), dim=-1)
+    vectors = F.normalize(torch.rand(4, 3, 3, 5, generator=generator), dim=-1)
     present = torch.rand(4, 3, 3, generator=generator) > 0.4
     present[:, :, 0] = False
-    background = F.normalize(torch.randn(4, 5, generator=generator), dim=-1)
     has = torch.tensor([True, False, True, True])
+    background = F.normalize(torch.rand(4, 5, generator=generator), dim=-1) * has[:, None]
     items = [(c, vectors[n, a, c]) for n in range(4) for a in range(3) for c in range(3) if present[n, a, c]]
     cosines = {"within": [], "between": [], "background": []}
     for i, (c, v) in enumerate(items):
         for d, u in items[:i]:
             cosines["within" if c == d else "between"].append(float(v @ u))
         cosines["background"] += [float(v @ background[n]) for n in range(4) if has[n]]
-    found = spread(vectors, present, background, has)
-    for name, values in cosines.items():
-        assert getattr(found, name) == pytest.approx(np.mean(values), abs=1e-6), name
+    found, _ = told(vectors, present, background)
+    assert found == pytest.approx([np.mean(values) for values in cosines.values()], abs=6e-4)
 
 
-def test_gap():
-    assert Spread(0.9, 0.6, 0.7).gap == pytest.approx(0.2)
-    assert Spread(0.9, float("nan"), 0.7).gap == pytest.approx(0.2)
-    assert np.isnan(Spread(0.9, float("nan"), float("nan")).gap)
+@pytest.mark.parametrize(("between", "background", "warns"), [(0.0, 0.0, False), (0.99, 0.0, True), (0.0, 0.99, True)])
+def test_a_small_gap_is_warned_about(between, background, warns):
+    def towards_first(cosine):
+        return torch.tensor([cosine, (1 - cosine**2) ** 0.5])
 
-
-def test_small_gap_is_warned_about(said):
-    lines, log = said
-    embed.report(Spread(0.90, 0.89, 0.5), log)
-    assert "0.900" in lines[0] and "0.890" in lines[0] and "0.500" in lines[0]
-    assert lines[1].startswith("WARNING") and "rada.semantics=learned" in lines[1]
-    lines.clear()
-    embed.report(Spread(0.90, 0.87, 0.5), log)
-    embed.report(Spread(float("nan"), float("nan"), 0.5), log)
-    assert len(lines) == 2
+    vectors, present = torch.zeros(2, 3, 3, 2), torch.zeros(2, 3, 3, dtype=torch.bool)
+    present[:, 0, 1], vectors[:, 0, 1] = True, towards_first(1.0)
+    present[:, 0, 2], vectors[:, 0, 2] = True, towards_first(between)
+    found, warnings = told(vectors, present, towards_first(background).expand(2, 2))
+    assert found[:2] == [1.0, pytest.approx(between)] and len(warnings) == warns
+    assert all(line.startswith("WARNING") and "rada.semantics=learned" in line for line in warnings)
+    # one region alone: nothing to compare
+    assert told(vectors[:1, :, :2], present[:1, :, :2], torch.zeros(1, 2)) == (
+        [pytest.approx(math.nan, nan_ok=True)] * 3,
+        [],
+    )
 
 
 class FakeDataset:
@@ -335,11 +343,6 @@ class FakeDataset:
         return np.stack((case.image, -case.image)), case.label[None], None, {}
 
 
-class FakePlanes:
-    def __init__(self, indices):
-        self.indices = indices
-
-
 @pytest.fixture
 def folder(tmp_path, counter):
     """``folder()``: embeds nnU-Net's preprocessed cases as a trainer does; keyword arguments replace ours."""
@@ -351,22 +354,15 @@ def folder(tmp_path, counter):
         for ending in (".b2nd", "_seg.b2nd", ".pkl"):
             (configuration / f"{name}{ending}").write_text(name)
     dataset = FakeDataset(configuration, cases)
-    planes = {"b": FakePlanes(((5,), (6,), ())), "a": FakePlanes(((5,), (6,), ())), "c": FakePlanes(((), (), ()))}
+    planes = {"b": Planes(((5,), (6,), ())), "a": Planes(((5,), (6,), ())), "c": Planes(((), (), ()))}
     plans = {"data_identifier": "nnUNetPlans_3d_fullres", "spacing": [2.0, 1.0, 1.0], "batch_size": 2}
 
     def run(**changes):
         dataset.loaded.clear()
-        arguments = {
-            "cases": preprocessed.case_sources(dataset, planes, plans["spacing"], changes.get("channel", 0)),
-            "plans_name": "nnUNetPlans",
-            "configuration": plans,
-            "dataset_folder": base,
-            "source": counter.source,
-            "prompts": PROMPTS,
-            "log": lambda _: None,
-            "progress": False,
-        }
-        return preprocessed.embed_preprocessed(**{**arguments, **changes})
+        configuration, channel = changes.get("configuration", plans), changes.get("channel", 0)
+        sources = case_sources(dataset, planes, plans["spacing"], channel)
+        key = embedding_key("nnUNetPlans", configuration, counter.source.identity(), channel)
+        return embed_cases(sources, PROMPTS, counter.make_encoder, cache_root(base), key, "alpha", lambda _: None)
 
     run.dataset, run.base, run.configuration, run.plans = dataset, base, configuration, plans
     return run
@@ -396,8 +392,6 @@ def test_preprocessed_cases_are_embedded_again_when_they_change(folder):
     assert folder.dataset.loaded == ["a", "b"]
     folder(channel=1)
     assert folder.dataset.loaded == ["a", "b"]
-    folder(precision="bf16")
-    assert folder.dataset.loaded == ["a", "b"]
 
 
 def test_missing_channel_names_the_case(folder):
@@ -408,21 +402,19 @@ def test_missing_channel_names_the_case(folder):
 @pytest.mark.parametrize(("has_alpha", "expected"), [(True, "alpha"), (False, "crop")])
 def test_region_auto(has_alpha, expected, said):
     lines, log = said
-    assert preprocessed.resolve_region("auto", has_alpha, log) == expected
+    assert embed.resolve_region("auto", has_alpha, log) == expected
     assert expected in lines[0]
-    assert preprocessed.resolve_region("pool", has_alpha, log) == "pool"
+    assert embed.resolve_region("pool", has_alpha, log) == "pool"
 
 
 def test_region_errors():
     with pytest.raises(ValueError, match=r"rada\.region=alpha needs Alpha-CLIP's weights"):
-        preprocessed.resolve_region("alpha", False)
-    with pytest.raises(ValueError, match="choose auto, alpha, crop or pool"):
-        preprocessed.resolve_region("box", True)
+        embed.resolve_region("alpha", False)
 
 
 def test_open_clip_is_imported_only_where_vectors_are_made():
     code = (
-        "import sys; import nnunetv2_ext.rada.semantics.preprocessed, nnunetv2_ext.rada.semantics.clip_model;"
+        "import sys; import nnunetv2_ext.rada.semantics.embed, nnunetv2_ext.rada.semantics.clip_model;"
         "import nnunetv2_ext.rada.propagation.propagate;"
         "sys.exit('open_clip' in sys.modules)"
     )

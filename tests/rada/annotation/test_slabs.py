@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape, resample_data_or_seg_to_shape
 
+from nnunetv2_ext.rada.annotation.lost import unmatched
 from nnunetv2_ext.rada.annotation.planes import Planes, find_planes, on_planes
-from nnunetv2_ext.rada.annotation.survival import unmatched
-from nnunetv2_ext.rada.annotation.thicken import sample_positions, slab_for, thicken
+from nnunetv2_ext.rada.annotation.slabs import sample_positions, slab_for, thicken
 
 IGNORE = 3
 
@@ -67,6 +67,20 @@ def test_thin_planes_vanish_without_thickening(factor) -> None:
         after = find_planes(resample(sparse(dense, planes), (1, 1, 1), target), IGNORE)
         lost += len(unmatched(planes, after, dense.shape, compute_new_shape(dense.shape, (1, 1, 1), target)))
     assert lost >= 5
+
+
+def test_where_slabs_cross_the_nearer_plane_wins() -> None:
+    planes = Planes(((10,), (10,), ()))
+    label = np.full((21, 21, 21), IGNORE, dtype=np.int16)
+    label[10], label[:, 10] = 1, 2  # the planes contradict each other everywhere beside their crossing
+    thick, slabs = thicken(label, IGNORE, planes, (3, 3, 21))
+    assert [slab.stop - slab.start for slab in slabs] == [7, 7]
+    for i in range(7, 14):
+        for j in range(7, 14):
+            if i == 10 or j == 10:
+                continue  # annotated
+            nearer = {-1: 1, 1: 2, 0: 1}[int(np.sign(abs(i - 10) - abs(j - 10)))]  # of equally near ones axis 0's
+            assert (thick[i, j] == nearer).all(), (i, j)
 
 
 def test_slab_repeats_the_plane_and_never_shows_hidden_labels() -> None:

@@ -19,7 +19,6 @@ from nnunetv2_ext.rada.annotation.planes import (
     THRESHOLD,
     Array,
     Planes,
-    annotated_share,
     find_planes,
     scribbled,
 )
@@ -29,19 +28,12 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Annotation:
-    """Annotation of one label volume.
-
-    Args:
-        planes: Annotated slices.
-        share: Annotated share of all voxels.
-        loose: Number of labelled voxels on no plane (scribbles).
-        values: Label values that occur, sorted, without ignore and -1.
-    """
+    """Annotation of one label volume."""
 
     planes: Planes
-    share: float
-    loose: int
-    values: tuple[int, ...]
+    share: float  # annotated, of all voxels
+    loose: int  # number of labelled voxels on no plane (scribbles)
+    values: tuple[int, ...]  # that occur, sorted, without ignore and -1
 
     @property
     def labelled(self) -> bool:
@@ -62,7 +54,8 @@ def survey_label(label: Array, ignore: int) -> Annotation:
     """The annotation of one (X, Y, Z) label."""
     planes = find_planes(label, ignore)
     values = tuple(int(v) for v in np.unique(label) if v not in (ignore, OUTSIDE))
-    return Annotation(planes, annotated_share(label, ignore), int(scribbled(label, ignore, planes).sum()), values)
+    share = float((label != ignore).mean())
+    return Annotation(planes, share, int(scribbled(label, ignore, planes).sum()), values)
 
 
 def survey_cases(
@@ -152,7 +145,7 @@ def require_annotations(annotations: Mapping[str, Annotation], label_values: Col
     if not any(a.labelled for a in annotations.values()):
         raise ValueError(
             f"none of the {len(annotations)} cases has any annotation: label whole slices in some of them "
-            "(nnUNetv2_ext check shows what is found), then preprocess again"
+            "(nnUNetv2_ext check-planes shows what is found), then preprocess again"
         )
 
 
@@ -161,21 +154,13 @@ def log_lines(annotations: Mapping[str, Annotation]) -> list[str]:
     labelled = {case: a for case, a in annotations.items() if a.labelled}
     width = max(map(len, labelled), default=0)
     lines = [f"{case:<{width}}  {a.describe()}" for case, a in labelled.items()]
-    counts = [sum(len(a.planes.indices[axis]) for a in labelled.values()) for axis in range(3)]
-    lines.append(
-        f"total: {len(labelled)} labelled and {len(annotations) - len(labelled)} unlabelled cases; planes "
-        + ", ".join(f"axis{axis} {counts[axis]}" for axis in range(3))
-    )
-    return lines
+    counts = [f"axis{axis} {sum(len(a.planes.indices[axis]) for a in labelled.values())}" for axis in range(3)]
+    cases = f"{len(labelled)} labelled and {len(annotations) - len(labelled)} unlabelled cases"
+    return [*lines, f"total: {cases}; planes {', '.join(counts)}"]
 
 
 def warnings(annotations: Mapping[str, Annotation], labels: Mapping[str, Any]) -> list[str]:
-    """What a user should know before training: missing axes, classes that nobody drew, scribbles, no unlabelled case.
-
-    Args:
-        annotations: Of all cases.
-        labels: ``dataset.json["labels"]``.
-    """
+    """What a user should know before training: axes and classes that nobody drew, scribbles, no unlabelled case."""
     found = []
     labelled = [a for a in annotations.values() if a.labelled]
     axes = {axis for a in labelled for axis in a.planes.axes}
@@ -186,7 +171,7 @@ def warnings(annotations: Mapping[str, Annotation], labels: Mapping[str, Any]) -
     elif len(axes) == 2:
         found.append(f"planes on axes {' and '.join(map(str, sorted(axes)))} only: one network sees both, two see one")
     values = {v for a in labelled for v in a.values}
-    missing = [name for name, v in labels.items() if name != "ignore" and not _values(v) & values]
+    missing = [name for name, v in labels.items() if name != "ignore" and int(v) not in values]
     if missing:
         found.append(f"nowhere annotated: {', '.join(missing)}; it stays declared, but nothing teaches it")
     if len(labelled) == len(annotations):
@@ -197,10 +182,6 @@ def warnings(annotations: Mapping[str, Annotation], labels: Mapping[str, Any]) -
             f"{len(loose)} cases have labelled voxels on no plane (e.g. {loose[0]}): they supervise all networks"
         )
     return [f"WARNING: {text}" for text in found]
-
-
-def _values(value: Any) -> set[int]:
-    return {int(v) for v in np.atleast_1d(value)}
 
 
 def _label_file(folder: Path, case: str) -> Path:

@@ -10,7 +10,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_ext.data.fingerprint import stale_intensities
-from nnunetv2_ext.rada.annotation.survey import Annotation, cache_path, require_annotations, survey_cases, warnings
+from nnunetv2_ext.rada.annotation.annotations import Annotation, cache_path, require_annotations, survey_cases, warnings
 from nnunetv2_ext.rada.requirements import (
     require_ignore_label,
     require_plain_labels,

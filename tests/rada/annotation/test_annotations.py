@@ -1,4 +1,4 @@
-"""The survey of preprocessed cases, its cache, and the check that every drawn plane is still there."""
+"""The annotations of preprocessed cases, its cache, and the check that every drawn plane is still there."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunetv2_ext.rada.annotation import survey
-from nnunetv2_ext.rada.annotation.check import open_preprocessed
-from nnunetv2_ext.rada.annotation.planes import Planes, find_planes
-from nnunetv2_ext.rada.annotation.survey import (
+from nnunetv2_ext.rada.annotation import annotations
+from nnunetv2_ext.rada.annotation.annotations import (
     Annotation,
     cache_path,
     log_lines,
@@ -25,8 +23,10 @@ from nnunetv2_ext.rada.annotation.survey import (
     survey_label,
     warnings,
 )
-from nnunetv2_ext.rada.annotation.survival import erased_annotations, lost_planes, require_planes_survived, unmatched
-from nnunetv2_ext.rada.annotation.trainable import Preprocessed
+from nnunetv2_ext.rada.annotation.check import open_preprocessed
+from nnunetv2_ext.rada.annotation.lost import erased_annotations, lost_planes, require_planes_survived, unmatched
+from nnunetv2_ext.rada.annotation.planes import Planes, find_planes
+from nnunetv2_ext.rada.annotation.preprocessed import Preprocessed
 from tests.conftest import TinyDataset
 
 IGNORE = 3
@@ -76,7 +76,7 @@ def test_cache_is_used_until_a_label_changes(data: Preprocessed, monkeypatch: py
         looked_at.append(1)
         return survey_label(label, ignore)
 
-    monkeypatch.setattr(survey, "survey_label", counted)
+    monkeypatch.setattr(annotations, "survey_label", counted)
     first = survey_cases(data.folder, cases[:5], data.ignore, cache)
     assert len(looked_at) == 5
     assert survey_cases(data.folder, cases, data.ignore, cache) == first | survey_cases(data.folder, cases[5:], IGNORE)

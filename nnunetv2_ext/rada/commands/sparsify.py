@@ -19,8 +19,6 @@ Thickness follows the spacing nnU-Net will choose for 3d_fullres; with -p the pl
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
     parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of the source dataset")
     parser.add_argument("-o", required=True, type=int, metavar="ID", help="id of the new dataset; must be free")
     parser.add_argument("--labelled", metavar="N", help="labelled training cases: a number, or a share such as 0.1")
@@ -57,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give either --labelled N (dense dataset) or --thicken-only (sparse dataset)")
     from nnunetv2_ext.data.raw import open_raw
     from nnunetv2_ext.rada.annotation.choose import subjects_of
-    from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify
-    from nnunetv2_ext.rada.annotation.thickened import thicken_dataset
+    from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify, thicken_dataset
 
     if args.thicken_only:
         thicken_dataset(args.d, args.o, args.p or "nnUNetPlans", args.c)
@@ -67,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         subjects = subjects_of(open_raw(args.d).cases, args.group_regex, args.groups)
         options = SparsifyOptions(labelled, axes, args.rule, args.seed, args.test_share, subjects, args.p, args.c)
         sparsify(args.d, args.o, options)
-    print(f"next: nnUNetv2_plan_and_preprocess -d {args.o} -c {args.c}; nnUNetv2_ext check -d {args.o} -c {args.c}")
+    which = f"-d {args.o} -c {args.c}"
+    print(f"next: nnUNetv2_plan_and_preprocess {which}; nnUNetv2_ext check-planes {which}")
     return 0
 
 

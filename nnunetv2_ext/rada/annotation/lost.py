@@ -12,9 +12,9 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
+from nnunetv2_ext.rada.annotation.annotations import Annotation, cache_path, survey_files
 from nnunetv2_ext.rada.annotation.planes import THRESHOLD, Array, Planes
-from nnunetv2_ext.rada.annotation.survey import Annotation, cache_path, survey_files
-from nnunetv2_ext.rada.annotation.trainable import Preprocessed
+from nnunetv2_ext.rada.annotation.preprocessed import Preprocessed
 
 _TOLERANCE = 1.0 + 1e-6  # slices of the preprocessed array
 _SPARSIFY_DEFAULTS = {"-c": "3d_fullres", "-p": "nnUNetPlans"}  # of nnUNetv2_ext sparsify --thicken-only
@@ -22,21 +22,13 @@ _SPARSIFY_DEFAULTS = {"-c": "3d_fullres", "-p": "nnUNetPlans"}  # of nnUNetv2_ex
 
 @dataclass(frozen=True)
 class Lost:
-    """A raw plane without a counterpart.
-
-    Args:
-        case: Its case.
-        axis: Axis of the preprocessed array.
-        raw_axis: Axis of the raw array as nnU-Net reads it (0 = z, 1 = y, 2 = x for NIfTI).
-        index: Slice of the raw array.
-        spacing: mm along the axis before and after.
-    """
+    """A raw plane without a counterpart."""
 
     case: str
-    axis: int
-    raw_axis: int
-    index: int
-    spacing: tuple[float, float]
+    axis: int  # of the preprocessed array
+    raw_axis: int  # of the raw array as nnU-Net reads it (0 = z, 1 = y, 2 = x for NIfTI)
+    index: int  # slice of the raw array
+    spacing: tuple[float, float]  # mm along the axis before and after
 
     def __str__(self) -> str:
         before, after = self.spacing
@@ -49,7 +41,7 @@ class Lost:
 def raw_planes(data: Preprocessed, identifiers: Iterable[str]) -> dict[str, Annotation]:
     """Annotation of the raw labels (``gt_segmentations``), transposed and cropped as preprocessing does; cached.
 
-    Indices count slices of the cropped array. The crop is read from the properties of the preprocessed cases.
+    Indices count slices of the cropped array.
 
     Raises:
         ValueError: a label file is missing.
@@ -70,12 +62,7 @@ def raw_planes(data: Preprocessed, identifiers: Iterable[str]) -> dict[str, Anno
 
 
 def lost_planes(data: Preprocessed, annotations: Mapping[str, Annotation]) -> list[Lost]:
-    """The raw planes without a plane within one slice after preprocessing.
-
-    Args:
-        data: The preprocessed dataset.
-        annotations: Of its cases.
-    """
+    """The raw planes without a plane within one slice after preprocessing; `annotations` are of its cases."""
     order, target = data.plans.transpose_forward, data.configuration.spacing
     lost = []
     for case, before in raw_planes(data, annotations).items():
@@ -110,11 +97,7 @@ def unmatched(before: Planes, after: Planes, old: Sequence[int], new: Sequence[i
 
 
 def require_planes_survived(data: Preprocessed, annotations: Mapping[str, Annotation]) -> None:
-    """Stop if preprocessing erased an annotated plane; arguments as `lost_planes`.
-
-    Raises:
-        ValueError: case, axis, raw slice, spacing before and after, and the command that mends it.
-    """
+    """Raise ValueError if preprocessing erased a plane: case, axis, raw slice, spacings, and the command that helps."""
     lost = lost_planes(data, annotations)
     if lost:
         raise ValueError(
@@ -137,10 +120,6 @@ def erased_annotations(data: Preprocessed, annotations: Mapping[str, Annotation]
 
     Lost planes stop a training; these are lost to it in silence: a case that has nothing else becomes an unlabelled
     one, and a class that a case has nowhere else is missing there.
-
-    Args:
-        data: The preprocessed dataset.
-        annotations: Of its cases.
     """
     unlabelled = sum(not a.labelled for a in annotations.values())
     remedy = "draw it thicker than the spacing of the plans, annotate whole slices, or train a finer configuration"

@@ -1,4 +1,4 @@
-"""``nnUNetv2_ext check``: the annotated planes of a preprocessed sparse dataset, and what to know before training."""
+"""``nnUNetv2_ext check-planes``: the annotated planes of a preprocessed sparse dataset, before it is trained on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 EPILOG = """\
 Example:
-  nnUNetv2_ext check -d 104 -c 3d_fullres
+  nnUNetv2_ext check-planes -d 104 -c 3d_fullres
 
 Axes and slices are those of the preprocessed arrays, which nnU-Net may have transposed; lost planes are also given in
 slices of the raw label. The picture shows patients.
@@ -17,8 +17,6 @@ Exit status: 0, or 1 if preprocessing erased a plane.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
     parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of a preprocessed dataset")
     parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")

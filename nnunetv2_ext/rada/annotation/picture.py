@@ -35,16 +35,10 @@ def draw_planes(
     """Write a PNG with a row per case and a column per axis.
 
     Each column shows the case's middle plane of that axis, framed in the axis's colour, or the fullest slice if
-    the axis has none. Dashed lines show where the planes of the other axes cross.
-
-    Args:
-        views: Cases.
-        path: PNG.
-        classes: Label value to name.
-        spacing: mm per axis.
-        ignore: Drawn as nothing.
-        title: Above everything.
+    the axis has none. Dashed lines show where the planes of the other axes cross. `spacing` is in mm per axis; voxels
+    with the label `ignore` are drawn as nothing.
     """
+    classes = {value: name for value, name in classes.items() if name != "ignore"}
     with matplotlib.style.context(["default", {"text.parse_math": False}]):
         figure = Figure(figsize=(9, 3 * len(views) + 0.8), layout="constrained")
         grid = figure.subplots(len(views), 3, squeeze=False)
@@ -52,7 +46,7 @@ def draw_planes(
             for axis, axes in enumerate(row):
                 _draw_axis(axes, view, axis, classes, spacing, ignore)
         figure.suptitle(title, fontsize=10)
-        add_legend(figure, {value: name for value, name in classes.items() if name != "ignore"})
+        add_legend(figure, classes)
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=110)
     atomic_write(path, lambda file: file.write(png.getvalue()) and None)
@@ -70,7 +64,7 @@ def _draw_axis(
         axes,
         take_slice(view.image, axis, index),
         take_slice(known, axis, index),
-        {value: name for value, name in classes.items() if name != "ignore"},
+        classes,
         spacing=(spacing[rows], spacing[columns]),
         title=f"{view.name}  axis{axis}, slice {index}" + ("" if planes else ": no plane"),
     )

@@ -1,0 +1,1 @@
+"""J-RAS' subcommands of ``nnUNetv2_ext``, named in its ``outside.py``."""

@@ -1,0 +1,19 @@
+"""Common settings that need more than core: every trainer offers them, whatever its method."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from nnunetv2_ext.core.settings import LOCAL_PATH, CommonSettings
+
+
+class HouseSettings(CommonSettings):
+    """Settings every trainer of this package understands: core's, and those of the parts."""
+
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description="checkpoint of an nnU-Net training whose weights this one starts from; what fits the network of "
+        "the plans is loaded, the rest stays random, and the log has a table of both. It is read once, at the start",
+        json_schema_extra=LOCAL_PATH,
+    )

@@ -1,0 +1,92 @@
+"""MethodTrainer: what a method subclasses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from nnunetv2_ext.core.checkpoint import unwrap
+from nnunetv2_ext.core.trainer import ExtTrainer
+from nnunetv2_ext.data.store import CaseStore
+from nnunetv2_ext.parts.settings import HouseSettings
+from nnunetv2_ext.parts.start import start_from
+
+
+class MethodTrainer(ExtTrainer):
+    """ExtTrainer with everything the house offers to every trainer above core.
+
+    Attributes:
+        case_store: state per case; a method that has some makes it in ``initialize`` (under DDP on the first rank
+            only). It is saved with every checkpoint, and ``--c`` takes what belongs to the checkpoint.
+    """
+
+    common_settings: ClassVar = HouseSettings
+
+    case_store: CaseStore | None = None
+
+    _takes_weights_of_checkpoint = False
+    _started: list[int] | None = None  # versions of the weights after init_from was read
+
+    @property
+    def start_file(self) -> str | None:
+        """What ``init_from`` names."""
+        return self.settings.init_from  # type: ignore[attr-defined]  # common_settings
+
+    def initialize(self) -> None:
+        """nnU-Net's, then the weights of ``init_from``: before a method copies them, on every rank.
+
+        Raises:
+            ValueError: the file cannot be used (see `parts.start.start_from`).
+        """
+        super().initialize()
+        if self.start_file is None or self._takes_weights_of_checkpoint:
+            return
+        path = Path(self.start_file).expanduser()
+        if path.resolve().parent == Path(self.output_folder).resolve():
+            raise ValueError(
+                f"init_from={path} is a checkpoint of the very training that starts here, which will move it away: "
+                "copy it to another folder, or continue the training with --c and without init_from"
+            )
+        table = start_from(self.network, path)
+        self.print_to_log_file(f"init_from={path}: {table}", add_timestamp=False)
+        self._started = _versions(self.network)
+
+    def on_train_start(self) -> None:
+        """nnU-Net's, with the state of the cases as the checkpoint knew it, or none.
+
+        Raises:
+            ValueError: weights of ``-pretrained_weights`` were put over those of ``init_from``; or the state of a case
+                does not go back as far as the checkpoint.
+        """
+        if self._started is not None and self._started != _versions(self.network):
+            raise ValueError(
+                "init_from and -pretrained_weights both say which weights to start from; give one of the two"
+            )
+        self._started = None
+        if self.case_store is not None and self._is_resumed:
+            self.case_store.rewind(self.global_step)
+        super().on_train_start()
+        if self.case_store is not None and not self._is_resumed:
+            self.case_store.set_aside()
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """nnU-Net's; the file that ``init_from`` names is not read, and may be gone by now."""
+        self._takes_weights_of_checkpoint = True
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def _save(self, path: Path, *arguments: Any, **named: Any) -> None:
+        store = None if self.disable_checkpointing else self.case_store
+        if store is not None:
+            store.flush(self.global_step)
+        super()._save(path, *arguments, **named)
+        # --c takes the best one only if there is no other
+        others = (path.with_name(name).is_file() for name in ("checkpoint_final.pth", "checkpoint_latest.pth"))
+        if store is not None and (path.name != "checkpoint_best.pth" or not any(others)):
+            store.saved(self.global_step)
+
+
+def _versions(network: nn.Module) -> list[int]:
+    """Each write to a parameter raises its number."""
+    return [parameter._version for parameter in unwrap(network).parameters()]

@@ -1,0 +1,1 @@
+"""RADA's subcommands of ``nnUNetv2_ext``, named in its ``outside.py``."""
