@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,25 +103,46 @@ def shrink(plans: dict[str, Any]) -> dict[str, Any]:
     return plans
 
 
-def make_tiny_dataset(
-    root: Path, dataset_id: int = 1, configurations: tuple[str, ...] = ("2d", "3d_fullres"), **phantom: Any
-) -> TinyDataset:
-    """Write, plan and preprocess a phantom dataset with the stock command, and add the plans ``tiny``."""
-    options = {"num_train": 6, "num_test": 2, "shape": (24, 32, 24), "num_organs": 2, **phantom}
-    folder = write_phantom_dataset(root / "raw", dataset_id, **options)
-    dataset = TinyDataset(root, dataset_id, folder.name)
-    environment = dataset.environment(root / "results") | {"nnUNet_n_proc_DA": "1"}
-    run_command(
-        ["nnUNetv2_plan_and_preprocess", "-d", str(dataset_id), "-c", *configurations, "-np", "1", "-npfp", "1"],
-        environment,
-        root,
-    )
+@contextmanager
+def in_this_process(dataset: TinyDataset) -> Iterator[tuple[Any, pytest.MonkeyPatch]]:
+    """nnU-Net's planning API, with threads for its spawned workers: those take ten times as long as all the work."""
+    from nnunetv2.experiment_planning import plan_and_preprocess_api as api
+
+    environment = dataset.environment(dataset.root / "results") | {"nnUNet_n_proc_DA": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        patch.setattr(multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
+        yield api, patch
+
+
+def plan_and_preprocess(dataset: TinyDataset, configurations: tuple[str, ...] = ("3d_fullres",)) -> None:
+    """As nnU-Net's command does, with its integrity check; adds the plans ``tiny``."""
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+    with in_this_process(dataset) as (api, patch):
+        analyse = DatasetFingerprintExtractor.analyze_case
+        # nnU-Net draws 1e8 intensities however small the dataset is: seconds and a gigabyte
+        patch.setattr(DatasetFingerprintExtractor, "analyze_case", lambda *case: analyse(*case[:3], 1000))
+        api.extract_fingerprints([dataset.dataset_id], num_processes=1, check_dataset_integrity=True)
+        api.plan_experiments([dataset.dataset_id])
+        api.preprocess([dataset.dataset_id], configurations=configurations, num_processes=(1,) * len(configurations))
     base = dataset.preprocessed / dataset.name
     plans = json.loads((base / "nnUNetPlans.json").read_text())
     (base / "tiny.json").write_text(json.dumps(shrink(plans)))
+
+
+def make_tiny_dataset(
+    root: Path, dataset_id: int = 1, configurations: tuple[str, ...] = ("2d", "3d_fullres"), **phantom: Any
+) -> TinyDataset:
+    """Write, plan and preprocess a phantom dataset; fold 0 validates on the first two cases, fold 1 on the last two."""
+    options = {"num_train": 6, "num_test": 2, "shape": (24, 32, 24), "num_organs": 2, **phantom}
+    folder = write_phantom_dataset(root / "raw", dataset_id, **options)
+    dataset = TinyDataset(root, dataset_id, folder.name)
+    plan_and_preprocess(dataset, configurations)
     names = sorted(p.name.removesuffix(".nii.gz") for p in (root / "raw" / dataset.name / "labelsTr").iterdir())
     splits = [{"train": names[2:], "val": names[:2]}, {"train": names[:-2], "val": names[-2:]}]
-    (base / "splits_final.json").write_text(json.dumps(splits))
+    (dataset.preprocessed / dataset.name / "splits_final.json").write_text(json.dumps(splits))
     return dataset
 
 

@@ -42,7 +42,8 @@ def ladder(world: World, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
         shift = {"A": 2, "B": 1, "C": 0}[folder.parent.name]
         results = str(folder.relative_to(world.root))
         kept = {key: settings[key] for key in ("seed", "train_cases", "train_cases_seed")}
-        world.train(settings["trainer"], shift, results=results, settings=kept)
+        shifts = {"c0": shift + settings["seed"], "c1": shift, "c2": shift, "c3": shift}
+        world.train(settings["trainer"], shifts, results=results, settings=kept)
         return True
 
     broken: list[str] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,31 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that ``evaluate`` and ``compare`` share."""
-    parser.add_argument(
-        "--metrics",
-        nargs="+",
-        default=["dice", "hd95", "nsd"],
-        choices=["dice", "hd95", "nsd"],
-        help="(default: all three)",
-    )
-    parser.add_argument(
-        "--tolerance",
-        nargs="+",
-        default=["1"],
-        metavar="MM",
-        help="NSD: surfaces this close agree; mm for all structures, or NAME=mm for some. Take what two experts "
-        "differ by (default: 1)",
-    )
-    parser.add_argument(
-        "--empty",
-        choices=["worst", "leave-out"],
-        default="worst",
-        help="HD95 of a structure that only truth or prediction has: the image's diagonal, or none (default: worst)",
-    )
-    parser.add_argument(
-        "--ignore-origin", action="store_true", help="do not compare origin and direction of prediction and truth"
-    )
-    parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+
+    def add(option: str, text: str, **how: Any) -> None:
+        parser.add_argument(option, help=text, **how)
+
+    names = ["dice", "hd95", "nsd"]
+    add("--metrics", "(default: all three)", nargs="+", default=names, choices=names)
+    add("--tolerance", "NSD: surfaces this close agree; mm for all structures, or NAME=mm for some. Take what two "
+        "experts differ by (default: 1)", nargs="+", default=["1"], metavar="MM")  # fmt: skip
+    add("--empty", "HD95 of a structure that only truth or prediction has: the image's diagonal, or none (default: "
+        "worst)", choices=["worst", "leave-out"], default="worst")  # fmt: skip
+    add("--ignore-origin", "score voxel by voxel even where origin or direction of prediction and truth differ; all "
+        "outputs say so", action="store_true")  # fmt: skip
+    add("-np", "processes (default: %(default)s)", type=int, default=1, metavar="N")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,24 +58,28 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"-np must be 1 or more, but it is {args.np}")
     if args.ignore is not None and args.labels is None:
         raise ValueError("--ignore goes with --labels; otherwise dataset.json says which label is ignored")
-    from nnunetv2_ext.core.files import atomic_write_text, require_writable
+    from nnunetv2_ext.core.files import atomic_write_text
     from nnunetv2_ext.evaluate.folder import evaluate_folder
+    from nnunetv2_ext.evaluate.pairs import require_output, require_roles
     from nnunetv2_ext.evaluate.plot import draw
-    from nnunetv2_ext.evaluate.table import as_csv, as_dict, as_markdown
+    from nnunetv2_ext.evaluate.table import as_csv, as_dict, as_json, as_markdown
 
     for what, folder in (("predictions", args.predictions), ("the truth", args.truth)):
         if not folder.is_dir():
             raise ValueError(f"the folder of {what}, {folder}, does not exist")
+    require_roles(args.predictions, args.truth)
     source = source_of(args)
-    output = require_writable(args.o or args.predictions / "evaluation")
+    output = require_output(args.o or args.predictions / "evaluation", [args.predictions, args.truth])
     evaluation = evaluate_folder(args.predictions, args.truth, source, chill=args.chill, processes=args.np)
-    title = f"{args.predictions} against {args.truth}"
-    text = as_markdown(evaluation, title)
-    content = as_dict(evaluation, str(args.predictions), str(args.truth))
-    atomic_write_text(output / "evaluation.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    text = as_markdown(evaluation, f"{args.predictions} against {args.truth}")
+    atomic_write_text(output / "evaluation.json", as_json(as_dict(evaluation, str(args.predictions), str(args.truth))))
     atomic_write_text(output / "evaluation.csv", as_csv(evaluation))
     atomic_write_text(output / "evaluation.md", text)
-    draw(evaluation, output / "evaluation.png", title)
+    draw(
+        evaluation,
+        output / "evaluation.png",
+        " against ".join(p.resolve().name for p in (args.predictions, args.truth)),
+    )
     print(f"{text}\nwrote evaluation.json, .csv, .md and .png to {output}")
     return 0
 
@@ -97,8 +88,7 @@ def source_of(args: argparse.Namespace) -> Any:
     """The ``Source`` that the arguments describe."""
     from nnunetv2_ext.evaluate import structures
     from nnunetv2_ext.evaluate.datasets import file_ending, read_object
-    from nnunetv2_ext.evaluate.folder import Source
-    from nnunetv2_ext.evaluate.metrics import Rules
+    from nnunetv2_ext.evaluate.folder import make_source
 
     if args.labels is not None:
         labels, ending, reader = structures.from_values(args.labels, args.ignore), file_ending(args.truth), None
@@ -108,9 +98,8 @@ def source_of(args: argparse.Namespace) -> Any:
         labels = structures.from_dataset_json(dataset_json, str(file))
         ending = dataset_json.get("file_ending") or file_ending(args.truth)
         reader = dataset_json.get("overwrite_image_reader_writer")
-    tolerance = structures.tolerances(args.tolerance, labels.structures)
-    rules = Rules(tuple(dict.fromkeys(args.metrics)), tolerance, args.empty)
-    return Source(labels, rules, ending, reader, not args.ignore_origin)
+    options = {key: getattr(args, key) for key in ("metrics", "tolerance", "empty", "ignore_origin")}
+    return make_source(labels, ending, reader, **options)
 
 
 def dataset_json_file(args: argparse.Namespace) -> Path:

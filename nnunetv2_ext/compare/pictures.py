@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
-from nnunetv2_ext.compare.collect import Scores
+from nnunetv2_ext.compare.scores import Scores
 from nnunetv2_ext.compare.statistics import Difference, signed
 from nnunetv2_ext.core.figures import add_legend, draw_slice
 from nnunetv2_ext.data.case import find_reader
 from nnunetv2_ext.evaluate import plot
-from nnunetv2_ext.evaluate.metrics import METRICS
 
 PLANES = ("axial", "coronal", "sagittal")
 _MARGIN_MM = 10.0
@@ -36,12 +38,10 @@ class Volume:
     oriented: bool
 
 
-def worst_first(difference: Difference, number: int) -> tuple[list[int], list[int]]:
-    """Indices of the cases that lost most and of those that gained most, each at most ``number``."""
-    gain = difference.per_case * (1 if METRICS[difference.metric].higher_is_better else -1)
-    order = [int(i) for i in np.argsort(gain) if np.isfinite(gain[i])]
-    losses = [i for i in order if gain[i] < 0][:number]
-    return losses, [i for i in reversed(order) if gain[i] > 0][:number]
+def worst_first(difference: Difference, number: int) -> tuple[list[str], list[str]]:
+    """The cases that lost most and those that gained most, each at most ``number``."""
+    gain = (difference.per_case * (1 if difference.metric.higher_is_better else -1)).dropna().sort_values(kind="stable")
+    return list(gain.index[gain < 0][:number]), list(gain.index[gain > 0][::-1][:number])
 
 
 def draw_cases(
@@ -65,62 +65,55 @@ def draw_cases(
     rows = [*losses, *gains]
     if not rows:
         return [], []
-    first, ours = scores.arms[0].name, scores.arms[difference.arm].name
-    classes = _classes(scores)
-    metric, column = METRICS[difference.metric], scores.columns.index(difference.column)
+    classes, metric = _classes(scores), difference.metric
+    cells = scores.trainings(difference.key, difference.structure)
     with plot.style():
         figure = plot.new_figure(13, 1.0 + 3.0 * len(rows))
-        axes = np.atleast_2d(figure.subplots(len(rows), 4))
-        for row, index in enumerate(rows):
-            case = scores.cases[index]
-            shown = shown_repeats(scores, difference, index)
-            values = [scores.table(difference.metric, a)[r, index, column] for a, r in shown.items()]
-            titles = [
-                "",
-                "truth",
-                f"{first}\n{metric.title} {values[0]:.3f}",
-                f"{ours}\n{metric.title} {values[1]:.3f}",
-            ]
-            repeats = [scores.arms[a].repeats for a in shown]
-            labels = [some[r].label for some, r in zip(repeats, shown.values(), strict=True)]
-            which = f" on average\n(shown: {' and '.join(dict.fromkeys(labels))})" if max(map(len, repeats)) > 1 else ""
-            titles[0] = f"{case}: {metric.name} {signed(difference.per_case[index])}{which}"
-            _draw_row(axes[row], scores, index, shown, images, classes, titles)
+        for axes, case in zip(np.atleast_2d(figure.subplots(len(rows), 4)), rows, strict=True):
+            shown = shown_repeats(cells.loc[case], difference)
+            which = ""
+            if cells[[difference.first, difference.arm]].shape[1] > 2:
+                which = f" on average\n(shown: {' and '.join(dict.fromkeys(shown.values()))})"
+            titles = [f"{case}: {metric.name} {signed(difference.per_case[case])}{which}", "truth"]
+            titles += [f"{arm}\n{metric.title} {cells.loc[case, (arm, label)]:.3f}" for arm, label in shown.items()]
+            _draw_row(axes, scores, case, shown, images, classes, titles)
         add_legend(figure, classes)
         plot.save(figure, path)
-    return [scores.cases[i] for i in losses], [scores.cases[i] for i in gains]
+    return losses, gains
 
 
-def shown_repeats(scores: Scores, difference: Difference, index: int) -> dict[int, int]:
-    """Arm to repeat: the pair of trainings whose difference in this case is nearest to the average one."""
-    column = scores.columns.index(difference.column)
-    theirs, ours = (scores.table(difference.metric, a)[:, index, column] for a in (0, difference.arm))
-    names = [[repeat.label for repeat in scores.arms[a].repeats] for a in (0, difference.arm)]
-    pairs = [
-        (i, j)
-        for i in range(len(theirs))
-        for j in range(len(ours))
-        if not difference.paired_repeats or names[0][i] == names[1][j]
-    ]
-    i, j = min(pairs, key=lambda pair: abs(ours[pair[1]] - theirs[pair[0]] - difference.per_case[index]))
-    return {0: i, difference.arm: j}
+def shown_repeats(values: pd.Series, difference: Difference) -> dict[str, str]:
+    """Arm to repeat: the pair of trainings whose difference in this case is nearest to the average one.
+
+    Args:
+        values: of the case, by (arm, repeat).
+        difference: of the two arms.
+    """
+    theirs, ours = values[difference.first], values[difference.arm]
+    pairs = [(i, j) for i in theirs.index for j in ours.index if not difference.paired_repeats or i == j]
+    average = ours.mean() - theirs.mean()
+    i, j = min(pairs, key=lambda pair: abs(ours[pair[1]] - theirs[pair[0]] - average))
+    return {difference.first: i, difference.arm: j}
 
 
 def _classes(scores: Scores) -> dict[int, str]:
     """Label value to name: a class of its own by its name, the parts of regions by their value."""
-    names = {s.values[0]: s.name for s in scores.structures if len(s.values) == 1}
-    every = sorted({v for s in scores.structures for v in s.values})
+    structures = scores.source.labels.structures
+    names = {s.values[0]: s.name for s in structures if len(s.values) == 1}
+    every = sorted({v for s in structures for v in s.values})
     classes = {v: names.get(v, f"label {v}") for v in every}
     if scores.source.labels.ignore is not None:
         classes[scores.source.labels.ignore] = "ignore"
     return classes
 
 
-def _draw_row(axes, scores: Scores, index: int, shown: dict[int, int], images: Path | None, classes, titles) -> None:
-    pairs = [_pair(scores, arm, repeat, index) for arm, repeat in shown.items()]
-    truth = read_volume(pairs[0].truth, scores)
-    labels = [truth.array, *(read_volume(pair.prediction, scores).array for pair in pairs)]
-    image = _image(scores, scores.cases[index], images, truth)
+def _draw_row(axes, scores: Scores, case: str, shown: dict[str, str], images: Path | None, classes, titles) -> None:
+    files = scores.files.set_index(["case", "arm", "repeat"]).loc[case]
+    truth = read_volume(files["truth"].iloc[0], scores)
+    if not truth.oriented and len(spacing := files["spacing"].iloc[0]) == 3:  # the truth's own may be assumed
+        truth = replace(truth, spacing=spacing)
+    labels = [truth.array, *(read_volume(files["prediction"][training], scores).array for training in shown.items())]
+    image = _image(scores, case, images, truth)
     axis = viewing_axis(truth)
     at = telling_slice(labels, axis, scores.source.labels.ignore)
     box = _box(labels, truth, axis)
@@ -133,11 +126,6 @@ def _draw_row(axes, scores: Scores, index: int, shown: dict[int, int], images: P
     axes[0].set_xlabel(f"{plane}, slice {at}", fontsize=8)
 
 
-def _pair(scores: Scores, arm: int, repeat: int, index: int):
-    pairs = [pair for evaluation in scores.evaluations[arm][repeat] for pair in evaluation.pairs]
-    return pairs[index]
-
-
 def read_volume(path: Path, scores: Scores) -> Volume:
     """A file as (Z, Y, X), turned to the patient's axes where the file tells them (read by SimpleITK)."""
     import SimpleITK as sitk
@@ -148,7 +136,8 @@ def read_volume(path: Path, scores: Scores) -> Volume:
         if image.GetDimension() == 3:
             image = sitk.DICOMOrient(image, "LPS")
             return Volume(sitk.GetArrayFromImage(image), tuple(image.GetSpacing()[::-1]), True)
-    content, properties = find_reader(source.ending, source.reader, path).read_seg(str(path))
+    with redirect_stdout(io.StringIO()):  # nnU-Net's warning of an assumed spacing
+        content, properties = find_reader(source.ending, source.reader, path).read_seg(str(path))
     return Volume(content[0], tuple(float(s) for s in properties["spacing"]), False)
 
 

@@ -1,10 +1,10 @@
-"""One finished fold of one training, and the arms of a comparison that are made of them."""
+"""One finished and validated fold of one training."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,6 @@ TRAINING_FACTS = (
     "weight_decay",
     "oversample_foreground_percent",
 )
-# settings that change nothing of the result
-_SILENT = ("panel_every", "tensorboard", "save_every", "num_val_iterations_per_epoch", "seed", "train_cases_seed")
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,14 @@ class FoldRun:
         return ", ".join(sorted(map(str, wanted))) if isinstance(wanted, list) else str(wanted or "all")
 
     @property
+    def training_set(self) -> str:
+        """``all``, ``5 of draw 0``, or the names: two trainings of the same fold with the same text learned from the
+        same cases."""
+        wanted = self.settings.get("train_cases")
+        is_number = isinstance(wanted, int)
+        return f"{wanted} of draw {self.settings.get('train_cases_seed', 0)}" if is_number else self.train_cases
+
+    @property
     def steps(self) -> int | None:
         """Optimiser steps of the whole training, None if unknown."""
         epochs = self.facts.get("num_epochs", "")
@@ -69,38 +75,6 @@ class FoldRun:
         """Optimiser steps of an epoch, None if unknown."""
         text = self.facts.get("num_iterations_per_epoch", "")
         return int(text) if text.isdigit() else None
-
-
-@dataclass
-class Repeat:
-    """One training of every fold: the unit over which luck of the training (weights, batches) is averaged.
-
-    Attributes:
-        label: ``seed 0``, or the name of its results folder.
-        folds: by fold.
-    """
-
-    label: str
-    folds: dict[str, FoldRun]
-
-
-@dataclass
-class Arm:
-    """One of the things compared.
-
-    Attributes:
-        name: the trainer, or the name given with ``--run``.
-        repeats: trainings of it.
-        trainer: None for folders of predictions.
-    """
-
-    name: str
-    repeats: list[Repeat]
-    trainer: str | None = None
-
-    def runs(self) -> list[FoldRun]:
-        """Every fold of every repeat."""
-        return [run for repeat in self.repeats for run in repeat.folds.values()]
 
 
 def read_fold(model: Model, fold: str, ending: str) -> FoldRun:
@@ -128,7 +102,7 @@ def read_fold(model: Model, fold: str, ending: str) -> FoldRun:
         cases = tuple(case_files(folder / "validation", ending, "validation predictions"))
     except ValueError as error:
         raise ValueError(f"{error}: {validate}") from error
-    expected = {Path(c["prediction_file"]).name.removesuffix(ending) for c in _summary_cases(summary)}
+    expected = {_case_name(row, ending) for row in _summary_cases(summary)}
     if set(cases) != expected:
         changed = sorted(expected.symmetric_difference(cases))
         raise ValueError(f"{folder / 'validation'}: {listed(changed)} and summary.json do not agree: {validate}")
@@ -141,9 +115,14 @@ def nnunet_dice(run: FoldRun, ending: str) -> dict[str, dict[str, float]]:
     if run.fold == "test" or not file.is_file():
         return {}
     return {
-        Path(c["prediction_file"]).name.removesuffix(ending): {k: m["Dice"] for k, m in c["metrics"].items()}
-        for c in _summary_cases(file)
+        _case_name(row, ending): {key: values["Dice"] for key, values in row["metrics"].items()}
+        for row in _summary_cases(file)
     }
+
+
+def _case_name(row: Mapping[str, Any], ending: str) -> str:
+    """Of a row of summary.json, whose paths have backslashes where the training ran on Windows."""
+    return re.split(r"[\\/]", row["prediction_file"])[-1].removesuffix(ending)
 
 
 def _summary_cases(summary: Path) -> list[dict[str, Any]]:
@@ -177,149 +156,3 @@ def _facts(folder: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return {key: str(content[key]) for key in TRAINING_FACTS if key in content}
-
-
-def make_arm(name: str, parts: Sequence[tuple[Model, Sequence[str]]], ending: str, prefix: str = "") -> Arm:
-    """An arm from its models; those of the same results folder are one repeat.
-
-    Args:
-        name: shown everywhere.
-        parts: models and the folds wanted of each.
-        ending: of prediction files.
-        prefix: of the label of a repeat without a seed.
-
-    Raises:
-        ValueError: a fold is missing or unfinished, or one is given twice.
-    """
-    by_root: dict[Path, dict[str, FoldRun]] = {}
-    for model, folds in parts:
-        repeat = by_root.setdefault(model.folder, {})
-        for fold in folds:
-            if fold in repeat:
-                raise ValueError(f"{name}: fold {fold} of {model.folder} was given twice")
-            repeat[fold] = read_fold(model, fold, ending)
-    return Arm(name, _labelled(by_root), parts[0][0].trainer)
-
-
-def predictions_arm(name: str, folders: Sequence[Path], ending: str) -> Arm:
-    """An arm from folders of test predictions, one per repeat.
-
-    Raises:
-        ValueError: a folder is missing or has no prediction.
-    """
-    by_folder = {}
-    for folder in folders:
-        cases = tuple(case_files(folder, ending, f"predictions of {name}"))
-        by_folder[folder.absolute()] = {"test": FoldRun(folder, "test", folder, cases)}
-    if len(by_folder) < len(folders):
-        raise ValueError(f"--predictions {name}: a folder was given twice")
-    return Arm(name, _labelled(by_folder))
-
-
-def _labelled(by_folder: Mapping[Path, dict[str, FoldRun]]) -> list[Repeat]:
-    """Repeats named by their seed where all seeds are known and differ, else by what differs in their paths."""
-    seeds = [{run.seed for run in folds.values()} for folds in by_folder.values()]
-    known = [next(iter(s)) for s in seeds if len(s) == 1]
-    if len(known) == len(seeds) and None not in known and len(set(known)) == len(known):
-        return [Repeat(f"seed {seed}", folds) for seed, folds in zip(known, by_folder.values(), strict=True)]
-    if len(by_folder) == 1:
-        return [Repeat("repeat 1", folds) for folds in by_folder.values()]
-    return [Repeat(label, f) for label, f in zip(_distinct_parts(list(by_folder)), by_folder.values(), strict=True)]
-
-
-def _distinct_parts(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path at which they all differ, or the whole path."""
-    for depth in range(1, 1 + min(len(f.parts) for f in folders)):
-        names = [f.parts[-depth] for f in folders]
-        if len(set(names)) == len(names):
-            return names
-    return [str(f) for f in folders]
-
-
-def require_comparable(arms: Sequence[Arm], split: Mapping[str, Sequence[str]] | None = None) -> list[str]:
-    """Make sure that all arms predicted the same cases in the same folds.
-
-    Args:
-        arms: at least two.
-        split: validation cases by fold, of the dataset's splits_final.json.
-
-    Returns:
-        Notes for the reader, e.g. that splits_final.json has changed since.
-
-    Raises:
-        ValueError: fewer than two arms, equal names, different folds, different cases, or a case in two folds.
-    """
-    names = [arm.name for arm in arms]
-    if len(arms) < 2:
-        raise ValueError(f"a comparison needs two or more, but there is only {', '.join(names) or 'none'}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"two of the compared have the same name: {', '.join(names)}")
-    first = arms[0].repeats[0]
-    for arm in arms:
-        for repeat in arm.repeats:
-            if set(repeat.folds) != set(first.folds):
-                raise ValueError(
-                    f"{arm.name} ({repeat.label}) has the folds {_names(repeat.folds)}, but {arms[0].name} "
-                    f"({first.label}) has {_names(first.folds)}; train the missing ones, or compare fewer with -f"
-                )
-            for fold, run in repeat.folds.items():
-                _require_same_cases(run, first.folds[fold], f"{arm.name} ({repeat.label})", f"{arms[0].name}")
-    seen: dict[str, str] = {}
-    for fold, run in first.folds.items():
-        twice = [case for case in run.cases if case in seen]
-        if twice:
-            raise ValueError(f"{listed(twice)} of fold {fold} were also validated in fold {seen[twice[0]]}: split anew")
-        seen.update(dict.fromkeys(run.cases, fold))
-    notes = []
-    for fold, run in first.folds.items():
-        if split is not None and fold in split and set(split[fold]) != set(run.cases):
-            notes.append(
-                f"fold {fold}: splits_final.json has changed since the trainings; all of them validated the same "
-                f"{len(run.cases)} cases, which the file no longer lists as such"
-            )
-        if fold == "all":
-            notes.append("fold all validates on the cases it was trained on: its scores say nothing about new patients")
-    steps = {arm.name: sorted({run.steps for run in arm.runs() if run.steps is not None}) for arm in arms}
-    if all(steps.values()) and len(set().union(*steps.values())) > 1:
-        lengths = ", ".join(f"{name} {' / '.join(map(str, some))}" for name, some in steps.items())
-        notes.append(f"the trainings are not equally long (optimiser steps: {lengths})")
-    return notes
-
-
-def _require_same_cases(run: FoldRun, first: FoldRun, name: str, first_name: str) -> None:
-    lost, more = sorted(set(first.cases) - set(run.cases)), sorted(set(run.cases) - set(first.cases))
-    if lost or more:
-        where = "test cases" if run.fold == "test" else f"validation cases of fold {run.fold}"
-        parts = [f"{name} has not {listed(lost)}"] if lost else []
-        parts += [f"{first_name} has not {listed(more)}"] if more else []
-        raise ValueError(
-            f"the {where} differ, so that there are no pairs to compare ({'; '.join(parts)}): different splits; train "
-            "with the same splits_final.json"
-        )
-
-
-def _names(folds: Mapping[str, FoldRun]) -> str:
-    return ", ".join(folds)
-
-
-def differing_facts(arms: Sequence[Arm]) -> dict[str, list[str]]:
-    """What differs between the arms' trainings: setting to its value(s) in each arm that has it, ``-`` elsewhere.
-
-    Seeds and what only concerns logging are left out, and so are settings that a single kind of trainer has and all
-    arms of that kind agree on.
-    """
-    tables = [_facts_of(arm) for arm in arms]
-    keys = dict.fromkeys(key for table in tables for key in table)
-    having = {key: [table[key] for table in tables if key in table] for key in keys}
-    return {key: [t.get(key, "-") for t in tables] for key, values in having.items() if len(set(values)) > 1}
-
-
-def _facts_of(arm: Arm) -> dict[str, str]:
-    found: dict[str, set[str]] = {}
-    for run in arm.runs():
-        values = {"trainer": arm.trainer or "?", **run.facts}
-        values |= {k: str(v) for k, v in run.settings.items() if k not in (*_SILENT, *TRAINING_FACTS)}
-        values |= {} if run.fold == "test" else {"train_cases": run.train_cases}
-        for key, value in values.items():
-            found.setdefault(key, set()).add(value)
-    return {key: " / ".join(sorted(values)) for key, values in found.items()}

@@ -1,25 +1,26 @@
 """Paired differences with intervals, and what may be concluded from them.
 
 The paired unit is the case: its score is averaged over an arm's repeats (seeds) first, so that three seeds do not pass
-for three times as many patients. The bootstrap draws cases. How much a repeated training changes the answer is another
-question, with an interval of its own over the repeats.
+for three times as many patients. The bootstrap draws subjects, with all their cases, where subjects are known, and else
+cases. How much a repeated training changes the answer is another question, with an interval over the repeats.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
+import pandas as pd
 from scipy import stats
 
-from nnunetv2_ext.compare.collect import Scores
-from nnunetv2_ext.evaluate.metrics import METRICS
+from nnunetv2_ext.compare.scores import Scores
+from nnunetv2_ext.evaluate.metrics import Metric
 
 RESAMPLES = 9999
-FEW_CASES = 10  # fewer: the interval is rough
+FEW_CASES = 10  # fewer (subjects where known): the interval is rough
 TOO_FEW_CASES = 5  # fewer: it is little more than the cases' own range
 _TIE = 1e-9
 
@@ -47,28 +48,35 @@ class Difference:
     """One arm minus the first, for one metric and structure.
 
     Attributes:
-        arm: index of the arm.
-        metric: key of ``METRICS``.
-        column: structure, or the mean over structures.
-        per_case: (cases,), NaN where a case does not count.
+        arm, first: names of the two.
+        key: of ``METRICS``.
+        metric: with the unit that the values have.
+        structure: its name, or ``MEAN`` over structures.
+        per_case: by case, NaN where it does not count.
         mean: over cases.
-        interval: bootstrap over cases.
+        interval: bootstrap over ``units``.
+        units: number of subjects among the cases that count, or of these cases where subjects are not known.
+        unit: ``subjects`` or ``cases``.
         wins, losses, ties: cases that got better, worse, or stayed.
         by_repeat: mean difference of each repeat: of equal labels if both arms have the same, else of the arm's repeats
             to the first arm's average.
         paired_repeats: whether the labels are the same.
         agreeing: of how many pairs of trainings, and in how many of them the difference has the sign of the mean; pairs
             of equal labels, or all pairs.
-        repeat_interval: over repeats (Student's t); none with a single repeat in either arm.
+        repeat_interval: over repeats (Student's t); none with a single repeat in either arm or without any spread.
         by_fold: mean difference in each fold.
     """
 
-    arm: int
-    metric: str
-    column: str
-    per_case: npt.NDArray[np.float64]
+    arm: str
+    first: str
+    key: str
+    metric: Metric
+    structure: str
+    per_case: pd.Series
     mean: float
     interval: Interval
+    units: int
+    unit: str
     wins: int
     losses: int
     ties: int
@@ -86,138 +94,179 @@ class Difference:
     @property
     def sign(self) -> int:
         """1 if the arm is better on average, -1 if worse."""
-        return int(np.sign(self.mean)) * (1 if METRICS[self.metric].higher_is_better else -1)
+        return int(np.sign(self.mean)) * (1 if self.metric.higher_is_better else -1)
 
     @property
     def direction(self) -> str:
-        """better, worse, equal in every case, or unclear: the interval over cases holds zero."""
+        """better, worse, equal in every case, or unclear: the interval over cases holds zero, or there are too few."""
         if self.n and self.ties == self.n:
             return EQUAL
-        if not self.interval.excludes_zero:
+        if self.units < TOO_FEW_CASES or not self.interval.excludes_zero:
             return UNCLEAR
         return BETTER if self.sign > 0 else WORSE
 
 
-def paired_difference(scores: Scores, arm: int, metric: str, column: int, seed: int = 0) -> Difference:
+def paired_difference(scores: Scores, arm: str, key: str, structure: str, seed: int = 0) -> Difference:
     """Arm ``arm`` minus the first arm.
 
     Args:
         scores: what was measured.
-        arm: index, from 1.
-        metric: key of ``METRICS``.
-        column: index in ``scores.columns``.
+        arm: name.
+        key: of ``METRICS``.
+        structure: name, or ``MEAN``.
         seed: of the bootstrap, so that a report can be repeated.
     """
-    difference = (scores.case_scores(metric, arm) - scores.case_scores(metric, 0))[:, column]
-    defined = np.isfinite(difference)
-    values = difference[defined]
-    gain = values if METRICS[metric].higher_is_better else -values
-    by_repeat, paired, pairs, repeat_interval = _over_repeats(scores, arm, metric, column)
-    mean = float(values.mean()) if len(values) else math.nan
-    folds = np.array(scores.folds)[defined]
-    by_fold = {fold: float(values[folds == fold].mean()) for fold in dict.fromkeys(folds.tolist())}
+    metric, about = scores.metrics[key], scores.per_case
+    cells = scores.trainings(key, structure)
+    per_case = cells[arm].mean(axis=1) - cells[scores.first].mean(axis=1)
+    values = per_case.dropna()
+    gain = values if metric.higher_is_better else -values
+    subjects = about.loc[values.index, "subject"] if "subject" in about else values.index.to_series()
+    by_repeat, paired, pairs = _over_repeats(*(cells.loc[values.index, name].mean() for name in (arm, scores.first)))
     return Difference(
         arm=arm,
+        first=scores.first,
+        key=key,
         metric=metric,
-        column=scores.columns[column],
-        per_case=difference,
-        mean=mean,
-        interval=bootstrap_interval(values, seed),
+        structure=structure,
+        per_case=per_case,
+        mean=float(values.mean()),
+        interval=bootstrap_interval(values, subjects, seed),
+        units=subjects.nunique(),
+        unit="subjects" if "subject" in about else "cases",
         wins=int((gain > _TIE).sum()),
         losses=int((gain < -_TIE).sum()),
-        ties=int((np.abs(gain) <= _TIE).sum()),
+        ties=int((gain.abs() <= _TIE).sum()),
         by_repeat=by_repeat,
         paired_repeats=paired,
-        agreeing=(len(pairs), int((pairs * np.sign(mean) > 0).sum())),
-        repeat_interval=repeat_interval,
-        by_fold=by_fold,
+        agreeing=(pairs.size, int((pairs * np.sign(values.mean()) > 0).sum())),
+        repeat_interval=_repeat_interval(pairs, paired),
+        by_fold=values.groupby(about.loc[values.index, "fold"], sort=False).mean().to_dict(),
     )
 
 
-def bootstrap_interval(values: npt.NDArray[np.float64], seed: int = 0) -> Interval:
-    """95 % interval of the mean, bias-corrected and accelerated (scipy.stats.bootstrap); none below two values.
+def bootstrap_interval(values: pd.Series, subjects: pd.Series | None = None, seed: int = 0) -> Interval:
+    """95 % interval of the mean of cases, bias-corrected and accelerated (scipy.stats.bootstrap).
 
-    Values that are all the same give that value twice.
+    Subjects are drawn, each with all of its cases. Values that are all the same give that value twice.
+
+    Args:
+        values: by case, finite.
+        subjects: by case; None: each case is its own.
+        seed: of the draws.
+
+    Returns:
+        ``NO_INTERVAL`` below two subjects.
     """
-    if len(values) < 2:
+    sums = values.groupby(np.arange(len(values)) if subjects is None else subjects.to_numpy()).agg(["sum", "count"])
+    if len(sums) < 2:
         return NO_INTERVAL
-    if np.ptp(values) <= _TIE:
+    if np.ptp(values.to_numpy()) <= _TIE:
         return Interval(float(values.mean()), float(values.mean()))
     generator = np.random.default_rng(seed)
+
+    def draw(method: str):
+        return stats.bootstrap(
+            (sums["sum"].to_numpy(), sums["count"].to_numpy()),
+            lambda total, number, axis: total.sum(axis) / number.sum(axis),
+            paired=True, vectorized=True, n_resamples=RESAMPLES, method=method, random_state=generator,
+        ).confidence_interval  # fmt: skip
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a degenerate acceleration is answered below
-        found = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, random_state=generator).confidence_interval
+        found = draw("BCa")
         if not (math.isfinite(found.low) and math.isfinite(found.high)):
-            options = {"n_resamples": RESAMPLES, "random_state": generator, "method": "percentile"}
-            found = stats.bootstrap((values,), np.mean, **options).confidence_interval
+            found = draw("percentile")
     return Interval(float(found.low), float(found.high))
 
 
-def _over_repeats(
-    scores: Scores, arm: int, metric: str, column: int
-) -> tuple[dict[str, float], bool, npt.NDArray[np.float64], Interval]:
-    """Mean difference of each repeat, whether repeats are paired, the pairs' differences, and the interval of the mean
-    over repeated trainings (on these cases)."""
-    ours, theirs = (_repeat_means(scores, metric, index, column) for index in (arm, 0))
-    labels, others = ([r.label for r in scores.arms[index].repeats] for index in (arm, 0))
-    paired = set(labels) == set(others)
-    if paired:
-        pairs = np.array([ours[i] - theirs[others.index(label)] for i, label in enumerate(labels)])
-        differences = dict(zip(labels, pairs.tolist(), strict=True))
-    else:
-        pairs = np.subtract.outer(ours, theirs).ravel()
-        differences = {label: ours[i] - float(np.mean(theirs)) for i, label in enumerate(labels)}
-    if min(len(ours), len(theirs)) < 2 or not np.isfinite(pairs).all():
-        return differences, paired, pairs, NO_INTERVAL
-    if np.ptp(pairs) <= _TIE:
-        return differences, paired, pairs, Interval(float(pairs.mean()), float(pairs.mean()))
+def _over_repeats(ours: pd.Series, theirs: pd.Series) -> tuple[dict[str, float], bool, np.ndarray]:
+    """``by_repeat``, ``paired_repeats`` and the differences of all pairs of trainings.
+
+    Args:
+        ours, theirs: mean of each repeat, by label.
+
+    Returns:
+        The pairs are (repeats,) where labels are the same, else (our repeats, their repeats).
+    """
+    if set(ours.index) == set(theirs.index):
+        differences = ours - theirs.loc[ours.index]
+        return differences.to_dict(), True, differences.to_numpy()
+    return (ours - theirs.mean()).to_dict(), False, np.subtract.outer(ours.to_numpy(), theirs.to_numpy())
+
+
+def _repeat_interval(pairs: np.ndarray, paired: bool) -> Interval:
+    """Of the mean over repeated trainings, on these cases. Trainings that agree to the last digit tell nothing."""
+    if min(pairs.shape) < 2 or not np.isfinite(pairs).all() or np.ptp(pairs) <= _TIE:
+        return NO_INTERVAL
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of precision, where repeats are nearly the same
-        test = stats.ttest_1samp(pairs, 0) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
+        if paired:
+            test = stats.ttest_1samp(pairs, 0)
+        else:  # both arms' repeats, less the other arm's first one
+            test = stats.ttest_ind(pairs[:, 0], pairs[0, 0] - pairs[0], equal_var=False)
         interval = test.confidence_interval()
-    return differences, paired, pairs, Interval(float(interval.low), float(interval.high))
-
-
-def _repeat_means(scores: Scores, metric: str, arm: int, column: int) -> list[float]:
-    """(repeats,): mean over the cases that count."""
-    values = scores.table(metric, arm)[:, :, column]
-    return [float(row[np.isfinite(row)].mean()) if np.isfinite(row).any() else math.nan for row in values]
+    return Interval(float(interval.low), float(interval.high))
 
 
 def all_differences(scores: Scores) -> list[Difference]:
-    """Every arm against the first, every metric and column; the mean over structures comes first."""
-    order = [len(scores.columns) - 1, *range(len(scores.columns) - 1)]
+    """Every arm against the first, every metric and structure; the mean over structures comes first."""
+    *structures, last = scores.columns
     return [
-        paired_difference(scores, arm, metric, column)
-        for metric in scores.source.rules.metrics
-        for arm in range(1, len(scores.arms))
-        for column in order
+        paired_difference(scores, arm.name, key, structure)
+        for key in scores.metrics
+        for arm in scores.arms[1:]
+        for structure in (last, *structures)
     ]
 
 
-def verdict(difference: Difference, name: str, first: str) -> str:
-    """What may be concluded, in one sentence; the parts of chance (cases, training) are told apart."""
-    d, unit = difference, METRICS[difference.metric].unit
+def headline(differences: Sequence[Difference]) -> str:
+    """All metrics in one sentence: ``No difference in Dice; HD95 worse by 0.41 mm [0.16, 0.67]``.
+
+    Args:
+        differences: of one arm and structure, one per metric.
+    """
+    units = min(d.units for d in differences)
+    if units < TOO_FEW_CASES:
+        return f"Too few {differences[0].unit} to conclude anything ({units})"
+    none = [d.metric.name for d in differences if d.direction in (UNCLEAR, EQUAL)]
+    parts = []
+    for d in differences:
+        if d.metric.name in none[:1]:
+            parts.append(f"no difference in {' and '.join(none)}")
+        elif d.metric.name not in none:
+            low, high = sorted((abs(d.interval.low), abs(d.interval.high)))
+            unit, digits = (f" {d.metric.unit}", 2) if d.metric.unit else ("", 3)
+            size = f"{abs(d.mean):.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
+            parts.append(f"{d.metric.name} {d.direction} by {size}")
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:]
+
+
+def verdict(d: Difference) -> str:
+    """What may be concluded of one metric, in one sentence; the parts of chance (cases, training) are told apart."""
+    unit = d.metric.unit
     if not d.n:
-        return f"{name}: no case counts for {METRICS[d.metric].name}, so nothing can be said."
-    what = f"{METRICS[d.metric].name} ({d.column}) {signed(d.mean)}{' ' + unit if unit else ''}"
+        return f"{d.metric.name}: no case counts, so nothing can be said."
+    what = f"{d.metric.name} ({d.structure}) {signed(d.mean)}{' ' + unit if unit else ''}"
     counts = f"better in {d.wins}, worse in {d.losses} of {d.n} cases"
-    if d.n < 2:
-        return f"{name} against {first}: {what} on a single case, which says nothing about others."
-    span = f"95 % interval {signed(d.interval.low)} to {signed(d.interval.high)} over cases"
-    return f"{name} against {first}: {what}, {span}; {counts}. {_conclusion(d)}"
+    if d.units < 2:
+        return f"{what} on a single {d.unit[:-1]}, which says nothing about others."
+    over = f"{d.units} subjects" if d.unit == "subjects" else "cases"
+    span = f"95 % interval {signed(d.interval.low)} to {signed(d.interval.high)} over {over}"
+    return f"{what}, {span}; {counts}. {_conclusion(d)}"
 
 
 def _conclusion(d: Difference) -> str:
-    if d.n < TOO_FEW_CASES:
-        return f"**Too few cases to conclude anything**: {d.n}; score at least {TOO_FEW_CASES}."
-    few = f" With {d.n} cases the interval is itself rough." if d.n < FEW_CASES else ""
+    if d.units < TOO_FEW_CASES:
+        return f"**Too few {d.unit} to conclude anything**: {d.units}; score at least {TOO_FEW_CASES}."
+    few = f" With {d.units} {d.unit} the interval is itself rough." if d.units < FEW_CASES else ""
     if d.direction == EQUAL:
-        return "**Equal in every case.**"
+        return f"**Equal {d.metric.name} in every case.**"
     if d.direction == UNCLEAR:
         return (
-            "**No difference beyond chance**: the interval holds zero; it also says how large an effect, in either "
-            f"direction, these cases cannot exclude.{few}"
+            f"**No difference in {d.metric.name} beyond chance**: the interval holds zero; it also says how large an "
+            f"effect, in either direction, these cases cannot exclude.{few}"
         )
     pairs, agree = d.agreeing
     word = d.direction.capitalize()

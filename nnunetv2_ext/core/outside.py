@@ -50,7 +50,7 @@ class Trainer:
             mechanism stays on.
         off: settings with which the trainer is plain nnU-Net bit for bit; None if there are none.
         data: ``dense`` labels, or ``sparse``: an ignore label on all but a few planes.
-        refuses: what it cannot do, and words of its refusal.
+        refuses: what it cannot do, and a regular expression that its one-line refusal matches.
         promises: by the settings of a candidate of ``nnUNetv2_ext bench``, as one types them (dotted keys), ``""`` for
             the defaults.
     """

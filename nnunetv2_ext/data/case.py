@@ -45,7 +45,8 @@ def find_reader(ending: str, name: str | None, example: Path) -> Any:
 
     dataset_json = {"file_ending": ending, **({"overwrite_image_reader_writer": name} if name else {})}
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # nnU-Net prints a traceback for each reader that cannot
+        # nnU-Net prints a traceback for each reader that cannot
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             found = registry.determine_reader_writer_from_dataset_json(dataset_json, str(example), verbose=False)
     except RuntimeError:  # damaged or missing: whoever reads it with any reader says so, and which case it is
         try:
@@ -103,51 +104,60 @@ def read_label_map(
     return content[0].astype(np.int32), properties
 
 
-def require_same_grid(case: str, one: Volume, other: Volume, remedy: str, beyond_shape: str | None = None) -> None:
-    """Raise ValueError if two files of a case differ in shape or spacing.
-
-    Args:
-        case: its name.
-        one, other: the files.
-        remedy: what to do about another shape.
-        beyond_shape: compare origin and direction too, and what to do about those; None: not compared.
-    """
+def require_same_grid(case: str, one: Volume, other: Volume, remedy: str) -> None:
+    """Raise ValueError if two files of a case differ in shape or spacing; `remedy` says what to do about the shape."""
     if one.shape != other.shape:
         raise ValueError(
-            f"case {case}: the {one.name} has {_by(one.shape)} voxels, the {other.name} {_by(other.shape)} (array "
+            f"case {case}: the {one.name} has {by(one.shape)} voxels, the {other.name} {by(other.shape)} (array "
             f"order): {remedy}"
         )
-    spacing = _spacing(other.properties)
-    assert spacing is not None
-    for name, position, tolerance in (
-        ("spacing", _spacing, 1e-3 * spacing.min()),
-        ("origin", _origin, _OF_A_VOXEL * spacing.min()),
-        ("direction", _direction, 1e-3),
-    ):
-        if name != "spacing" and beyond_shape is None:
-            continue
-        here, there = position(one.properties), position(other.properties)
-        if here is None or there is None:
-            continue
-        if here.shape != there.shape or np.abs(here - there).max() > tolerance:
-            raise ValueError(
-                f"case {case}: {one.name} and {other.name} differ in {name}, {_short(here)} and {_short(there)}; "
-                + ("the two do not show the same grid" if name == "spacing" else str(beyond_shape))
-            )
+    if (found := difference("spacing", one.properties, other.properties)) is not None:
+        raise ValueError(
+            f"case {case}: {one.name} and {other.name} differ in spacing, {short(found[0])} and {short(found[1])}; the "
+            "two do not show the same grid"
+        )
+
+
+def difference(
+    what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
+    """Both values of ``spacing``, ``direction`` or ``origin`` if they differ; None also where a file has none."""
+    smallest = spacing_of(theirs).min()
+    get, tolerance = {
+        "spacing": (spacing_of, 1e-3 * smallest),
+        "direction": (_direction, 1e-3),
+        "origin": (_origin, _OF_A_VOXEL * smallest),
+    }[what]
+    here, there = get(ours), get(theirs)
+    if here is None or there is None or (here.shape == there.shape and np.abs(here - there).max() <= tolerance):
+        return None
+    return here, there
+
+
+def spacing_of(properties: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+    """Voxel size in mm along the array's axes."""
+    return np.abs(np.asarray(properties["spacing"], dtype=float))
+
+
+def by(sizes: Sequence[float]) -> str:
+    """``10 x 20 x 18``."""
+    return " x ".join(f"{size:g}" for size in sizes)
+
+
+def short(values: npt.NDArray[np.float64]) -> str:
+    """``(1, 0.5, 2)``."""
+    return "(" + ", ".join(f"{v:.6g}" for v in values.ravel()) + ")"
 
 
 def _read(case: str, what: str, file: str | Path, read: Any, argument: Any) -> tuple[npt.NDArray[Any], dict[str, Any]]:
     if not Path(file).is_file():
         raise ValueError(f"case {case}: the {what} {file} is missing")
     try:
-        return read(argument)
+        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net's warning of an assumed spacing
+            return read(argument)
     except Exception as error:  # every reader has its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise ValueError(f"case {case}: the {what} {file} cannot be read ({reason})") from error
-
-
-def _spacing(properties: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
-    return np.abs(np.asarray(properties["spacing"], dtype=float))
 
 
 def _origin(properties: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
@@ -167,11 +177,3 @@ def _direction(properties: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
 def _affine(properties: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
     stuff = properties.get("nibabel_stuff")
     return None if stuff is None else np.asarray(stuff["original_affine"], dtype=float)
-
-
-def _by(sizes: Sequence[int]) -> str:
-    return " x ".join(str(size) for size in sizes)
-
-
-def _short(values: npt.NDArray[np.float64]) -> str:
-    return "(" + ", ".join(f"{v:.6g}" for v in values.ravel()) + ")"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_ext.data.case import Volume, read_label_map, require_same_grid
+import numpy as np
+import numpy.typing as npt
+
+from nnunetv2_ext.core.files import require_writable
+from nnunetv2_ext.data.case import by, difference, read_label_map, short, spacing_of
 
 _SHOWN = 8  # of a list of cases in a message
 
@@ -53,6 +57,37 @@ def find_pairs(
     return [Pair(case, ours[case], theirs[case]) for case in sorted(wanted) if case in ours]
 
 
+# files that nnU-Net leaves beside predictions, and nobody beside a truth
+_PREDICTION_FILES = ("predict_from_raw_data_args.json", "plans.json", "summary.json")
+
+
+def require_roles(predictions: Path, truth: Path) -> None:
+    """Make sure that the two folders are not the same, and not swapped as far as cheap evidence shows.
+
+    Raises:
+        ValueError: they are; says which files tell.
+    """
+    if predictions.resolve() == truth.resolve():
+        raise ValueError(f"predictions and truth are the same folder, {predictions}: give the folder of the truth")
+    found = [name for name in _PREDICTION_FILES if (truth / name).is_file()]
+    if found and not any((predictions / name).is_file() for name in _PREDICTION_FILES):
+        raise ValueError(
+            f"the folders look swapped: the folder of the truth, {truth}, holds {' and '.join(found)}, which nnU-Net "
+            f"writes beside predictions. The predictions come first; if {truth} is the truth, move these files away"
+        )
+
+
+def require_output(folder: Path, inputs: Sequence[Path]) -> Path:
+    """The output folder, writable and none of the inputs, where its pictures would pass for cases.
+
+    Raises:
+        ValueError: it is one of them, or cannot be written.
+    """
+    if folder.resolve() in [given.resolve() for given in inputs]:
+        raise ValueError(f"the output folder {folder} holds the input: choose another with -o")
+    return require_writable(folder)
+
+
 def case_files(folder: Path, ending: str, what: str = "segmentations") -> dict[str, Path]:
     """Case name to file, sorted.
 
@@ -75,24 +110,80 @@ def listed(cases: Sequence[str]) -> str:
     return f"{'case' if len(cases) == 1 else 'cases'} {names}"
 
 
-def read(pair: Pair, from_file: Any, compare_origin: bool = True) -> tuple[Any, Any, list[float]]:
-    """Prediction and truth of a case, as (X, Y, Z) in array order, and the spacing in mm along these axes.
+@dataclass(frozen=True)
+class Case:
+    """A case as read.
+
+    Attributes:
+        prediction, truth: (X, Y, Z) in array order; (X, Y) of 2-D files.
+        spacing: voxel size in mm along these axes; ones where no file tells it.
+        spacing_known: whether a file tells it.
+        remark: what was not as it should be and was let pass; empty if nothing.
+    """
+
+    prediction: npt.NDArray[np.int32]
+    truth: npt.NDArray[np.int32]
+    spacing: tuple[float, ...]
+    spacing_known: bool
+    remark: str
+
+
+def read(pair: Pair, from_file: Any, compare_origin: bool = True) -> Case:
+    """Prediction and truth of a case.
+
+    nnU-Net's readers of TIFF and of pictures assume a spacing where the file has none. An assumed spacing is not
+    compared, and the other file's is taken if that one tells it: nnU-Net writes CASE.json beside a 3-D TIFF prediction,
+    but copies none to gt_segmentations.
 
     Args:
         pair: the files.
         from_file: one of nnU-Net's readers, see ``data.case.find_reader``.
-        compare_origin: whether origin and direction have to agree; shape and spacing always have to.
+        compare_origin: whether origin and direction have to agree; shape and known spacings always have to.
 
     Raises:
         ValueError: unreadable, not a label map, or on different grids; names the case.
     """
     ours, our_properties = read_label_map(pair.case, pair.prediction, from_file, "prediction")
     theirs, their_properties = read_label_map(pair.case, pair.truth, from_file, "truth")
-    require_same_grid(
-        pair.case,
-        Volume("prediction", ours.shape, our_properties),
-        Volume("truth", theirs.shape, their_properties),
-        "predict on the images that the truth was drawn on",
-        "--ignore-origin scores them voxel by voxel, as nnU-Net does" if compare_origin else None,
-    )
-    return ours, theirs, [abs(float(s)) for s in their_properties["spacing"]]
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"case {pair.case}: the prediction has {by(ours.shape)} voxels, the truth {by(theirs.shape)} (array "
+            "order); predict on the images that the truth was drawn on"
+        )
+    known = [_tells_spacing(from_file, path) for path in (pair.prediction, pair.truth)]
+    remarks = [] if all(known) or not any(known) else [f"spacing of the {'prediction' if known[0] else 'truth'} only"]
+    if all(known):
+        _require_same(pair.case, "spacing", our_properties, their_properties)
+    if compare_origin:
+        for what in ("direction", "origin"):
+            _require_same(pair.case, what, our_properties, their_properties)
+    else:
+        differ = [what for what in ("direction", "origin") if difference(what, our_properties, their_properties)]
+        remarks.append("direction and origin not compared" + (f", differing: {', '.join(differ)}" if differ else ""))
+    spacing = [float(s) for s in spacing_of(our_properties if known == [True, False] else their_properties)]
+    if not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise ValueError(f"case {pair.case}: the voxels measure {by(spacing)} mm; correct the spacing in the file")
+    # readers of 2-D files put an axis in front, 999 times as thick as the largest pixel
+    if theirs.shape[0] == 1 and np.isclose(spacing[0], 999 * max(spacing[1:])):
+        ours, theirs, spacing = ours[0], theirs[0], spacing[1:]
+    return Case(ours, theirs, tuple(spacing), any(known), "; ".join(remarks))
+
+
+def _tells_spacing(from_file: Any, path: Path) -> bool:
+    name = type(from_file).__name__
+    return path.with_suffix(".json").is_file() if name == "Tiff3DIO" else name != "NaturalImage2DIO"
+
+
+_REMEDIES = {
+    "spacing": "the two do not show the same grid",
+    "direction": "one of them is turned or mirrored against the other. Bring both to one orientation (DICOMOrient of "
+    "SimpleITK) or one grid; voxel by voxel a perfect prediction would score low",
+    "origin": "--ignore-origin scores them voxel by voxel, as nnU-Net does. Use the option only if the header is wrong "
+    "and the voxels are right",
+}
+
+
+def _require_same(case: str, what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if (found := difference(what, ours, theirs)) is not None:
+        here, there = map(short, found)
+        raise ValueError(f"case {case}: prediction and truth differ in {what}, {here} and {there}; {_REMEDIES[what]}")

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunetv2_ext.core.files import atomic_write
-from nnunetv2_ext.evaluate.folder import Evaluation
-from nnunetv2_ext.evaluate.metrics import INVENTED, METRICS, MISSED, Metric
-from nnunetv2_ext.evaluate.table import MEAN
+from nnunetv2_ext.evaluate.folder import MEAN, Evaluation, with_mean
+from nnunetv2_ext.evaluate.metrics import INVENTED, MISSED, Metric
+from nnunetv2_ext.evaluate.table import relaxations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,29 +20,21 @@ if TYPE_CHECKING:
 
 def draw(evaluation: Evaluation, path: Path, title: str) -> None:
     """Write a PNG: one panel per metric, a box and all cases for each structure and for their mean."""
-    names = [s.name for s in evaluation.structures]
-    several = len(names) > 1
-    wide = 2.2 + 0.75 * (len(names) + several)
+    metrics, names = evaluation.metrics, evaluation.columns
+    table = with_mean(evaluation.table)
+    one_sided = table["state"].isin([MISSED, INVENTED])
+    table["one_sided"] = one_sided | (one_sided.groupby(table["case"]).transform("any") & (table["structure"] == MEAN))
     with style():
-        figure = new_figure(max(3.2, wide) * len(evaluation.metrics), 4.4)
-        figure.suptitle(f"{title}\n{len(evaluation.cases)} cases", fontsize=10)
-        for axes, metric in zip(np.ravel(figure.subplots(1, len(evaluation.metrics))), evaluation.metrics, strict=True):
-            values = evaluation.values(metric)
-            columns = [values[:, i] for i in range(len(names))]
-            penalised = list(one_sided(evaluation).T)
-            if several:
-                columns.append(evaluation.case_means(metric))
-                penalised.append(np.asarray(one_sided(evaluation).any(axis=1)))
-            boxes(axes, columns, [*names, *([MEAN] if several else [])], crosses=penalised)
-            label(axes, METRICS[metric])
-        if one_sided(evaluation).any():
+        figure = new_figure(max(3.2, 2.2 + 0.75 * len(names)) * len(metrics), 4.4)
+        figure.suptitle("\n".join([title, f"{len(evaluation.cases)} cases", *relaxations(evaluation)]), fontsize=10)
+        for axes, (key, metric) in zip(np.ravel(figure.subplots(1, len(metrics))), metrics.items(), strict=True):
+            parts = [table[(table["metric"] == key) & (table["structure"] == name)] for name in names]
+            columns, crosses = ([p[what].to_numpy() for p in parts] for what in ("value", "one_sided"))
+            boxes(axes, columns, names, crosses=crosses)
+            label(axes, metric)
+        if table["one_sided"].any():
             figure.supxlabel("x: the structure, or one of them, is in truth or prediction only", fontsize=8)
         save(figure, path)
-
-
-def one_sided(evaluation: Evaluation) -> npt.NDArray[np.bool_]:
-    """(cases, structures): whether truth or prediction alone has the structure."""
-    return np.array([[s.state in (MISSED, INVENTED) for s in row] for row in evaluation.scores], dtype=bool)
 
 
 def style() -> Any:

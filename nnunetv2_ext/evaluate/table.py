@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import pandas as pd
 
 from nnunetv2_ext import __version__
-from nnunetv2_ext.evaluate.folder import Evaluation, mean_of_defined
+from nnunetv2_ext.evaluate.folder import MEAN, Evaluation, with_mean
 from nnunetv2_ext.evaluate.metrics import (
     ABSENT,
     EMPTY_POLICIES,
@@ -24,85 +22,88 @@ from nnunetv2_ext.evaluate.metrics import (
     MISSED,
     SURFACE_DEFINITION,
 )
+from nnunetv2_ext.evaluate.pairs import listed
 
-MEAN = "mean of structures"
 
+def summarise(table: pd.DataFrame) -> dict[tuple[str, ...], dict[str, float]]:
+    """Distribution over the cases that have a value.
 
-@dataclass(frozen=True)
-class Summary:
-    """Distribution of a metric over the cases that have a value.
+    Args:
+        table: long, see ``Evaluation.table``.
 
-    Attributes:
-        n: how many have one.
-        mean, sd: sample standard deviation, NaN below two cases.
-        median, q1, q3: quartiles.
-        worst: the lowest value, or the highest where lower is better.
+    Returns:
+        By (arm if there are any, metric, structure): ``n``, how many have a value; ``mean``; ``sd``, the sample
+        standard deviation, NaN below two cases; ``median, q1, q3``; ``worst``, the lowest value or, where lower is
+        better, the highest.
     """
-
-    n: int
-    mean: float
-    sd: float
-    median: float
-    q1: float
-    q3: float
-    worst: float
-
-
-def summarise(values: npt.NDArray[np.float64], higher_is_better: bool) -> Summary:
-    """Summary of (cases,), in which NaN stands for no value."""
-    defined = values[np.isfinite(values)]
-    if not len(defined):
-        return Summary(0, *[math.nan] * 6)
-    q1, median, q3 = np.percentile(defined, (25, 50, 75))
-    sd = float(defined.std(ddof=1)) if len(defined) > 1 else math.nan
-    worst = defined.min() if higher_is_better else defined.max()
-    return Summary(len(defined), float(defined.mean()), sd, float(median), float(q1), float(q3), float(worst))
+    keys = [key for key in ("arm", "metric", "structure") if key in table]
+    values = table.groupby(keys, sort=False)["value"]
+    summary = values.agg(n="count", mean="mean", sd="std", median="median")
+    summary["q1"], summary["q3"] = values.quantile(0.25), values.quantile(0.75)
+    better = [METRICS[metric].higher_is_better for metric in summary.index.get_level_values("metric")]
+    summary["worst"] = values.min().where(better, values.max())
+    return summary.to_dict("index")
 
 
-def summaries(evaluation: Evaluation, metric: str) -> list[tuple[str, Summary]]:
-    """One row per structure and, with several, one for the mean over structures of each case."""
-    values, better = evaluation.values(metric), METRICS[metric].higher_is_better
-    rows = [(s.name, summarise(values[:, i], better)) for i, s in enumerate(evaluation.structures)]
-    if len(rows) > 1:
-        rows.append((MEAN, summarise(evaluation.case_means(metric), better)))
-    return rows
+def count_states(table: pd.DataFrame) -> pd.Series:
+    """By (arm if there are any, structure, state): in how many cases; with several structures for ``MEAN`` as well."""
+    once = table[table["metric"] == table["metric"].iloc[0]]
+    if once["structure"].nunique() > 1:
+        once = pd.concat([once, once.assign(structure=MEAN)])
+    return once.groupby([key for key in ("arm", "structure", "state") if key in once]).size()
 
 
 def definitions(evaluation: Evaluation) -> list[str]:
-    """What the numbers mean, one sentence each."""
-    rules = evaluation.source.rules
-    lines = [f"{METRICS[m].name}: {METRICS[m].definition}." for m in rules.metrics]
-    if "nsd" in rules.metrics:
+    """What the numbers mean, one sentence each, and everything that was let pass."""
+    rules, ignore, metrics = evaluation.source.rules, evaluation.source.labels.ignore, evaluation.metrics
+    lines = [f"{m.name}: {m.definition}." for m in metrics.values()]
+    if "nsd" in metrics:
         lines.append(f"Tolerance of NSD: {_tolerances(evaluation)}.")
-    if any(m != "dice" for m in rules.metrics):
+    if any(m != "dice" for m in metrics):
         lines.append(f"Surfaces: {SURFACE_DEFINITION}.")
     lines.append(f"Empty structures: {EMPTY_POLICIES[rules.empty]}")
-    if evaluation.source.labels.ignore is not None:
-        lines.append(f"Ignore label {evaluation.source.labels.ignore}: {IGNORE_DEFINITION}.")
-    lines.append("Spread: SD over cases; quartiles in brackets.")
+    if ignore is not None:
+        lines.append(f"Ignore label {ignore}: {IGNORE_DEFINITION}.")
+    if evaluation.files["spacing"].map(len).eq(2).any() and evaluation.files["spacing_known"].all():
+        lines.append("Volumes: of 2-D files, truth_ml and prediction_ml are areas in square centimetres.")
+    return [*lines, *relaxations(evaluation), "Spread: SD over cases; quartiles in brackets."]
+
+
+def relaxations(evaluation: Evaluation) -> list[str]:
+    """What was not compared or not known, one sentence each; belongs into every output."""
+    lines = []
+    files = evaluation.files
+    if not evaluation.source.compare_origin:
+        differ = files.loc[files["remark"].str.contains("differing"), "case"].unique()
+        found = f"they differ in {listed(list(differ))}" if len(differ) else "they agree in all cases"
+        lines.append(f"Grids: origin and direction were not compared (--ignore-origin); {found}.")
+    if not files["spacing_known"].all():
+        lines.append("Spacing: the files do not tell the size of a voxel, so distances and tolerances are in voxels.")
+    elif files["remark"].str.contains("only").any():
+        lines.append("Spacing: one of a case's two files does not tell the size of a voxel; the other's was taken.")
+    if evaluation.left_out:
+        lines.append(f"Cases: without a prediction and left out (--chill): {listed(list(evaluation.left_out))}.")
     return lines
 
 
 def _tolerances(evaluation: Evaluation) -> str:
     tolerance = evaluation.source.rules.tolerance
+    unit = "mm" if evaluation.files["spacing_known"].all() else "voxels"
     if len(set(tolerance.values())) == 1:
-        return f"{next(iter(tolerance.values())):g} mm"
-    return ", ".join(f"{name} {value:g} mm" for name, value in tolerance.items())
+        return f"{next(iter(tolerance.values())):g} {unit}"
+    return ", ".join(f"{name} {value:g} {unit}" for name, value in tolerance.items())
 
 
 def as_markdown(evaluation: Evaluation, title: str) -> str:
     """Title, one table over all structures and metrics, worst cases, definitions; reads well on a terminal too."""
-    head = ["structure", *(METRICS[m].title for m in evaluation.metrics), "cases", "found", "missed", "invented"]
-    rows = [head]
-    columns = {m: summaries(evaluation, m) for m in evaluation.metrics}
-    for i, (name, _) in enumerate(columns[evaluation.metrics[0]]):
-        index = i if i < len(evaluation.structures) else None
-        numbers = [_cell(columns[m][i][1]) for m in evaluation.metrics]
-        absent = evaluation.count(ABSENT, index)
-        total = evaluation.count(FOUND, index) + evaluation.count(MISSED, index) + evaluation.count(INVENTED, index)
-        counts = [str(evaluation.count(state, index)) for state in (FOUND, MISSED, INVENTED)]
-        cases = f"{total} (absent in {absent})" if absent and index is not None else str(total)
-        rows.append([name, *numbers, cases if index is not None else str(len(evaluation.cases)), *counts])
+    metrics = evaluation.metrics
+    rows = [["structure", *(m.title for m in metrics.values()), "cases", "found", "missed", "invented"]]
+    summary, counts = summarise(with_mean(evaluation.table)), count_states(evaluation.table)
+    for name in evaluation.columns:
+        absent, *others = (int(counts.get((name, state), 0)) for state in (ABSENT, FOUND, MISSED, INVENTED))
+        cases = str(len(evaluation.cases) if name == MEAN else sum(others))
+        cases += f" (absent in {absent})" if absent and name != MEAN else ""
+        rows.append([name, *(_cell(summary[m, name]) for m in metrics), cases, *map(str, others)])
     parts = [f"# {title}", grid(rows), _worst(evaluation), "\n".join(f"- {line}" for line in definitions(evaluation))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -126,19 +127,20 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def _cell(s: Summary) -> str:
-    if not s.n:
+def _cell(s: dict[str, float]) -> str:
+    if not s["n"]:
         return "-"
-    return f"{number(s.mean)} ± {number(s.sd)} [{number(s.q1)}, {number(s.median)}, {number(s.q3)}]"
+    return f"{number(s['mean'])} ± {number(s['sd'])} [{number(s['q1'])}, {number(s['median'])}, {number(s['q3'])}]"
 
 
 def _worst(evaluation: Evaluation, shown: int = 3) -> str:
     """The cases with the lowest mean over structures of the first metric."""
-    metric = evaluation.metrics[0]
-    means = evaluation.case_means(metric)
-    order = [i for i in np.argsort(means if METRICS[metric].higher_is_better else -means) if np.isfinite(means[i])]
-    names = ", ".join(f"{evaluation.cases[i]} ({number(means[i])})" for i in order[:shown])
-    return f"Worst cases by {METRICS[metric].title}: {names}" if names else ""
+    key, metric = next(iter(evaluation.metrics.items()))
+    table = with_mean(evaluation.table)
+    means = table[(table["metric"] == key) & (table["structure"] == evaluation.columns[-1])].set_index("case")["value"]
+    worst = means.dropna().sort_values(ascending=metric.higher_is_better, kind="stable").head(shown)
+    names = ", ".join(f"{case} ({number(value)})" for case, value in worst.items())
+    return f"Worst cases by {metric.title}: {names}" if names else ""
 
 
 def as_dict(evaluation: Evaluation, predictions: str, truth: str) -> dict[str, Any]:
@@ -146,62 +148,73 @@ def as_dict(evaluation: Evaluation, predictions: str, truth: str) -> dict[str, A
 
     Undefined values are null.
     """
-    structures, metrics = evaluation.structures, evaluation.metrics
-    mean = {
-        s.key: {METRICS[m].name: _plain(mean_of_defined(evaluation.values(m)[:, i], 0).item()) for m in metrics}
-        for i, s in enumerate(structures)
-    }
-    per_case = [
+    structures, metrics = evaluation.source.labels.structures, evaluation.metrics
+    summary = summarise(with_mean(evaluation.table))
+    mean = {s.key: {metric.name: summary[m, s.name]["mean"] for m, metric in metrics.items()} for s in structures}
+    measured = wide(evaluation).to_dict("records")
+    names = [*(metric.name for metric in metrics.values()), "state", "truth_ml", "prediction_ml"]
+    return plain(
         {
-            "case": pair.case,
-            "prediction_file": str(pair.prediction),
-            "reference_file": str(pair.truth),
-            "metrics": {
-                structure.key: {METRICS[m].name: _plain(score.values[m]) for m in metrics}
-                | {"state": score.state, "truth_ml": score.truth_ml, "prediction_ml": score.prediction_ml}
-                for structure, score in zip(structures, row, strict=True)
+            "predictions": predictions,
+            "truth": truth,
+            "structures": {s.key: s.name for s in structures},
+            "tolerance_mm": dict(evaluation.source.rules.tolerance),
+            "empty_policy": evaluation.source.rules.empty,
+            "definitions": definitions(evaluation),
+            "nnunetv2_ext": __version__,
+            "summary": {
+                metric.name: {name: summary[m, name] for name in evaluation.columns} for m, metric in metrics.items()
             },
+            "foreground_mean": {
+                metric.name: pd.Series([mean[s.key][metric.name] for s in structures]).mean()
+                for metric in metrics.values()
+            },
+            "mean": mean,
+            "metric_per_case": [
+                {
+                    "case": file.case,
+                    "prediction_file": str(file.prediction),
+                    "reference_file": str(file.truth),
+                    "remark": file.remark,
+                    "metrics": {
+                        s.key: {name: row[name] for name in names}
+                        for s, row in zip(structures, measured[i * len(structures) :], strict=False)
+                    },
+                }
+                for i, file in enumerate(evaluation.files.itertuples())
+            ],
         }
-        for pair, row in zip(evaluation.pairs, evaluation.scores, strict=True)
-    ]
-    foreground = {}
-    for m in metrics:
-        defined = [v for s in structures if (v := mean[s.key][METRICS[m].name]) is not None]
-        foreground[METRICS[m].name] = float(np.mean(defined)) if defined else None
-    return {
-        "predictions": predictions,
-        "truth": truth,
-        "structures": {s.key: s.name for s in structures},
-        "tolerance_mm": dict(evaluation.source.rules.tolerance),
-        "empty_policy": evaluation.source.rules.empty,
-        "definitions": definitions(evaluation),
-        "nnunetv2_ext": __version__,
-        "summary": {
-            METRICS[m].name: {name: _plain_dict(asdict(s)) for name, s in summaries(evaluation, m)} for m in metrics
-        },
-        "foreground_mean": foreground,
-        "mean": mean,
-        "metric_per_case": per_case,
-    }
+    )
 
 
-def _plain(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def plain(value: Any) -> Any:
+    """The same for JSON: numbers of numpy as Python's, undefined ones as None."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
 
 
-def _plain_dict(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: _plain(v) if isinstance(v, float) else v for k, v in values.items()}
+def as_json(content: dict[str, Any]) -> str:
+    """The text of a JSON file."""
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def wide(evaluation: Evaluation) -> pd.DataFrame:
+    """One row per case and structure, and per arm and repeat if there are any; metrics are columns by their names."""
+    table = evaluation.table
+    keys = [key for key in ("arm", "repeat", "fold", "case") if key in table and key in evaluation.files]
+    parts = [table[table["metric"] == m].reset_index(drop=True) for m in evaluation.metrics]
+    result = parts[0].drop(columns=["metric", "value", "truth_ml", "prediction_ml"])
+    for metric, part in zip(evaluation.metrics.values(), parts, strict=True):
+        result[metric.name] = part["value"]
+    result[["truth_ml", "prediction_ml"]] = parts[0][["truth_ml", "prediction_ml"]]
+    return result.merge(evaluation.files[[*keys, "remark"]], on=keys, how="left")
 
 
 def as_csv(evaluation: Evaluation) -> str:
     """One row per case and structure."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    names = [METRICS[m].name for m in evaluation.metrics]
-    table.writerow(["case", "structure", "state", *names, "truth_ml", "prediction_ml"])
-    for case, row in zip(evaluation.cases, evaluation.scores, strict=True):
-        for structure, score in zip(evaluation.structures, row, strict=True):
-            values = [_plain(score.values[m]) for m in evaluation.metrics]
-            shown = ["" if v is None else repr(v) for v in values]
-            table.writerow([case, structure.name, score.state, *shown, repr(score.truth_ml), repr(score.prediction_ml)])
-    return text.getvalue()
+    return wide(evaluation).to_csv(index=False, lineterminator="\n")

@@ -4,7 +4,13 @@ from nnunetv2_ext.core.outside import Command, ExportEdit, Method, Promise, Trai
 
 _LINUX_X86_64 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 _ELSEWHERE = "sys_platform != 'linux' or platform_machine != 'x86_64'"
-_SMALLEST = {"jras.bank_size": 8, "jras.num_guides": 2}
+_SMALLEST = {
+    "jras.bank_size": 8,
+    "jras.num_guides": 2,
+    "jras.retriever_widths": [4, 8, 8],
+    "jras.guide_widths": [4, 8, 8],
+    "jras.key_dim": 8,
+}
 
 METHOD = Method(
     name="jras",

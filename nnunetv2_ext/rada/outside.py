@@ -11,9 +11,14 @@ METHOD = Method(
     trainers={
         "nnUNetTrainerRADA": Trainer(
             summary="three networks that teach each other, from a few annotated planes",
-            smallest={"rada.semantics": "off"},
+            smallest={"rada.semantics": "off", "rada.min_labelled": 1},
             data="sparse",
-            refuses={"2d": "two-dimensional", "cascade": "cascade", "regions": "regions", "ddp": "one GPU"},
+            refuses={
+                "2d": "is 2-D, but RADA learns from planes along the three axes",
+                "cascade": "is a cascade, and RADA's networks have no input for",
+                "regions": "declares regions .* but RADA needs classes that exclude each other",
+                "ddp": "nnUNetTrainerRADA runs on one GPU",
+            },
             promises={
                 "": _COST,
                 "rada.semantics=learned": _COST,

@@ -12,6 +12,7 @@ from nnunetv2_ext.bench.candidates import Candidate
 from nnunetv2_ext.bench.plan import Target
 from nnunetv2_ext.bench.subject import Subject
 from nnunetv2_ext.cli import dispatch
+from nnunetv2_ext.core.outside import methods
 
 MED = "nnUNetTrainerMedContext"
 SHORT = ["--rounds", "2", "--steps-per-round", "1", "--warm-up", "1", "--threads", "1", "-device", "cpu"]
@@ -44,6 +45,8 @@ def test_trainers_are_measured_and_those_that_fail_do_not_stop_the_others(
         assert result["failure"] is None
         assert all(len(result["steps"][kind]["wall"]) == 2 for kind in ("real", "synthetic"))
         assert len(result["predict"]["cpu"]) == 2 and result["memory"]["saved_tensors"] > 0
+    promised = methods()["medcontext"].trainers[MED].promises[""].cpu
+    assert [r["promise"]["cpu"] for r in (plain, default, without_teacher)] == [None, promised, None]
     assert plain["ratios"]["step"]["real"]["wall"] == {"median": 1, "low": 1, "high": 1}
     assert set(plain["parts"]) == {"forward", "loss", "backward", "optimiser", "other"}
     assert set(default["parts"]) - set(plain["parts"]) == {"teacher", "after step"}

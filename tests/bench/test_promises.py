@@ -78,6 +78,8 @@ def test_rada_costs_no_quarter_more_than_promised(asked_for, tmp_path: Path, mon
 def test_every_promise_is_guarded() -> None:
     assert {*OTHERS, *JRAS, *RADA} == set(PROMISES) - {Candidate("nnUNetTrainerRADA")}
     assert set(TRAINERS) <= set(installed_trainers()), "outside.py names a trainer that is not there"
+    for method in methods().values():
+        assert any(trainer.promises for trainer in method.trainers.values()), f"{method.name} promises nothing"
 
 
 @pytest.mark.parametrize("candidate", PROMISES, ids=lambda candidate: candidate.label)

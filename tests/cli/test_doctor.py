@@ -357,7 +357,7 @@ def test_the_folder_check_reports_free_space(monkeypatch: pytest.MonkeyPatch, tm
     ("text", "status", "says"),
     [
         ("", OK, "not set"),
-        ("num_epochs=5", WARN, "'num_epochs=5' is what every training of nnUNetTrainerJRAS, nnUNetTrainerMedContext"),
+        ("num_epochs=5", WARN, "'num_epochs=5' is what every training of nnUNetTrainer"),
         ("medcontext.beta=1", WARN, "every training of nnUNetTrainerMedContext, nnUNetTrainerMedContextJRAS will take"),
         ("num_epoch=5", FAIL, "did you mean num_epochs"),
         ("medcontext.beta=-1", FAIL, "medcontext.beta=-1 (from nnUNet_ext_settings): Input should be greater"),

@@ -10,6 +10,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunetv2_ext.cli import dispatch
+from nnunetv2_ext.evaluate import plot
 
 
 @pytest.fixture
@@ -36,6 +37,32 @@ def test_the_installed_command(data, tmp_path: Path) -> None:
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert content["mean"]["2"] == {"Dice": 0.0, "HD95": 1.0, "NSD": 1.0}
     assert content["mean"]["1"]["Dice"] == pytest.approx(0.75)
+
+
+def test_what_was_let_pass_is_in_every_output_and_no_picture_names_a_path(data, tmp_path, monkeypatch, capsys) -> None:
+    file = str(Path(data[1]) / "c1.nii.gz")
+    image = sitk.ReadImage(file)
+    image.SetOrigin((9.0, 0.0, 0.0))
+    sitk.WriteImage(image, file)
+    titles: list[str] = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: titles.append(figure.get_suptitle()))
+    assert dispatch.main(["evaluate", *data]) == 2
+    assert "differ in origin" in capsys.readouterr().err
+    assert dispatch.main(["evaluate", *data, "--ignore-origin"]) == 0
+    words = "not compared (--ignore-origin); they differ in case c1."
+    out = Path(data[0]) / "evaluation"
+    assert words in capsys.readouterr().out and words in (out / "evaluation.md").read_text() and words in titles[0]
+    assert any(words in line for line in json.loads((out / "evaluation.json").read_text())["definitions"])
+    assert "direction and origin not compared, differing: origin" in (out / "evaluation.csv").read_text()
+    assert titles[0].startswith("pred against labelsTr\n") and str(tmp_path) not in titles[0]
+
+
+def test_swapped_folders_write_nothing_into_the_truth(data, capsys) -> None:
+    (Path(data[0]) / "plans.json").write_text("{}")
+    assert dispatch.main(["evaluate", *reversed(data)]) == 2
+    assert "look swapped" in capsys.readouterr().err and not (Path(data[1]) / "evaluation").exists()
+    assert dispatch.main(["evaluate", *data, "-o", data[1]]) == 2  # pictures there would be cases next time
+    assert "holds the input" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nnunetv2_ext.compare import curves
-from nnunetv2_ext.compare.runs import Arm, FoldRun, Repeat
+from nnunetv2_ext.compare.arms import Arm, Repeat
+from nnunetv2_ext.compare.runs import FoldRun
 from tests.compare.conftest import EPOCHS, LOG
 
 
@@ -17,10 +18,10 @@ def fold(folder, facts=None) -> FoldRun:
 def test_nnunets_log(tmp_path) -> None:
     (tmp_path / "training_log_2026_1_1_00_00_00.txt").write_text(LOG)
     curve = curves.read_curve(fold(tmp_path))
-    assert curve.epochs.tolist() == [0, 1]
-    assert curve.columns["mean_fg_dice"] == pytest.approx([0.6, 0.7])
-    assert curve.columns["val_losses"] == pytest.approx([-0.2, -0.3])
-    assert curve.hours == pytest.approx([9 / 3600, 18 / 3600])
+    assert curve.index.tolist() == [0, 1]
+    assert curve["mean_fg_dice"].tolist() == pytest.approx([0.6, 0.7])
+    assert curve["val_losses"].tolist() == pytest.approx([-0.2, -0.3])
+    assert curve["hours"].tolist() == pytest.approx([9 / 3600, 18 / 3600])
 
 
 def test_a_continued_training_replaces_the_epochs_it_repeats(tmp_path) -> None:
@@ -29,17 +30,17 @@ def test_a_continued_training_replaces_the_epochs_it_repeats(tmp_path) -> None:
         "2026-01-02 10:00:00.000001: Epoch 1 \n2026-01-02 10:00:00.000001: Pseudo dice [np.float32(0.9)] \n"
     )
     curve = curves.read_curve(fold(tmp_path))
-    assert curve.columns["mean_fg_dice"] == pytest.approx([0.6, 0.9])
-    assert math.isnan(curve.columns["val_losses"][1]) and curve.epochs.tolist() == [0, 1]
+    assert curve["mean_fg_dice"].tolist() == pytest.approx([0.6, 0.9])
+    assert math.isnan(curve["val_losses"][1]) and curve.index.tolist() == [0, 1]
 
 
 def test_our_table_comes_first(tmp_path) -> None:
     (tmp_path / "training_log_2026_1_1_00_00_00.txt").write_text(LOG)
     (tmp_path / "epochs.csv").write_text(EPOCHS)
     curve = curves.read_curve(fold(tmp_path))
-    assert curve.columns["mean_fg_dice"].tolist() == [0.4, 0.9]
-    assert np.isnan(curve.columns["val_losses"]).tolist() == [False, True]
-    assert curve.hours[-1] == pytest.approx(0.01)
+    assert curve["mean_fg_dice"].tolist() == [0.4, 0.9]
+    assert np.isnan(curve["val_losses"]).tolist() == [False, True]
+    assert curve["hours"].iloc[-1] == pytest.approx(0.01)
 
 
 def test_picture_and_duration(tmp_path, monkeypatch) -> None:

@@ -1,11 +1,13 @@
 """Finished folds only, of the same cases; repeats and their names."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from nnunetv2_ext.compare import runs
+from nnunetv2_ext.compare.arms import Arm, differing_facts, make_arm, predictions_arm, require_comparable
 from nnunetv2_ext.data import find
 
 ENDING = ".nii.gz"
@@ -15,8 +17,8 @@ def model_of(world, trainer="nnUNetTrainer", results="results") -> find.Model:
     return find.find_trainer(world.root / results, world.name, trainer, "nnUNetPlans", "3d_fullres")
 
 
-def arm(world, trainer="nnUNetTrainer", folds=("0",), results=("results",), name=None) -> runs.Arm:
-    return runs.make_arm(name or trainer, [(model_of(world, trainer, r), folds) for r in results], ENDING)
+def arm(world, trainer="nnUNetTrainer", folds=("0",), results=("results",), name=None) -> Arm:
+    return make_arm(name or trainer, [(model_of(world, trainer, r), folds) for r in results], ENDING)
 
 
 def test_a_finished_fold(world) -> None:
@@ -79,7 +81,7 @@ def test_repeats_are_named_by_seed_or_by_folder(world) -> None:
     for seed in (0, 1):
         world.train("nnUNetTrainerMedContext", results=f"r{seed}", settings={"seed": seed})
         world.train("nnUNetTrainer", results=f"r{seed}")
-        world.train("nnUNetTrainerJRAS", results=f"r{seed}", settings={"seed": 7})
+        world.train("nnUNetTrainerJRAS", results=f"r{seed}", settings={"seed": None})
     both = ("r0", "r1")
     assert [r.label for r in arm(world, "nnUNetTrainerMedContext", results=both).repeats] == ["seed 0", "seed 1"]
     assert [r.label for r in arm(world, "nnUNetTrainer", results=both).repeats] == ["r0", "r1"]
@@ -92,7 +94,7 @@ def test_other_folds_in_one_arm(world) -> None:
     world.train("nnUNetTrainerMedContext", folds=("0", "1"))
     arms = [arm(world, folds=("0", "1")), arm(world, "nnUNetTrainerMedContext", folds=("0",))]
     with pytest.raises(ValueError, match=r"MedContext \(repeat 1\) has the folds 0, but nnUNetTrainer .* has 0, 1"):
-        runs.require_comparable(arms)
+        require_comparable(arms)
 
 
 def test_different_splits_are_refused_and_the_cases_named(world) -> None:
@@ -103,41 +105,41 @@ def test_different_splits_are_refused_and_the_cases_named(world) -> None:
     (summary.parent / "c1.nii.gz").rename(summary.parent / "e1.nii.gz")
     arms = [arm(world), arm(world, "nnUNetTrainerMedContext")]
     with pytest.raises(ValueError, match=r"fold 0 differ.*has not case c1; nnUNetTrainer has not case e1.*splits"):
-        runs.require_comparable(arms)
+        require_comparable(arms)
 
 
 def test_a_split_that_changed_since_and_unequal_lengths_are_noted(world) -> None:
     world.train("nnUNetTrainer")
     model = world.train("nnUNetTrainerMedContext")
     arms = [arm(world), arm(world, "nnUNetTrainerMedContext")]
-    assert runs.require_comparable(arms, {"0": ["c3", "c2", "c1", "c0"]}) == []
-    (note,) = runs.require_comparable(arms, {"0": ["c0", "d0"]})
+    assert require_comparable(arms, {"0": ["c3", "c2", "c1", "c0"]}) == []
+    (note,) = require_comparable(arms, {"0": ["c0", "d0"]})
     assert "splits_final.json has changed" in note
     facts = {"num_epochs": "4", "num_iterations_per_epoch": "5"}
     (model / "fold_0" / "debug.json").write_text(json.dumps(facts))
     arms = [arm(world), arm(world, "nnUNetTrainerMedContext")]
-    (note,) = runs.require_comparable(arms)
+    (note,) = require_comparable(arms)
     assert "not equally long (optimiser steps: nnUNetTrainer 10, nnUNetTrainerMedContext 20)" in note
 
 
 def test_one_arm_and_twice_the_same_name(world) -> None:
     world.train("nnUNetTrainer")
     with pytest.raises(ValueError, match="needs two or more, but there is only nnUNetTrainer"):
-        runs.require_comparable([arm(world)])
+        require_comparable([arm(world)])
     with pytest.raises(ValueError, match="same name"):
-        runs.require_comparable([arm(world), arm(world)])
+        require_comparable([arm(world), arm(world)])
 
 
 def test_predictions_of_a_test_set(world, tmp_path) -> None:
     folder = world.train("nnUNetTrainer") / "fold_0" / "validation"
-    found = runs.predictions_arm("x", [folder], ENDING)
+    found = predictions_arm("x", [folder], ENDING)
     assert found.runs()[0].fold == "test" and len(found.runs()[0].cases) == 4
     assert runs.nnunet_dice(found.runs()[0], ENDING) == {}
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"predictions of y, .*empty, has no file"):
-        runs.predictions_arm("y", [tmp_path / "empty"], ENDING)
+        predictions_arm("y", [tmp_path / "empty"], ENDING)
     with pytest.raises(ValueError, match="given twice"):
-        runs.predictions_arm("x", [folder, folder], ENDING)
+        predictions_arm("x", [folder, folder], ENDING)
 
 
 def test_differing_settings(world) -> None:
@@ -147,8 +149,57 @@ def test_differing_settings(world) -> None:
     world.train("nnUNetTrainerMedContext", results="r2", settings={**common, "medcontext.beta": 0.0, "panel_every": 1})
     med = "nnUNetTrainerMedContext"
     arms = [arm(world), arm(world, med, results=("r1",), name="x"), arm(world, med, results=("r2",), name="y")]
-    assert runs.differing_facts(arms) == {
+    assert differing_facts(arms) == {
         "trainer": ["nnUNetTrainer", med, med],
         "train_cases": ["all", "5", "5"],
         "medcontext.beta": ["-", "2.0", "0.0"],
     }
+
+
+# --- one training is not two
+
+
+@pytest.mark.parametrize("spelled", ["results", "results/", "./results/../results", "link"])
+def test_the_same_folder_in_other_words_is_given_twice(spelled: str, world) -> None:
+    model = world.train("nnUNetTrainer")
+    (world.root / "link").symlink_to(world.root / "results")
+    with pytest.raises(ValueError, match=r"fold 0 of .* was given twice"):
+        arm(world, results=("results", spelled))
+    folders = [
+        model / "fold_0" / "validation",
+        world.root / spelled / Path(*model.parts[-2:]) / "fold_0" / "validation",
+    ]
+    with pytest.raises(ValueError, match="a folder was given twice"):
+        predictions_arm("x", [folders[0], Path(f"{folders[1]}/")], ENDING)
+
+
+def test_equal_seeds_are_one_training(world) -> None:
+    for seed, draw in ((0, 0), (0, 1), (1, 1)):
+        settings = {"seed": seed, "train_cases": 3, "train_cases_seed": draw}
+        world.train("nnUNetTrainerMedContext", results=f"s{seed}d{draw}", settings=settings)
+    med = "nnUNetTrainerMedContext"
+    assert len(arm(world, med, results=("s0d0", "s0d1", "s1d1")).repeats) == 3  # other training cases, another training
+    world.train(med, results="copy", settings={"seed": 0, "train_cases": 3, "train_cases_seed": 1, "panel_every": 7})
+    with pytest.raises(ValueError, match=r"s0d1 and copy were both trained with seed=0 \(fold 0\), so they are one"):
+        arm(world, med, results=("s0d1", "s1d1", "copy"))
+
+
+def test_results_of_windows_are_read(world) -> None:
+    summary = world.train("nnUNetTrainer") / "fold_0" / "validation" / "summary.json"
+    content = json.loads(summary.read_text())
+    for row in content["metric_per_case"]:
+        row["prediction_file"] = "C:\\Users\\me\\" + row["prediction_file"].lstrip("/").replace("/", "\\")
+    summary.write_text(json.dumps(content))
+    run = runs.read_fold(model_of(world), "0", ENDING)
+    assert set(runs.nnunet_dice(run, ENDING)) == set(run.cases) == {"c0", "c1", "c2", "c3"}
+
+
+def test_cases_of_two_folds_are_answered_by_something_that_helps(world) -> None:
+    for trainer in ("nnUNetTrainer", "nnUNetTrainerMedContext"):
+        fold = world.train(trainer) / "fold_0"
+        shutil.copytree(fold, fold.with_name("fold_all"))
+    names = ("nnUNetTrainer", "nnUNetTrainerMedContext")
+    with pytest.raises(ValueError, match=r"of fold all were also validated in fold 0.*add -f all, or -f with folds"):
+        require_comparable([arm(world, name, folds=("0", "all")) for name in names])
+    assert require_comparable([arm(world, name, folds=("0",)) for name in names]) == []
+    assert "say nothing about new patients" in require_comparable([arm(world, n, folds=("all",)) for n in names])[0]

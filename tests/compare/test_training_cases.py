@@ -2,20 +2,19 @@
 
 import pytest
 
-from nnunetv2_ext.compare import runs
-from nnunetv2_ext.compare.training_cases import require_same_training_cases
+from nnunetv2_ext.compare.arms import Arm, make_arm, predictions_arm, require_same_training_cases
 from nnunetv2_ext.data import find
 
 ENDING = ".nii.gz"
 PLAIN, OURS = "nnUNetTrainer", "nnUNetTrainerMedContext"
 
 
-def arm(world, trainer: str, *results: str) -> runs.Arm:
+def arm(world, trainer: str, *results: str) -> Arm:
     models = [find.find_trainer(world.root / r, world.name, trainer, "nnUNetPlans", "3d_fullres") for r in results]
-    return runs.make_arm(trainer, [(model, ("0",)) for model in models], ENDING)
+    return make_arm(trainer, [(model, ("0",)) for model in models], ENDING)
 
 
-def trained(world, *settings: dict) -> list[runs.Arm]:
+def trained(world, *settings: dict) -> list[Arm]:
     """Plain nnUNetTrainer, and ours with these settings, a repeat each."""
     for number, some in enumerate(settings):
         world.train(OURS, results=f"r{number}", settings=some)
@@ -58,5 +57,5 @@ def test_the_same_few_cases_and_another_draw_of_them(world) -> None:
 
 def test_what_predictions_come_from_is_not_known(world) -> None:
     folder = world.train(PLAIN) / "fold_0" / "validation"
-    arms = [runs.predictions_arm(name, [folder], ENDING) for name in "ab"]
+    arms = [predictions_arm(name, [folder], ENDING) for name in "ab"]
     assert "do not tell" in require_same_training_cases(arms)[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
+from tests.contract.same import differences, epochs, finished
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 LENGTH = "num_epochs=3 num_iterations_per_epoch=3 num_val_iterations_per_epoch=2 save_every=1"
 # half of the batch is masked and filled with noise, so the method's own random stream matters
 SETTINGS = f"{LENGTH} seed=5 medcontext.masked_fraction=0.5 medcontext.fill=noise medcontext.ramp_fraction=0.5"
-CLOCK = {"epoch_start_timestamps", "epoch_end_timestamps"}
 
 
 class KilledError(Exception):
@@ -52,39 +51,6 @@ def kill() -> None:
 
 def touch_stop(trainer: Any) -> Callable[[], None]:
     return file(trainer, "stop").touch
-
-
-def differences(a: Any, b: Any, at: str = "") -> list[str]:
-    """Where two checkpoints differ, bit for bit; wall-clock entries left out."""
-    if type(a) is not type(b):
-        return [f"{at}: {type(a)} against {type(b)}"]
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return [f"{at}: keys {a.keys() ^ b.keys()}"]
-        return [d for k in a if k not in CLOCK | {"epoch_seconds"} for d in differences(a[k], b[k], f"{at}/{k}")]
-    if isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            return [f"{at}: {len(a)} against {len(b)}"]
-        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{at}/{i}")]
-    if isinstance(a, (float, np.floating)) and np.isnan(
-        a
-    ):  # the pseudo Dice of a class that was neither there nor predicted
-        return [] if np.isnan(b) else [at]
-    equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else np.array_equal(a, b)
-    return [] if equal else [at]
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as lines:
-        return [{k: v for k, v in row.items() if k != "epoch_seconds"} for row in csv.DictReader(lines)]
-
-
-def finished(trainer: Any) -> dict[str, Any]:
-    """Everything of a finished training that an interruption could have changed."""
-    checkpoint = {
-        key: value for key, value in read(file(trainer, "checkpoint_final.pth")).items() if key != "init_args"
-    }
-    return checkpoint | {"epochs.csv": rows(file(trainer, "epochs.csv"))}
 
 
 def continued(make_trainer: Callable, settings: str = "", name: str = "checkpoint_latest.pth", **options: Any) -> Any:
@@ -234,7 +200,7 @@ def test_a_finished_training_can_be_lengthened_and_stopped_again(make_trainer):
     assert (last.current_epoch, last.global_step) == (4, 13)
     last.run_training()
     assert read(file(last, "checkpoint_final.pth"))["current_epoch"] == 5
-    assert [row["epoch"] for row in rows(file(last, "epochs.csv"))] == list("01234")
+    assert [row["epoch"] for row in epochs(file(last, "epochs.csv"))] == list("01234")
 
 
 def test_killed_while_it_is_lengthened_a_training_still_has_a_checkpoint(make_trainer):

@@ -7,11 +7,8 @@ import dataclasses
 import errno
 import json
 import os
-import pickle
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -74,25 +71,19 @@ def same_weights(a: nnUNetTrainer, b: nnUNetTrainer) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("configuration", "plain_class", "our_class", "settings"),
+    ("configuration", "plain_class", "our_class"),
     [
-        ("2d", nnUNetTrainer, ExtTrainer, ""),
-        ("3d_fullres", nnUNetTrainer, ExtTrainer, ""),
-        ("3d_fullres", PlainWithoutDeepSupervision, OursWithoutDeepSupervision, ""),
-        (
-            "3d_fullres",
-            nnUNetTrainer,
-            nnUNetTrainerMedContext,
-            "medcontext.masked_fraction=0 medcontext.beta=0 medcontext.supervised_weight=1",
-        ),
+        ("2d", nnUNetTrainer, ExtTrainer),
+        ("3d_fullres", nnUNetTrainer, ExtTrainer),
+        ("3d_fullres", PlainWithoutDeepSupervision, OursWithoutDeepSupervision),
     ],
 )
 def test_a_single_pass_gives_the_weights_of_plain_nnunet_bit_for_bit(
-    make_trainer, fixed_batches, configuration, plain_class, our_class, settings
+    make_trainer, fixed_batches, configuration, plain_class, our_class
 ):
     trainers, losses = [], []
     for cls in (plain_class, our_class):
-        trainer = make_trainer(cls, settings, configuration=configuration)
+        trainer = make_trainer(cls, configuration=configuration)
         randomness.seed_everything(3)
         trainer.initialize()
         trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
@@ -498,24 +489,6 @@ def test_folds_of_one_model_folder_agree_on_the_network(make_trainer, no_picture
     assert "fold_0" in text and "shape.width=1e-05" in text and "shape.width=0.5" in text and "\n" not in text
     # the same fold may start anew with another network, and another fold with another speed
     make_trainer(ShapeTrainer, f"{length} shape.speed=3", configuration="2d", fold=1).run_training()
-
-
-# ---- pickling, as spawned workers need it
-
-
-def test_class_loaders_and_transforms_pickle_into_a_fresh_process(make_trainer, tmp_path):
-    assert pickle.loads(pickle.dumps(nnUNetTrainerMedContext)) is nnUNetTrainerMedContext
-    trainer = make_trainer(nnUNetTrainerMedContext, "seed=1", configuration="2d")
-    trainer.initialize()
-    loaders = [augmenter.data_loader for augmenter in trainer.get_dataloaders()]
-    path = tmp_path / "pickled"
-    path.write_bytes(pickle.dumps((nnUNetTrainerMedContext, *loaders)))
-    code = (
-        "import pickle, sys; cls, *loaders = pickle.load(open(sys.argv[1], 'rb'));"
-        "print(cls.__name__, *[next(loader)['data'].shape[0] for loader in loaders])"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["nnUNetTrainerMedContext", "2", "2"], done.stderr[-2000:]
 
 
 def test_a_method_finds_its_settings_in_the_plans_of_a_model_folder_only() -> None:

@@ -187,6 +187,12 @@ def test_the_checkpoints_version_is_taken_and_two_are_kept(tmp_path):
     last = CaseStore(folder, shape)
     last.rewind(35)
     assert values(last) == {"a": 30, "case.b": 20}
+    filled(last, 40, "a")
+    last.flush(40), last.saved(35)  # that of step 35 is written, that of step 40 not yet
+    assert sorted(p.name for p in folder.iterdir()) == ["a.30.npy", "a.40.npy", "case.b.20.npy"]
+    filled(last, 41, "a", "c@1")
+    last.rewind(35)  # in one process: what is not sealed is forgotten
+    assert values(last) == {"a": 30, "case.b": 20}
 
 
 def test_only_later_versions_left_are_refused_and_nothing_is_deleted(tmp_path):

@@ -101,15 +101,19 @@ def test_no_hd95_exceeds_the_value_of_a_missed_structure(prediction, truth) -> N
         assert not found.values["hd95"] > diagonal(truth.shape, (0.5, 1, 4)) + 1e-9
 
 
-def test_a_2d_image_has_no_third_axis() -> None:
+def test_a_single_slice_is_scored_within_itself_and_has_the_volume_of_its_thickness() -> None:
     truth = np.zeros((1, 6, 6), dtype=np.int32)
     truth[0, 1:5, 1:5] = 1
     prediction = np.zeros_like(truth)
     prediction[0, 1:5, 2:6] = 1
-    (found,) = score_case(prediction, truth, (999.0, 1.0, 2.0), [A], RULES)
+    (found,) = score_case(prediction, truth, (5.0, 1.0, 2.0), [A], RULES)
     assert found.values["hd95"] == 2.0
-    (missed,) = score_case(np.zeros_like(truth), truth, (999.0, 1.0, 2.0), [A], RULES)
-    assert missed.values["hd95"] == pytest.approx(math.hypot(5, 10)) and missed.truth_ml == pytest.approx(0.32)
+    (missed,) = score_case(np.zeros_like(truth), truth, (5.0, 1.0, 2.0), [A], RULES)
+    assert missed.values["hd95"] == pytest.approx(math.hypot(5, 10)) and missed.truth_ml == pytest.approx(0.16)
+    (flat,) = score_case(prediction[0], truth[0], (1.0, 2.0), [A], RULES)
+    assert flat.values == found.values and flat.truth_ml == pytest.approx(0.32)  # square centimetres
+    (row,) = score_case(truth[:, 1:2], truth[:, 1:2], (5.0, 1.0, 2.0), [A], RULES)
+    assert row.truth_ml == pytest.approx(0.04)
 
 
 @pytest.mark.parametrize(

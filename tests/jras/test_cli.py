@@ -43,39 +43,6 @@ def image_of(dataset: TinyDataset) -> Path:
     return sorted(dataset.images_ts.glob("*_0000.nii.gz"))[0]
 
 
-def test_the_stock_command_predicts_unseen_cases(model, tiny, tmp_path):
-    command = [
-        "nnUNetv2_predict",
-        "-d",
-        "1",
-        "-i",
-        str(tiny.images_ts),
-        "-o",
-        str(tmp_path / "out"),
-        "-c",
-        "3d_fullres",
-    ]
-    command += [
-        "-f",
-        "0",
-        "-tr",
-        "nnUNetTrainerJRAS",
-        "-p",
-        "tiny",
-        "-device",
-        "cpu",
-        "--disable_tta",
-        "-npp",
-        "0",
-        "-nps",
-        "0",
-    ]
-    run_command(command, tiny.environment(model.parent.parent), tmp_path)
-    found = sorted((tmp_path / "out").glob("*.nii.gz"))
-    assert len(found) == 2
-    assert sitk.ReadImage(str(found[0])).GetSize() == sitk.ReadImage(str(image_of(tiny))).GetSize()
-
-
 def test_guides_draws_a_picture_and_prints_the_weights(model, tiny, tmp_path, capsys):
     label = tiny.raw / tiny.name / "labelsTs" / image_of(tiny).name.replace("_0000", "")
     assert ext_main(["guides", str(model), str(image_of(tiny)), "-o", str(tmp_path / "p.png"), "-l", str(label)]) == 0
@@ -125,34 +92,6 @@ def test_the_exported_model_is_plain_and_predicts_like_the_stripped_one(model, t
     plain = logits(tmp_path / "plain", data)
     assert np.array_equal(plain, logits(tmp_path / "stripped", data))
     assert not np.array_equal(plain, logits(model, data))  # the guides do something
-
-
-def test_the_stock_command_predicts_with_the_folder_of_a_stripped_export(model, tiny, tmp_path):
-    export_model(model, tmp_path / "stripped", edits=["strip-bank"])
-    export_model(model, tmp_path / "plain")
-    case = tmp_path / "in" / image_of(tiny).name
-    case.parent.mkdir()
-    case.write_bytes(image_of(tiny).read_bytes())
-    command = ["nnUNetv2_predict_from_modelfolder", "-i", str(case.parent), "-o", str(tmp_path / "out")]
-    command += [
-        "-m",
-        str(tmp_path / "stripped"),
-        "-f",
-        "0",
-        "-device",
-        "cpu",
-        "--disable_tta",
-        "-npp",
-        "1",
-        "-nps",
-        "1",
-    ]
-    run_command(command, tiny.environment(tmp_path / "no_results"), tmp_path)
-    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(tmp_path / "plain"), (0,))
-    (expected,) = predictor.predict_from_files_sequential([[str(case)]], None)
-    (written,) = (tmp_path / "out").glob("*.nii.gz")
-    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(written))), expected)
 
 
 def test_2d_regions_and_an_ignore_label_at_once(tiny, tmp_path):

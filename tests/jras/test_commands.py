@@ -149,16 +149,6 @@ def test_folds_with_banks_of_different_size_are_an_ensemble(commands, tmp_path):
     assert np.allclose(ratio[0], (ratio[1] + ratio[2]) / 2, atol=0.05)
 
 
-def test_a_zip_installed_elsewhere_predicts_the_same(commands, tmp_path):
-    fresh = tmp_path / "results"
-    fresh.mkdir()
-    model = ["-d", "1", "-c", "3d_fullres", "-tr", TRAINER, "-p", "tiny", "-f", "0", "1"]
-    commands.run("nnUNetv2_export_model_to_zip", *model, "-o", str(tmp_path / "model.zip"))
-    commands.run("nnUNetv2_install_pretrained_model_from_zip", str(tmp_path / "model.zip"), results=fresh)
-    expected = commands.predict(tmp_path / "expected", "3d_fullres", ["0", "1"])
-    assert same(expected, commands.predict(tmp_path / "out", "3d_fullres", ["0", "1"], results=fresh))
-
-
 @pytest.mark.parametrize("option", ["--val", "--val_best"])
 def test_validation_alone_repeats_the_trainings(commands, tmp_path, option):
     copied = Commands(commands.dataset, tmp_path / "results", commands.monkeypatch)

@@ -23,6 +23,8 @@ from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.jras import bank_training as banked
 from nnunetv2_ext.jras import training
 from nnunetv2_ext.jras.build import read_patch
+from nnunetv2_ext.jras.network import JRASNetwork
+from nnunetv2_ext.jras.panel import view_of_batch
 from nnunetv2_ext.jras.search import load_faiss
 from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
 from nnunetv2_ext.trainers.nnUNetTrainerMedContextJRAS import nnUNetTrainerMedContextJRAS
@@ -53,18 +55,6 @@ def log(trainer: Any) -> str:
 
 
 # ---- controls
-
-
-def test_without_a_retriever_the_weights_are_plain_nnunets_bit_for_bit(make_trainer, make_jras, fixed_batches):
-    states = []
-    for trainer in (make_trainer(nnUNetTrainer, configuration="2d"), make_jras("jras.retriever=none")):
-        randomness.seed_everything(3)
-        trainer.initialize()
-        for batch in fixed_batches(trainer, 4):
-            trainer.train_step(batch)
-        states.append(trainer.network.state_dict())
-    plain, ours = states
-    assert plain.keys() == ours.keys() and all(torch.equal(plain[key], ours[key]) for key in plain)
 
 
 def test_a_frozen_retriever_moves_in_the_warm_up_only(make_jras):
@@ -215,8 +205,6 @@ def test_the_retrievers_rate_is_a_third_at_every_epoch_and_after_continuing(make
 @pytest.mark.parametrize(
     ("cls", "chosen"),
     [
-        (nnUNetTrainerJRAS, ""),
-        (nnUNetTrainerMedContextJRAS, ""),
         (nnUNetTrainerJRAS, "jras.fusion=concat jras.num_guides=2 jras.detach_keys=true"),
         (nnUNetTrainerJRAS, "jras.retriever_encoder=bottleneck jras.refresh_every=1"),
         (nnUNetTrainerJRAS, "jras.retriever=frozen"),
@@ -388,6 +376,22 @@ def test_an_export_does_not_name_the_plain_model(make_trainer, make_jras, tmp_pa
     block = json.loads((tmp_path / "out" / "plans.json").read_text())["nnunetv2_ext"]
     assert "init_from" not in block["jras"] and block["jras"]["tau"] == 0.2
     assert str(source) in (folder / "plans.json").read_text()  # the source is only read
+
+
+@pytest.mark.parametrize("kind", ["strip-bank", "blank-groups"])
+def test_an_export_names_no_training_case(make_jras, tmp_path, kind):
+    """A case id is often a patient's."""
+    trainer = make_jras("train_cases=[phantom_002,phantom_003]")
+    trainer.on_train_start()
+    trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    folder = Path(trainer.output_folder_base)
+    named = [path for path in folder.rglob("*.pth") if b"phantom_002" in path.read_bytes()]
+    assert named and "phantom_002" in (folder / "plans.json").read_text()  # what must not go along
+    export_model(folder, tmp_path / "out", edits=[kind])
+    for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
+        assert b"phantom_00" not in path.read_bytes(), path
+    block = json.loads((tmp_path / "out" / "plans.json").read_text())["nnunetv2_ext"]
+    assert "train_cases" not in block and "jras" in block
 
 
 # ---- nobody guides himself
@@ -730,34 +734,6 @@ def test_keys_are_not_renewed_once_the_retriever_is_frozen(make_jras):
 # ---- architectures and data that spoil everything
 
 
-def residual(plans: dict[str, Any]) -> dict[str, Any]:
-    """The plans with nnU-Net's residual encoder, as its ResEnc planners write them."""
-    for configuration in plans["configurations"].values():
-        if "architecture" in configuration:
-            kwargs = configuration["architecture"]["arch_kwargs"]
-            kwargs["n_blocks_per_stage"] = kwargs.pop("n_conv_per_stage")
-            name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
-            configuration["architecture"]["network_class_name"] = name
-    return plans
-
-
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_residual_encoder_plans_train_save_and_load(make_jras, tiny, configuration):
-    plans = residual(tiny.plans())
-    trainer = make_jras("save_every=1", configuration=configuration, plans=plans)
-    trainer.on_train_start()
-    assert type(trainer.network.backbone).__name__ == "ResidualEncoderUNet"
-    trainer.on_train_epoch_start()
-    trainer.on_train_epoch_end([trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)])
-    path = str(Path(trainer.output_folder) / "checkpoint_latest.pth")
-    trainer.save_checkpoint(path)
-    again = make_jras("save_every=1", configuration=configuration, plans=plans, continued=True)
-    again.load_checkpoint(path)
-    x = torch.randn(1, 1, *trainer.configuration_manager.patch_size)
-    outputs = [t.network.eval()(x) for t in (trainer, again)]
-    assert all(torch.equal(a, b) for a, b in zip(*outputs)) and again.network.last is not None
-
-
 @dataclasses.dataclass(frozen=True)
 class Relabelled:
     """The tiny dataset under another label table; its preprocessed data do not change."""
@@ -870,3 +846,35 @@ def test_the_teacher_looks_into_the_students_bank_and_stores_it_once(make_jras):
     saved = read(path)
     teacher, student = saved[EXTENSION_KEY]["methods"]["medcontext"]["teacher"], saved["network_weights"]
     assert teacher["bank.images"].data_ptr() == student["bank.images"].data_ptr()
+
+
+def test_guides_are_dropped_in_training_only_never_for_the_teacher_an_evaluation_or_a_picture(make_jras, monkeypatch):
+    """With a dropout of 1 no guide is left where it applies."""
+    seen: list[tuple[bool, bool]] = []  # by whom: the trained network or another; and whether any guide was left
+    lookup = JRASNetwork._lookup
+
+    def noting(network: JRASNetwork, queries: torch.Tensor) -> Any:
+        guides = lookup(network, queries)
+        seen.append((network is trainer.retrieval_network, bool(guides.valid.any())))
+        return guides
+
+    def seen_in(action: Callable[[], Any]) -> set[tuple[bool, bool]]:
+        seen.clear()
+        action()
+        return set(seen)
+
+    trainer = make_jras("num_epochs=1 jras.guide_dropout=1", nnUNetTrainerMedContextJRAS)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    monkeypatch.setattr(JRASNetwork, "_lookup", noting)
+    batch = next(trainer.dataloader_train)
+    student, teacher = True, False
+    assert seen_in(lambda: trainer.train_step(batch)) == {(student, False), (teacher, True)}
+    on_device = Batch.from_loader(batch, trainer.device)
+    assert seen_in(lambda: view_of_batch(trainer, on_device)) == {(student, True)}
+    assert trainer.network.training
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        assert seen_in(lambda: trainer.validation_step(next(trainer.dataloader_val))) == {(student, True)}
+        assert seen_in(lambda: trainer.forward(on_device)) == {(student, True)}
+        assert seen_in(lambda: trainer.network(on_device.data)) == {(student, True)}

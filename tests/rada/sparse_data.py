@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nnunetv2_ext.phantom import write_phantom_dataset
-from tests.conftest import TinyDataset, shrink
+from tests.conftest import TinyDataset, in_this_process, plan_and_preprocess
 
 DENSE_ID, SPARSE_ID = 1, 2
 
@@ -52,26 +47,6 @@ def make_sparse_tiny(
     return dataset
 
 
-def plan_and_preprocess(dataset: TinyDataset) -> None:
-    """As nnU-Net's command does, with its integrity check; adds the plans ``tiny``.
-
-    nnU-Net's own functions in this process, with threads for its spawned workers: those take ten times as long to start
-    as all the work here.
-    """
-    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-
-    with _in_this_process(dataset) as (api, patch):
-        analyse = DatasetFingerprintExtractor.analyze_case
-        # nnU-Net draws 1e8 intensities however small the dataset is: seconds and a gigabyte
-        patch.setattr(DatasetFingerprintExtractor, "analyze_case", lambda *case: analyse(*case[:3], 1000))
-        api.extract_fingerprints([dataset.dataset_id], num_processes=1, check_dataset_integrity=True)
-        api.plan_experiments([dataset.dataset_id])
-        api.preprocess([dataset.dataset_id], configurations=("3d_fullres",), num_processes=(1,))
-    base = dataset.preprocessed / dataset.name
-    plans = json.loads((base / "nnUNetPlans.json").read_text())
-    (base / "tiny.json").write_text(json.dumps(shrink(plans)))
-
-
 def add_lowres(dataset: TinyDataset, spacing: float) -> None:
     """Give the plans ``tiny`` a 3d_lowres of so many mm, and preprocess it."""
     plans = dataset.plans()
@@ -79,17 +54,5 @@ def add_lowres(dataset: TinyDataset, spacing: float) -> None:
     lowres = fullres | {"data_identifier": "tiny_3d_lowres", "spacing": [spacing] * 3}
     plans["configurations"]["3d_lowres"] = lowres
     (dataset.preprocessed / dataset.name / "tiny.json").write_text(json.dumps(plans))
-    with _in_this_process(dataset) as (api, _):
+    with in_this_process(dataset) as (api, _):
         api.preprocess([dataset.dataset_id], "tiny", configurations=("3d_lowres",), num_processes=(1,))
-
-
-@contextmanager
-def _in_this_process(dataset: TinyDataset) -> Iterator[tuple[Any, pytest.MonkeyPatch]]:
-    from nnunetv2.experiment_planning import plan_and_preprocess_api as api
-
-    environment = dataset.environment(dataset.root / "results") | {"nnUNet_n_proc_DA": "1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in environment.items():
-            patch.setenv(key, value)
-        patch.setattr(multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
-        yield api, patch

@@ -55,14 +55,15 @@ class ClipSource:
         Raises:
             ValueError: a local file or folder is missing.
         """
-        places = {_MODEL: self.located or self.model, _ALPHA: self.alpha_weights or "none"}
+        places = [
+            ("model", _MODEL, self.located or self.model, False),
+            ("alpha", _ALPHA, self.alpha_weights or "none", self.alpha_weights is not None),
+        ]
         if self.located is None:
-            places[_WEIGHTS] = self.weights
+            places.append(("weights", _WEIGHTS, self.weights, _is_file(self.weights)))
         found = {}
-        for setting, place in places.items():
-            is_file = self.alpha_weights is not None if setting == _ALPHA else setting == _WEIGHTS and _is_file(place)
+        for name, setting, place, is_file in places:
             try:
-                name = setting.removeprefix("rada.").removeprefix("clip_").removesuffix("_weights")
                 found[name] = _identity_of(place, setting, is_file)
             except ValueError:
                 if not missing_ok:

@@ -314,16 +314,18 @@ def test_mean_cosines_against_a_loop():
     assert found == pytest.approx([np.mean(values) for values in cosines.values()], abs=6e-4)
 
 
-@pytest.mark.parametrize(("between", "background", "warns"), [(0.0, 0.0, False), (0.99, 0.0, True), (0.0, 0.99, True)])
+@pytest.mark.parametrize(("between", "background", "warns"), [(0.0, 0.0, False), (0.99, 0.0, True), (None, 0.99, True)])
 def test_a_small_gap_is_warned_about(between, background, warns):
     def towards_first(cosine):
         return torch.tensor([cosine, (1 - cosine**2) ** 0.5])
 
     vectors, present = torch.zeros(2, 3, 3, 2), torch.zeros(2, 3, 3, dtype=torch.bool)
     present[:, 0, 1], vectors[:, 0, 1] = True, towards_first(1.0)
-    present[:, 0, 2], vectors[:, 0, 2] = True, towards_first(between)
+    if between is not None:
+        present[:, 0, 2], vectors[:, 0, 2] = True, towards_first(between)
     found, warnings = told(vectors, present, towards_first(background).expand(2, 2))
-    assert found[:2] == [1.0, pytest.approx(between)] and len(warnings) == warns
+    nan = math.nan if between is None else between
+    assert found[:2] == [1.0, pytest.approx(nan, nan_ok=True)] and len(warnings) == warns
     assert all(line.startswith("WARNING") and "rada.semantics=learned" in line for line in warnings)
     # one region alone: nothing to compare
     assert told(vectors[:1, :, :2], present[:1, :, :2], torch.zeros(1, 2)) == (

@@ -1,0 +1,304 @@
+"""What to compare: folders found and checked before anything is scored. Usable from Python as from the command line."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_ext.compare.arms import (
+    Arm,
+    make_arm,
+    predictions_arm,
+    require_comparable,
+    require_same_training_cases,
+)
+from nnunetv2_ext.compare.files import write
+from nnunetv2_ext.compare.report import Report
+from nnunetv2_ext.compare.scores import collect
+from nnunetv2_ext.compare.statistics import all_differences
+from nnunetv2_ext.core.files import read_json
+from nnunetv2_ext.data import find
+from nnunetv2_ext.data.subjects import pairs_suggested, recorded_subjects, subjects_of_dataset
+from nnunetv2_ext.evaluate.datasets import read_object
+from nnunetv2_ext.evaluate.folder import Source, make_source
+from nnunetv2_ext.evaluate.metrics import METRICS, WORST
+from nnunetv2_ext.evaluate.pairs import listed, require_output, require_roles
+from nnunetv2_ext.evaluate.structures import from_dataset_json
+
+
+@dataclass
+class Request:
+    """The options of ``nnUNetv2_ext compare``; one of ``trainers``, ``runs`` and ``predictions`` says what to compare.
+
+    Attributes:
+        dataset: id or name.
+        configuration, plans: of nnU-Net.
+        trainers: names; the first is the reference.
+        folds: None: all that the first has, without ``all`` where it has numbered ones.
+        results: results folders, one per repeat; empty: nnUNet_results.
+        runs: (name, folder, ...), each folder a repeat: a results folder, a model folder or a fold.
+        predictions: (name, folder, ...), each folder a repeat's test predictions; needs ``truth``.
+        truth: true segmentations; None: the dataset's own.
+        images: for pictures; None: imagesTr.
+        group_regex, groups: subjects of cases, see ``data.subjects``; None: as dataset.json records them.
+        allow_different_training_cases: a note instead of an error.
+        metrics, tolerance, empty, ignore_origin: see ``evaluate.folder.make_source``.
+        processes: at a time.
+        worst: cases drawn of either kind.
+        output: folder; None: ``comparison_DATASET_CONFIGURATION``.
+    """
+
+    dataset: str
+    configuration: str = "3d_fullres"
+    plans: str = "nnUNetPlans"
+    trainers: Sequence[str] = ()
+    folds: Sequence[str] | None = None
+    results: Sequence[Path] = ()
+    runs: Sequence[Sequence[str]] = ()
+    predictions: Sequence[Sequence[str]] = ()
+    truth: Path | None = None
+    images: Path | None = None
+    group_regex: str | None = None
+    groups: Path | None = None
+    allow_different_training_cases: bool = False
+    metrics: Sequence[str] = tuple(METRICS)
+    tolerance: Sequence[str] = ("1",)
+    empty: str = WORST
+    ignore_origin: bool = False
+    processes: int = 1
+    worst: int = 3
+    output: Path | None = None
+
+
+@dataclass
+class Inputs:
+    """What a request names, found: dataset's name, its dataset.json, arms, what to score, and notes for the reader."""
+
+    dataset: str
+    dataset_json: Mapping[str, Any]
+    arms: list[Arm]
+    source: Source
+    notes: list[str]
+
+
+def compare(request: Request) -> tuple[Report, Path]:
+    """Check, score and write everything.
+
+    Returns:
+        The report, whose ``scores.table`` is the long table of all measurements, and the output folder.
+
+    Raises:
+        ValueError: contradicting options, missing or unfinished results, results without common cases; one line.
+    """
+    if request.processes < 1 or request.worst < 0:
+        given = f"{request.processes} and {request.worst}"
+        raise ValueError(f"-np must be 1 or more and --worst 0 or more, but they are {given}")
+    inputs = gather(request)
+    arms, notes = inputs.arms, inputs.notes
+    notes += require_comparable(arms, None if request.predictions else _split(inputs.dataset))
+    notes += require_same_training_cases(arms, request.allow_different_training_cases)
+    cases = [case for run in arms[0].repeats[0].folds.values() for case in run.cases]
+    subjects, remarks = subjects_of(request, inputs.dataset_json, cases)
+    truth, own = truth_folder(request, inputs.dataset)
+    images = images_folder(request, inputs, cases)
+    folders = [run.predictions for arm in arms for run in arm.runs()]
+    for folder in folders:
+        require_roles(folder, truth)
+    folder = request.output or Path(f"comparison_{inputs.dataset}_{request.configuration}")
+    output = require_output(folder, [*folders, truth, *([images] if images else [])])
+    scores = collect(arms, truth, inputs.source, request.processes, own, subjects)
+    what = "test set" if request.predictions else f"{request.configuration}, plans {request.plans}"
+    report = Report(
+        title=f"{inputs.dataset}, {what}: {', '.join(a.name for a in arms[1:])} against {arms[0].name}",
+        scores=scores,
+        differences=all_differences(scores),
+        notes=[*scores.notes, *notes, *remarks],
+        command=shlex.join(["nnUNetv2_ext", *sys.argv[1:]]),
+        date=datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+    )
+    write(report, output, images, request.worst)
+    return report, output
+
+
+def gather(request: Request) -> Inputs:
+    """Find what a request names.
+
+    Raises:
+        ValueError: contradicting options, missing or unfinished results, different label sets.
+    """
+    if bool(request.trainers) + bool(request.runs) + bool(request.predictions) != 1:
+        raise ValueError(
+            "say what to compare in one way: -tr TRAINER TRAINER, or --run NAME DIR, or --predictions NAME DIR"
+        )
+    for given in (*request.runs, *request.predictions):
+        if len(given) < 2:
+            raise ValueError(f"{given[0]!r} is a name without a folder: give NAME DIR [DIR ...]")
+    if request.results and not request.trainers:
+        raise ValueError("--results goes with -tr; name these folders after --run NAME instead")
+    return _of_predictions(request) if request.predictions else _of_trainings(request)
+
+
+def _of_predictions(request: Request) -> Inputs:
+    if request.truth is None:
+        raise ValueError("--predictions needs --truth, the folder with the true segmentations of these cases")
+    if request.folds:
+        raise ValueError("-f goes with trainings; --predictions have no folds")
+    given = [(name, [Path(f) for f in folders]) for name, *folders in request.predictions]
+    # nnUNetv2_predict leaves the dataset.json of the training beside its predictions
+    content, notes = _labels(request, [f / "dataset.json" for _, folders in given for f in folders])
+    source = _source(request, content)
+    arms = [predictions_arm(name, folders, source.ending) for name, folders in given]
+    return Inputs(_known_dataset(request) or f"dataset {request.dataset}", content, arms, source, notes)
+
+
+def _of_trainings(request: Request) -> Inputs:
+    models = _models_of_runs(request) if request.runs else _models_of_trainers(request)
+    first = models[0][1][0][0]
+    datasets = sorted({m.dataset for _, parts in models for m, _ in parts})
+    if len(datasets) > 1:
+        raise ValueError(f"the results are of different datasets: {', '.join(datasets)}; compare those of one")
+    asked = request.dataset
+    if not (asked == first.dataset or (asked.isdigit() and first.dataset.startswith(f"Dataset{int(asked):03d}_"))):
+        raise ValueError(f"-d {asked}: the results are of {first.dataset}; give its id or name")
+    content, notes = _labels(request, [m.folder / "dataset.json" for _, parts in models for m, _ in parts])
+    source = _source(request, content)
+    folds = request.folds or [f for f in first.folds() if f != "all"] or first.folds()
+    if not folds:
+        raise ValueError(f"{first.folder} has no fold; train one")
+    if not request.folds and not request.runs and len(folds) < len(first.folds()):
+        notes.append("fold all was left out beside the numbered folds: it validates on the cases it was trained on")
+    unused = sorted({fold for _, parts in models for _, fold in parts if fold and request.folds} - set(folds))
+    if unused:
+        raise ValueError(f"--run names fold {', '.join(unused)}, which -f {' '.join(folds)} leaves out")
+    arms = [make_arm(name, [(m, [fold] if fold else folds) for m, fold in parts], source.ending)
+            for name, parts in models]  # fmt: skip
+    return Inputs(first.dataset, content, arms, source, notes)
+
+
+Models = list[tuple[str, list[tuple[find.Model, str | None]]]]
+
+
+def _models_of_runs(request: Request) -> Models:
+    dataset = _known_dataset(request)
+    return [
+        (name, [find.find_in(Path(folder), dataset, request.plans, request.configuration) for folder in folders])
+        for name, *folders in request.runs
+    ]
+
+
+def _models_of_trainers(request: Request) -> Models:
+    stock = os.environ.get("nnUNet_results")
+    roots = request.results or ([Path(stock)] if stock else [])
+    if not roots:
+        raise ValueError("nnUNet_results is not set; export it as for nnUNetv2_train, or give --results DIR")
+    for root in roots:
+        if not root.is_dir():
+            raise ValueError(f"the results folder {root} does not exist")
+    dataset = find.dataset_name(request.dataset, roots)
+    where = (request.plans, request.configuration)
+    return [(tr, [(find.find_trainer(root, dataset, tr, *where), None) for root in roots]) for tr in request.trainers]
+
+
+def _known_dataset(request: Request) -> str | None:
+    """The dataset's folder name if one of nnU-Net's folders knows it; results can be compared without them."""
+    try:
+        return find.dataset_name(request.dataset, [])
+    except ValueError:
+        return None if request.dataset.isdigit() else request.dataset
+
+
+def _labels(request: Request, candidates: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
+    """The dataset.json of the trainings, which must have the same labels, and a note if -d names nothing known."""
+    files, notes = [file for file in dict.fromkeys(candidates) if file.is_file()], []
+    try:
+        own = find.find_dataset_json(request.dataset)
+        files += [own] if request.predictions or not files else []
+    except ValueError:
+        if not files:
+            raise
+        if request.predictions:
+            notes.append(f"-d {request.dataset} was not found in nnU-Net's folders; the labels are those of {files[0]}")
+    first = read_object(files[0])
+    for file in files[1:]:
+        if (others := read_object(file).get("labels")) != first.get("labels"):
+            raise ValueError(
+                f"the label sets differ: {files[0]} has {json.dumps(first.get('labels'))}, {file} has "
+                f"{json.dumps(others)}; compare trainings of the same labels"
+            )
+    return first, notes
+
+
+def _source(request: Request, content: Mapping[str, Any]) -> Source:
+    options: dict[str, Any] = {k: getattr(request, k) for k in ("metrics", "tolerance", "empty", "ignore_origin")}
+    ending, reader = content.get("file_ending", ".nii.gz"), content.get("overwrite_image_reader_writer")
+    return make_source(from_dataset_json(content), ending, reader, **options)
+
+
+def _split(dataset: str) -> dict[str, list[str]] | None:
+    """Validation cases by fold from splits_final.json, None if it is not at hand."""
+    base = os.environ.get("nnUNet_preprocessed")
+    file = Path(base) / dataset / "splits_final.json" if base else None
+    if file is None or not file.is_file():
+        return None
+    return {str(i): list(fold["val"]) for i, fold in enumerate(read_json(file))}
+
+
+def subjects_of(
+    request: Request, dataset_json: Mapping[str, Any], cases: Sequence[str]
+) -> tuple[dict[str, str] | None, list[str]]:
+    """Case to subject if it is known, and a note where it is not and names look like pairs.
+
+    The dataset's own dataset.json in nnU-Net's folders is asked where that of the trainings records nothing.
+    """
+    subjects = subjects_of_dataset(dataset_json, cases, request.group_regex, request.groups)
+    if request.group_regex is not None or request.groups is not None:
+        return subjects, []
+    if subjects is None:
+        try:
+            dataset_json = read_object(find.find_dataset_json(request.dataset))
+        except ValueError:
+            dataset_json = {}
+    if set(recorded_subjects(dataset_json) or ()) & set(cases):
+        return subjects_of_dataset(dataset_json, cases), []
+    pairs = pairs_suggested(cases)
+    if pairs is None:
+        return None, []
+    return None, [
+        f"subjects are not known, so cases were resampled one by one; {pairs} (--group-regex; or --groups FILE). "
+        "Cases of one subject make the interval too narrow"
+    ]
+
+
+def truth_folder(request: Request, dataset: str) -> tuple[Path, bool]:
+    """The truth, and whether it is the one that nnU-Net validated with."""
+    if request.truth is not None:
+        if not request.truth.is_dir():
+            raise ValueError(f"--truth {request.truth} does not exist")
+        return request.truth, False
+    base = os.environ.get("nnUNet_preprocessed")
+    folder = Path(base or ".") / dataset / "gt_segmentations"
+    if not base or not folder.is_dir():
+        where = f"in {folder}" if base else "because nnUNet_preprocessed is not set"
+        raise ValueError(f"the true segmentations were not found {where}; give their folder with --truth")
+    return folder, True
+
+
+def images_folder(request: Request, inputs: Inputs, cases: Sequence[str]) -> Path | None:
+    """Where the images for the pictures are, None if nowhere."""
+    if (given := request.images) is not None:
+        ending = inputs.source.ending
+        if not given.is_dir():
+            raise ValueError(f"--images {given} does not exist")
+        if not any((given / f"{case}_0000{ending}").is_file() for case in cases):
+            raise ValueError(f"--images {given} has no image of {listed(cases)} (CASE_0000{ending})")
+        return given
+    base = os.environ.get("nnUNet_raw")
+    folder = Path(base) / inputs.dataset / "imagesTr" if base and not request.predictions else None
+    return folder if folder is not None and folder.is_dir() else None

@@ -1,0 +1,185 @@
+"""Scores of every case in every repeat of every arm, on the same cases and structures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from nnunetv2_ext.compare.arms import Arm
+from nnunetv2_ext.compare.runs import FoldRun, nnunet_dice
+from nnunetv2_ext.evaluate.folder import Evaluation, Source, evaluate_folder, require_one_unit, with_mean
+from nnunetv2_ext.evaluate.metrics import ABSENT, METRICS
+from nnunetv2_ext.evaluate.pairs import listed
+
+_AGREE = 1e-6
+
+
+@dataclass
+class Scores(Evaluation):
+    """What was measured: an evaluation whose ``table`` and ``files`` begin with the columns ``arm, repeat, fold``.
+
+    Where subjects are known both have a column ``subject`` as well.
+
+    Attributes:
+        arms: the first is what the others are compared with. An arm's repeats are independent trainings.
+        notes: for the reader, on what was left out.
+    """
+
+    arms: Sequence[Arm] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def first(self) -> str:
+        """The name of the arm that the others are compared with."""
+        return self.arms[0].name
+
+    @cached_property
+    def per_case(self) -> pd.DataFrame:
+        """By case: its fold, its subject where known, and the remarks on its files in all arms."""
+        remarks = self.files.groupby("case")["remark"].agg(lambda some: "; ".join(filter(None, dict.fromkeys(some))))
+        about = self.files.drop_duplicates("case").set_index("case")
+        return about[[c for c in ("fold", "subject") if c in about]].assign(remark=remarks)
+
+    @cached_property
+    def compared(self) -> pd.DataFrame:
+        """``table`` with values by ``COMMON_RULE`` and rows for the mean over structures."""
+        return with_mean(self.table.assign(value=common_values(self.table)))
+
+    @cached_property
+    def averaged(self) -> pd.DataFrame:
+        """``compared`` averaged over an arm's repeats, so that every case, the paired unit, counts once."""
+        keys = ["arm", "metric", "structure", "case"]
+        return self.compared.groupby(keys, sort=False, as_index=False)["value"].mean()
+
+    @cached_property
+    def _parts(self) -> dict[tuple[str, str], pd.DataFrame]:
+        return dict(iter(self.compared.groupby(["metric", "structure"], sort=False)))
+
+    def trainings(self, metric: str, structure: str) -> pd.DataFrame:
+        """(cases, trainings) of a metric and structure; columns are (arm, repeat), in the order of the arms."""
+        order = [(arm.name, repeat.label) for arm in self.arms for repeat in arm.repeats]
+        cells = self._parts[metric, structure].pivot(index="case", columns=["arm", "repeat"], values="value")
+        return cells.reindex(index=self.cases, columns=pd.MultiIndex.from_tuples(order))
+
+    def case_scores(self, metric: str, structure: str) -> pd.DataFrame:
+        """(cases, arms), averaged over repeats; NaN where a case does not count."""
+        cells = self.trainings(metric, structure)
+        return pd.DataFrame({arm.name: cells[arm.name].mean(axis=1) for arm in self.arms})
+
+
+def collect(
+    arms: Sequence[Arm],
+    truth: Path,
+    source: Source,
+    processes: int = 1,
+    own_truth: bool = True,
+    subjects: Mapping[str, str] | None = None,
+) -> Scores:
+    """Score everything.
+
+    Args:
+        arms: checked by ``arms.require_comparable``.
+        truth: folder of the true segmentations.
+        source: what to score and how.
+        processes: at a time.
+        own_truth: the truth is nnU-Net's gt_segmentations, so that Dice must agree with validation/summary.json.
+        subjects: case to subject, None if not known.
+
+    Raises:
+        ValueError: files on other grids, strange labels, predictions that are not those of summary.json, or arms whose
+            files tell different sizes of a voxel.
+    """
+    tables, files = [], []
+    for arm in arms:
+        for repeat in arm.repeats:
+            for fold in arms[0].repeats[0].folds:
+                run = repeat.folds[fold]
+                title = f"{arm.name}, {repeat.label}, fold {fold}"
+                found = evaluate_folder(
+                    run.predictions, truth, source, cases=sorted(run.cases), processes=processes, title=title
+                )
+                if own_truth:
+                    _require_same_dice(run, found)
+                for column, value in enumerate((arm.name, repeat.label, fold)):
+                    for table in (found.table, found.files):
+                        table.insert(column, ("arm", "repeat", "fold")[column], value)
+                tables.append(found.table)
+                files.append(found.files)
+    scores = Scores(source, pd.concat(tables, ignore_index=True), pd.concat(files, ignore_index=True), arms=list(arms))
+    _require_same_spacing(scores.files)
+    if subjects is not None:
+        for frame in (scores.table, scores.files):
+            frame.insert(4, "subject", frame["case"].map(subjects))
+    return independent(scores)
+
+
+def independent(scores: Scores) -> Scores:
+    """The scores without repeats that are another one's copy: equal in every case of a fold is not a new training."""
+    measured = ["value", "truth_ml", "prediction_ml"]
+    arms, notes = [], []
+    for arm in scores.arms:
+        seen: dict[tuple[str, bytes], str] = {}
+        kept = []
+        for repeat in arm.repeats:
+            rows = scores.table[(scores.table["arm"] == arm.name) & (scores.table["repeat"] == repeat.label)]
+            prints = {(f, part[measured].to_numpy(float).tobytes()) for f, part in rows.groupby("fold")}
+            copies = sorted(key for key in prints if key in seen)
+            if copies:
+                fold = copies[0][0]
+                notes.append(
+                    f"{arm.name}: {repeat.label} has the scores of {seen[copies[0]]} in every case of fold {fold}; "
+                    "that is one training given twice, and it counts once"
+                )
+            else:
+                kept.append(repeat)
+                seen |= dict.fromkeys(prints, repeat.label)
+        arms.append(replace(arm, repeats=kept))
+    alive = pd.DataFrame([(arm.name, r.label) for arm in arms for r in arm.repeats], columns=["arm", "repeat"])
+    table, files = (frame.merge(alive, on=["arm", "repeat"]) for frame in (scores.table, scores.files))
+    return replace(scores, arms=arms, notes=notes, table=table, files=files)
+
+
+def common_values(table: pd.DataFrame) -> pd.Series:
+    """The values of a long table on the same cases for all arms and repeats: see ``COMMON_RULE``."""
+    cell, absent = [table["case"], table["structure"]], table["state"] == ABSENT
+    perfect = table["metric"].map({key: float(metric.higher_is_better) for key, metric in METRICS.items()})
+    filled = table["value"].where(~absent | absent.groupby(cell).transform("all"), perfect)
+    return filled.where(filled.notna().groupby([*cell, table["metric"]]).transform("all"))
+
+
+COMMON_RULE = (
+    "Every figure is taken on the same cases for all compared. Where the truth has no such structure and at least one "
+    "run invented it, a run that rightly left it out scores 1 (HD95: 0 mm); where all left it out, and where a score "
+    "is undefined in any run, the case does not count for that structure"
+)
+
+
+def _require_same_spacing(files: pd.DataFrame) -> None:
+    """Where the truth does not tell the size of a voxel, each arm's predictions do; they must agree."""
+    require_one_unit(files)
+    sizes = files.groupby("case", sort=False)["spacing"].agg(lambda some: np.ptp(np.array(list(some)), axis=0).max())
+    different = list(sizes.index[sizes > 1e-3])
+    if different:
+        where = files.loc[files["case"] == different[0], ["prediction", "spacing"]].drop_duplicates("spacing")
+        told = "; ".join(f"{row.prediction}: {row.spacing}" for row in where.itertuples())
+        raise ValueError(f"{listed(different)}: the predictions tell different sizes of a voxel in mm ({told})")
+
+
+def _require_same_dice(run: FoldRun, evaluation: Evaluation) -> None:
+    """Predictions or truth changed after nnU-Net's validation would otherwise be compared with those of other days."""
+    theirs = nnunet_dice(run, evaluation.source.ending)
+    keys = {structure.name: structure.key for structure in evaluation.source.labels.structures}
+    for row in evaluation.table[evaluation.table["metric"] == "dice"].itertuples():
+        there, here = theirs.get(row.case, {}).get(keys[row.structure]), row.value
+        if there is None or (math.isnan(there) and math.isnan(here)) or abs(there - here) <= _AGREE:
+            continue
+        raise ValueError(
+            f"{run.predictions}: Dice of {row.case}, {row.structure}, is {here:.4f} by its files but {there:.4f} in "
+            "summary.json: predictions or truth have changed since the validation; run it again with --val"
+        )
