@@ -470,8 +470,8 @@ def test_an_unknown_key_offers_the_nearest_alone_where_it_is_clearly_meant(typed
         assert keys == offered
 
 
-def test_the_readmes_example_of_an_unknown_setting_is_what_is_printed():
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_documents_example_of_an_unknown_setting_is_what_is_printed():
+    document = (Path(__file__).resolve().parents[2] / "docs/use.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="unknown setting") as error:
         resolve(MEDCONTEXT, environment="medcontext.mask_ration=0.6")
-    assert f"`{str(error.value).partition('? `')[0]}?" in readme
+    assert f"`{str(error.value).partition('? `')[0]}?" in document
