@@ -160,10 +160,10 @@ def _files(folder: Path) -> set[str]:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     junk = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for entry in ("nnunetv2_ext", "trainers", "startup"):
+    for entry in ("nnunetv2_ext", "trainers", "startup", "docs"):
         shutil.copytree(CHECKOUT / entry, folder / entry, ignore=junk)
     for file in (
-        *(CHECKOUT / n for n in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE")),
+        *(CHECKOUT / n for n in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "CITATION.cff")),
         *CHECKOUT.glob("*.md"),
     ):
         shutil.copy(file, folder)
@@ -273,6 +273,14 @@ def test_sdist_gives_the_same_wheel(built: Path, wheel: Path, tmp_path: Path) ->
     _build("build_wheel", source, tmp_path)
     [again] = tmp_path.glob("*.whl")
     assert _rows(_read(again, ".dist-info/RECORD")) == _rows(_read(wheel, ".dist-info/RECORD"))
+
+
+def test_sdist_holds_the_documents_and_their_picture(built: Path, tmp_path: Path) -> None:
+    [sdist] = built.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, tmp_path)
+    [source] = tmp_path.iterdir()
+    documents = {"README.md", "CITATION.cff", *(f"docs/{name}" for name in _files(CHECKOUT / "docs"))}
+    assert documents <= _files(source)
 
 
 def test_plain_install_of_the_folder_puts_the_same_files_in_place(project: Path, wheel: Path, tmp_path: Path) -> None:
