@@ -12,16 +12,14 @@ from torch import Tensor, distributed, nn
 
 from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.step import Batch
-from nnunetv2_ext.core.stock import stock_shapes
+from nnunetv2_ext.core.stock import stock_network, stock_shapes
 from nnunetv2_ext.core.trainer_settings import method_settings_in
 from nnunetv2_ext.jras.bank import OUTSIDE
 from nnunetv2_ext.jras.build import BankContent, draw_bank, read_patch
 from nnunetv2_ext.jras.contrastive import flip
 from nnunetv2_ext.jras.groups import group_ids, new_group_key, subject_of
 from nnunetv2_ext.jras.network import Exclusion, JRASNetwork, excluding
-from nnunetv2_ext.jras.search import check_index
 from nnunetv2_ext.jras.settings import JRASSettings
-from nnunetv2_ext.jras.size import checkpoint_growth
 from nnunetv2_ext.jras.strip import plain_weights
 from nnunetv2_ext.parts.trainer import MethodTrainer
 
@@ -85,24 +83,6 @@ class BankTraining(MethodTrainer):
             )
         return JRASNetwork(backbone, settings, channels, num_output_channels, configuration_manager.patch_size)
 
-    @property
-    def start_file(self) -> str | None:
-        """Also by its name of before `init_from` was common: `jras.init_from`.
-
-        Raises:
-            ValueError: both names are set, to different files.
-        """
-        common, own = super().start_file, self.jras.init_from
-        if None not in (common, own) and common != own:
-            raise ValueError(f"init_from={common} and jras.init_from={own}, its old name, differ: unset the latter")
-        return common or own
-
-    def initialize(self) -> None:
-        """nnU-Net's, after a check of what would only fail later."""
-        if self.jras.has_retrieval:
-            check_index(self.jras.index, self.jras.key_dim, self.jras.nprobe, self.jras.ef_search)
-        super().initialize()
-
     # ---- the bank ------------------------------------------------------------------------------------------------
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         """nnU-Net's; the bank is drawn from the first."""
@@ -131,13 +111,24 @@ class BankTraining(MethodTrainer):
                 "split, or start a new training without --c"
             )
         assert self._bank_state is not None
-        growth = checkpoint_growth(network, self.my_init_kwargs)
         self.print_to_log_file(
-            f"J-RAS: {len(network.bank)} guides of {len(set(self._bank_state['cases']))} cases, index "
-            f"{self.jras.index} ({network.bank.backend}), {growth.parameters:,} further parameters. "
-            f"{growth.describe()} PRIVACY: every checkpoint and exported zip holds these image patches of training "
-            f"cases, {growth.guides / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model without them."
+            f"J-RAS: {len(network.bank)} guides of {len(set(self._bank_state['cases']))} cases, "
+            f"{self._growth(network)}. PRIVACY: every checkpoint and exported zip holds these image patches of "
+            f"training cases, {network.bank.num_bytes / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model without them."
         )
+
+    def _growth(self, network: JRASNetwork) -> str:
+        """How much larger than plain nnU-Net's, for fp32 and SGD with momentum; 1 MB is 1e6 bytes."""
+        parameters = list(network.parameters())
+        plain = sum(p.numel() for p in stock_network(self.my_init_kwargs).parameters())
+        sizes = {
+            "modules": sum(p.nbytes for p in parameters) - 4 * plain,
+            "momentum": sum(p.nbytes for p in parameters if p.requires_grad) - 4 * plain,
+            "guides": network.bank.num_bytes,
+        }
+        listed = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items())
+        further = sum(p.numel() for p in parameters) - plain
+        return f"{further:,} further parameters; a checkpoint grows by {sum(sizes.values()) / 1e6:.1f} MB ({listed})"
 
     def _warn_of_shared_subjects(self, cases: Sequence[str], validation: Sequence[str]) -> None:
         regex = self.jras.group_regex

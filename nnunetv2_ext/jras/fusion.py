@@ -134,8 +134,3 @@ def concat_guides(x: Tensor, images: Tensor, masks: Tensor, weights: Tensor) -> 
     mean = (share * guides).sum(1)
     mean = F.interpolate(mean, x.shape[2:], mode=_LINEAR[x.ndim - 2], align_corners=False)
     return torch.cat((x, mean.to(x.dtype)), 1)
-
-
-def concat_nothing(x: Tensor, channels: int) -> Tensor:
-    """The input of `concat_guides` where all weight is on the null guide: `channels` channels of zeros."""
-    return torch.cat((x, x.new_zeros((x.shape[0], channels, *x.shape[2:]))), 1)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_ext.jras.bank import STORED_DTYPES, GuideBank, Guides
 from nnunetv2_ext.jras.encoder import BottleneckRetriever, GuideEncoder, Retriever
-from nnunetv2_ext.jras.fusion import AttentionFusion, concat_guides, concat_nothing
+from nnunetv2_ext.jras.fusion import AttentionFusion, concat_guides
 from nnunetv2_ext.jras.labels import adaptive_pool, low_res_shape
 from nnunetv2_ext.jras.settings import JRASSettings
 
@@ -126,23 +127,9 @@ class JRASNetwork(nn.Module):
         self.null_logit = nn.Parameter(torch.tensor(INITIAL_NULL_LOGIT))
         if settings.fusion == "attention":
             self.guide_encoder = GuideEncoder(image_channels + heads, self.low_shape, settings.guide_widths)
-            self.fusion = AttentionFusion(
-                channels[-1],
-                channels[-2],
-                self.guide_encoder.fine_channels,
-                self.guide_encoder.coarse_channels,
-                len(self.low_shape),
-            )
-        self.bank = GuideBank(
-            image_channels,
-            heads,
-            self.low_shape,
-            settings.key_dim,
-            settings.index,
-            settings.nprobe,
-            settings.ef_search,
-            settings.dedup_cosine,
-        )
+            fine, coarse = settings.guide_widths[-2:]
+            self.fusion = AttentionFusion(channels[-1], channels[-2], fine, coarse, len(self.low_shape))
+        self.bank = GuideBank(image_channels, heads, self.low_shape, settings.key_dim, settings.dedup_cosine)
         self.bank.shared_by_copies = True  # type: ignore[assignment]  # a moving-average teacher looks into this one
         self.retriever_is_fixed = False
         self.last: Retrieval | None = None
@@ -203,13 +190,12 @@ class JRASNetwork(nn.Module):
     def _without_guides(self, x: Tensor) -> Any:
         if self.training and torch.is_grad_enabled():
             raise ValueError(
-                "a J-RAS network cannot be trained with an empty guide bank: fill it first (the "
-                "trainer does so in on_train_start), or set "
-                "jras.retriever=none"
+                "a J-RAS network cannot be trained with an empty guide bank: fill it first (the trainer does so in "
+                "on_train_start), or set jras.retriever=none"
             )
         self.last = None
-        if self.settings.fusion == "concat":
-            return self.backbone(concat_nothing(x, self.image_channels + self.heads))
+        if self.settings.fusion == "concat":  # zeros below the image, as where all weight is on the null guide
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.image_channels + self.heads))
         return self.backbone(x)
 
     def _retrieve(self, queries: Tensor) -> tuple[Guides, Tensor]:
@@ -278,20 +264,10 @@ class JRASNetwork(nn.Module):
             first: row of the bank.
             last: row after the last one; None: all.
             batch: guides embedded at a time.
-            read: the patches `embed` takes, for rows of the bank; None: the stored ones.
-
-        Raises:
-            ValueError: `retriever_encoder=bottleneck` without `read`.
+            read: the patches `embed` takes, for rows of the bank; None: the stored ones (not for `bottleneck`).
         """
-        if read is None:
-            if self.settings.reads_bottleneck:
-                raise ValueError(
-                    "jras.retriever_encoder=bottleneck embeds patches of full resolution, which the bank does not hold"
-                )
-
-            def read(rows: range) -> Tensor:
-                return self.bank.stored_images(torch.tensor(rows, device=self.bank.keys.device))
-
+        device = self.bank.keys.device
+        read = read or (lambda rows: self.bank.stored_images(torch.tensor(rows, device=device)))
         last = len(self.bank) if last is None else last
         modes = [(module, module.training) for module in (self.retriever, self.encoder)]
         try:

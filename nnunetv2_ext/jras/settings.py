@@ -6,11 +6,12 @@ paper; "ours" is this package's own choice.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import warnings
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nnunetv2_ext.core.settings import LOCAL_PATH, STRUCTURAL, Settings
+from nnunetv2_ext.core.settings import STRUCTURAL, Settings
 
 Width = Annotated[int, Field(ge=1)]
 
@@ -21,6 +22,8 @@ class JRASSettings(Settings):
     total = L(decoder(fuse(encoder(x), guides, w))) + `contrastive_weight` L_con, the second on every
     `contrastive_every`-th step.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {"init_from": "init_from"}  # the common key
 
     # ---- what is part of the network
     retriever: Literal["joint", "frozen", "random", "none"] = Field(
@@ -98,18 +101,6 @@ class JRASSettings(Settings):
         description="Searched in a case id, its first group is the subject: cases of one subject never guide each "
         "other. None: each case is its own subject. Source: ours.",
     )
-    index: str = Field(
-        "Flat",
-        description="faiss index_factory string: Flat is exact; IVF256,Flat or HNSW32,Flat for very large banks. "
-        "Source: ours.",
-        json_schema_extra=STRUCTURAL,
-    )
-    nprobe: int | None = Field(
-        None, ge=1, description="Lists an IVF index looks into. Source: ours.", json_schema_extra=STRUCTURAL
-    )
-    ef_search: int | None = Field(
-        None, ge=1, description="Candidates an HNSW index keeps. Source: ours.", json_schema_extra=STRUCTURAL
-    )
     dedup_cosine: float | None = Field(
         None,
         gt=-1,
@@ -161,11 +152,10 @@ class JRASSettings(Settings):
         le=10,
         description="The retriever's learning rate as a share of initial_lr. Source: ours (0.003 with momentum 0.99).",
     )
-    init_from: str | None = Field(
-        None,
-        description="Old name of init_from, which every trainer has. Source: ours.",
-        json_schema_extra=LOCAL_PATH,
-    )
+    # ---- of an approximate search that is no more: read, so that old models and files of settings stay valid
+    index: str = Field("Flat", description="Without effect: guides are always searched exactly. Source: ours.")
+    nprobe: int | None = Field(None, description="Without effect, as jras.index. Source: ours.")
+    ef_search: int | None = Field(None, description="Without effect, as jras.index. Source: ours.")
 
     @field_validator("retriever", mode="before")
     @classmethod
@@ -175,22 +165,29 @@ class JRASSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> JRASSettings:
-        if self.retriever != "none" and self.num_guides > self.bank_size:
-            raise ValueError(
-                f"num_guides ({self.num_guides}) must not exceed bank_size ({self.bank_size}): lower "
-                "it or enlarge the bank"
+        if (self.index, self.nprobe, self.ef_search) != ("Flat", None, None):
+            warnings.warn(
+                f"jras.index={self.index}, with jras.nprobe and jras.ef_search, has no effect any more: guides are "
+                "searched exactly",
+                stacklevel=1,
             )
-        if self.has_retrieval and self.reads_bottleneck:
-            if self.fusion == "concat":
-                raise ValueError(
-                    "retriever_encoder=bottleneck cannot be combined with fusion=concat, which needs the guides before "
-                    "the encoder has run: use fusion=attention or retriever_encoder=conv"
-                )
-            if self.retriever == "frozen":
-                raise ValueError(
-                    "retriever_encoder=bottleneck cannot be combined with retriever=frozen: the segmentation network's "
-                    "encoder goes on learning, and the embeddings with it; use retriever_encoder=conv"
-                )
+        if not self.has_retrieval:
+            return self
+        if self.num_guides > self.bank_size:
+            raise ValueError(
+                f"num_guides ({self.num_guides}) must not exceed bank_size ({self.bank_size}): lower it or enlarge the "
+                "bank"
+            )
+        if self.reads_bottleneck and self.fusion == "concat":
+            raise ValueError(
+                "retriever_encoder=bottleneck cannot be combined with fusion=concat, which needs the guides before the "
+                "encoder has run: use fusion=attention or retriever_encoder=conv"
+            )
+        if self.reads_bottleneck and self.retriever == "frozen":
+            raise ValueError(
+                "retriever_encoder=bottleneck cannot be combined with retriever=frozen: the segmentation network's "
+                "encoder goes on learning, and the embeddings with it; use retriever_encoder=conv"
+            )
         return self
 
     @property

@@ -41,10 +41,7 @@ def without_bank(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: trained without a bank (`retriever=none`).
     """
-    _require_bank(checkpoint, "strip-bank")
-    stripped = {k: v for k, v in checkpoint.items() if k not in (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")}
-    stripped["network_weights"] = empty_bank(checkpoint["network_weights"])
-    return stripped
+    return _for_prediction(checkpoint, "strip-bank", empty_bank(checkpoint["network_weights"]))
 
 
 def empty_bank(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,15 +59,13 @@ def without_groups(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: trained without a bank (`retriever=none`).
     """
-    _require_bank(checkpoint, "blank-groups")
-    stripped = {k: v for k, v in checkpoint.items() if k not in (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")}
-    stripped["network_weights"] = {
-        name: torch.zeros_like(value) if name == f"{_BANK}groups" else value
-        for name, value in checkpoint["network_weights"].items()
-    }
-    return stripped
+    weights = checkpoint["network_weights"]
+    blank = {name: torch.zeros_like(value) for name, value in weights.items() if name == f"{_BANK}groups"}
+    return _for_prediction(checkpoint, "blank-groups", {**weights, **blank})
 
 
-def _require_bank(checkpoint: Mapping[str, Any], option: str) -> None:
-    if f"{_BANK}keys" not in checkpoint["network_weights"]:
+def _for_prediction(checkpoint: Mapping[str, Any], option: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    if f"{_BANK}keys" not in weights:
         raise ValueError(f"this model has no guide bank (jras.retriever=none); export it without --{option}")
+    left_out = (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")
+    return {name: value for name, value in checkpoint.items() if name not in left_out} | {"network_weights": weights}

@@ -30,7 +30,6 @@ from nnunetv2_ext.jras.contrastive import (
 from nnunetv2_ext.jras.figures import RetrievalFigures, guide_masks
 from nnunetv2_ext.jras.network import JRASNetwork
 from nnunetv2_ext.jras.panel import draw_guides, view_of_batch
-from nnunetv2_ext.jras.search import EXACT
 from nnunetv2_ext.parts.schedule import ScaledPolyLR
 
 RETRIEVER = "retriever"  # name of its group in the optimiser
@@ -171,15 +170,13 @@ class JRASTraining(BankTraining):
             self.epoch_log.add({"jras/refresh_seconds": time.perf_counter() - start}, self.current_epoch)
 
     def epoch_figures(self) -> dict[str, float]:
-        """What retrieval did (see `RetrievalFigures`), the time of a lookup, and recall if the index is approximate."""
+        """What retrieval did (see `RetrievalFigures`), and the time of a lookup."""
         figures = super().epoch_figures()
         network = self.retrieval_network
         if network is None or network.last is None:
             return figures
         figures |= {f"jras/{name}": value for name, value in self._figures.read().items()}
         figures["jras/lookup_ms"] = 1e3 * self._lookup_seconds(network, network.last.queries)
-        if self.jras.index != EXACT:
-            figures["jras/recall"] = network.bank.recall(network.last.queries, self.jras.num_guides)
         return figures
 
     def _lookup_seconds(self, network: JRASNetwork, queries: Tensor) -> float:

@@ -25,9 +25,9 @@ from nnunetv2_ext.jras import training
 from nnunetv2_ext.jras.build import read_patch
 from nnunetv2_ext.jras.network import JRASNetwork
 from nnunetv2_ext.jras.panel import view_of_batch
-from nnunetv2_ext.jras.search import load_faiss
 from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
 from nnunetv2_ext.trainers.nnUNetTrainerMedContextJRAS import nnUNetTrainerMedContextJRAS
+from tests.jras.conftest import empty
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -352,7 +352,7 @@ def test_continuing_does_not_read_the_plain_model_again(make_trainer, make_jras,
     source.unlink()
     again = make_jras("", continued=True)
     again.load_checkpoint(path)
-    assert again.jras.init_from == str(source)
+    assert again.settings.init_from == str(source)
     one, other = trainer.network.state_dict(), again.network.state_dict()
     assert all(torch.equal(one[key], other[key]) for key in one)
     with pytest.raises(ValueError, match="does not exist"):  # --c without a checkpoint is a new training
@@ -374,7 +374,7 @@ def test_an_export_does_not_name_the_plain_model(make_trainer, make_jras, tmp_pa
     for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
         assert str(tmp_path).encode() not in path.read_bytes(), path
     block = json.loads((tmp_path / "out" / "plans.json").read_text())["nnunetv2_ext"]
-    assert "init_from" not in block["jras"] and block["jras"]["tau"] == 0.2
+    assert "init_from" not in block and block["jras"]["tau"] == 0.2
     assert str(source) in (folder / "plans.json").read_text()  # the source is only read
 
 
@@ -539,7 +539,7 @@ def test_the_bank_holds_training_cases_only_and_its_growth_is_logged(make_jras):
     path = Path(trainer.output_folder) / "checkpoint_latest.pth"
     trainer.save_checkpoint(str(path))
     full = path.stat().st_size
-    trainer.network.bank.clear()
+    empty(trainer.network.bank)
     trainer.save_checkpoint(str(path))
     assert (full - path.stat().st_size) / 1e6 == pytest.approx(megabytes, abs=0.06)
 
@@ -604,21 +604,12 @@ def test_a_bank_of_background_is_reported(make_jras, monkeypatch):
     assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
 
 
-def test_an_unknown_index_is_refused_before_anything_is_built(make_jras):
-    trainer = make_jras("jras.index=Flatt")
-    with pytest.raises(ValueError, match=r"jras\.index='Flatt'"):
-        trainer.initialize()
-    assert trainer.network is None
-
-
 def test_a_fold_with_other_structure_stops(make_jras):
     first = make_jras()
     first.on_train_start()
     first.save_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
     with pytest.raises(ValueError, match=r"jras\.num_guides=4, this fold has jras\.num_guides=2"):
         make_jras("jras.num_guides=2", fold=1).on_train_start()
-    with pytest.raises(ValueError, match=r"jras\.index=Flat, this fold has jras\.index=IVF2,Flat"):
-        make_jras("jras.index=IVF2,Flat", fold=1).on_train_start()
     make_jras("jras.bank_size=15", fold=1).on_train_start()  # comes with the weights
 
 
@@ -626,7 +617,7 @@ def test_a_fold_with_other_structure_stops(make_jras):
 
 
 def test_the_epochs_figures_are_logged(make_jras):
-    trainer = make_jras("num_epochs=1 num_iterations_per_epoch=4 jras.index=IVF2,Flat jras.guide_dropout=0")
+    trainer = make_jras("num_epochs=1 num_iterations_per_epoch=4 jras.guide_dropout=0")
     trainer.run_training()
     header, row = (Path(trainer.output_folder) / "epochs.csv").read_text().splitlines()[:2]
     figures = dict(zip(header.split(","), map(float, row.split(","))))
@@ -634,7 +625,7 @@ def test_the_epochs_figures_are_logged(make_jras):
     assert 0 < figures["jras/null_weight"] < 1 and 0 < figures["jras/bank_share_used"] <= 1
     assert 0 <= figures["jras/guide_overlap"] <= 1 and 0 <= figures["jras/random_overlap"] <= 1
     assert figures["jras/retriever_grad_norm"] > 0 and figures["jras/lookup_ms"] > 0
-    assert 0 <= figures["jras/recall"] <= 1 and figures["jras/refresh_seconds"] > 0
+    assert figures["jras/refresh_seconds"] > 0
 
 
 def test_the_controls_log_what_their_guides_share_with_the_patches(make_jras):
@@ -785,13 +776,6 @@ def test_a_case_with_nan_is_named_before_training(make_jras, monkeypatch):
     monkeypatch.setattr(type(trainer), "get_tr_and_val_datasets", spoilt)
     with pytest.raises(ValueError, match=r"case phantom_003 holds values that are not finite"):
         trainer.on_train_start()
-
-
-def test_an_index_with_more_lists_than_guides_is_refused(make_jras):
-    if load_faiss() is None:
-        pytest.skip("FAISS is not installed")
-    with pytest.raises(ValueError, match=r"jras\.index='IVF64,Flat' cannot be built from 24 guides"):
-        make_jras("jras.index=IVF64,Flat").on_train_start()
 
 
 # ---- together with MedContext
