@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -14,11 +15,10 @@ from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.core.stock import stock_network, stock_shapes
 from nnunetv2_ext.core.trainer_settings import method_settings_in
-from nnunetv2_ext.data.subjects import pairs_suggested, recorded_subjects, subjects_by_regex
+from nnunetv2_ext.data.subjects import pairs_suggested, subjects_of_dataset
 from nnunetv2_ext.jras.bank import OUTSIDE
-from nnunetv2_ext.jras.build import BankContent, draw_bank, read_patch
+from nnunetv2_ext.jras.build import BankContent, cut_patch, draw_bank, group_ids
 from nnunetv2_ext.jras.contrastive import flip
-from nnunetv2_ext.jras.groups import group_ids, new_group_key
 from nnunetv2_ext.jras.network import Exclusion, JRASNetwork, excluding
 from nnunetv2_ext.jras.settings import JRASSettings
 from nnunetv2_ext.jras.strip import plain_weights
@@ -38,7 +38,6 @@ class BankTraining(MethodTrainer):
 
     _datasets: tuple[Any, Any] | None = None  # training, validation -> get_tr_and_val_datasets
     _bank_state: dict[str, Any] | None = None  # group key, cases, coordinates, patch size and spacing of the guides
-    _recorded: dict[str, str] | None = None  # case to subject of dataset.json, once it was read
 
     @property
     def jras(self) -> JRASSettings:
@@ -162,7 +161,9 @@ class BankTraining(MethodTrainer):
     def _draw_bank(self, network: JRASNetwork, cases: Sequence[str]) -> None:
         s = self.jras
         assert self._datasets is not None
-        key = self._from_first_rank(new_group_key())
+        key = [secrets.token_bytes(16)]  # stays in the training's own state, never among the weights
+        if self.is_ddp:
+            distributed.broadcast_object_list(key, 0)
         content = draw_bank(
             self._datasets[0],
             cases,
@@ -172,20 +173,19 @@ class BankTraining(MethodTrainer):
             s.fg_share,
             self.label_manager,
             seed=(self.settings.seed or 0) * 1000 + (999 if self.fold == "all" else int(self.fold)),
-            group_key=key,
+            group_key=key[0],
             subjects=self._subjects(cases),
             mirror_axes=(self.inference_allowed_mirroring_axes or ()) if s.mirror_guides else (),
         )
-        if content.all_background:
+        if not ((content.labels > 0) & (content.labels != OUTSIDE)).any():
             self.print_to_log_file(
                 "WARNING: no guide contains any foreground, so they can teach nothing about shape; "
                 "raise jras.fg_share or jras.bank_size."
             )
         self._describe_labels(content)
         network.bank.fill(content.images, content.labels, content.groups, content.lut)
-        self._bank_state = {"group_key": key, "cases": content.cases, "coordinates": content.coordinates}
-        self._bank_state["mirrored"] = content.mirrored
-        self._bank_state |= self._geometry()
+        state = {"group_key": key[0], "cases": content.cases, "coordinates": content.coordinates}
+        self._bank_state = {**state, "mirrored": content.mirrored, **self._geometry()}
         self._refresh(network)
 
     def _describe_labels(self, content: BankContent) -> None:
@@ -203,12 +203,6 @@ class BankTraining(MethodTrainer):
                 "jras.store_stride=1 keeps more of thin annotation, at more memory"
             )
         self.print_to_log_file(f"{text}.")
-
-    def _from_first_rank(self, value: Any) -> Any:
-        values = [value]
-        if self.is_ddp:
-            distributed.broadcast_object_list(values, 0)
-        return values[0]
 
     def _refresh(self, network: JRASNetwork) -> None:
         """Embed all guides with today's retriever; each rank does its share."""
@@ -235,7 +229,8 @@ class BankTraining(MethodTrainer):
         assert self._bank_state is not None and self._datasets is not None
         cases, corners = self._bank_state["cases"], self._bank_state["coordinates"]
         patch = self.configuration_manager.patch_size
-        images = [read_patch(self._datasets[0], cases[row], corners[row], patch)[0] for row in rows]
+        cases_read = (self._datasets[0].load_case(cases[row]) for row in rows)
+        images = [cut_patch(data, seg, corners[row], patch)[0] for row, (data, seg, *_) in zip(rows, cases_read)]
         patches = torch.stack(images).to(self.device, non_blocking=True)
         mirrored = self._bank_state.get("mirrored")  # checkpoints of older versions have none
         return patches if mirrored is None else flip(patches, mirrored[rows.start : rows.stop].to(patches.device))
@@ -249,13 +244,8 @@ class BankTraining(MethodTrainer):
         return groups.to(self.device, non_blocking=True)
 
     def _subjects(self, cases: Sequence[str]) -> dict[str, str] | None:
-        """By `jras.group_regex`, else by `group_regex`, else as dataset.json records them; None: nothing is known."""
-        for setting, regex in (("jras.group_regex", self.jras.group_regex), ("group_regex", self.settings.group_regex)):
-            if regex is not None:
-                return subjects_by_regex(cases, regex, setting)
-        if self._recorded is None:
-            self._recorded = recorded_subjects(self.dataset_json) or {}
-        return self._recorded or None
+        """As `group_regex` says, else as dataset.json records them; None: nothing is known."""
+        return subjects_of_dataset(self.dataset_json, cases, self.settings.group_regex)
 
     def _excluding(self, cases: Sequence[str], dropout: float = 0.0) -> AbstractContextManager[None]:
         if self._bank_state is None:

@@ -23,7 +23,7 @@ class JRASSettings(Settings):
     `contrastive_every`-th step.
     """
 
-    RENAMED: ClassVar[dict[str, str]] = {"init_from": "init_from"}  # the common key
+    RENAMED: ClassVar[dict[str, str]] = {"init_from": "init_from", "group_regex": "group_regex"}  # common keys
 
     # ---- what is part of the network
     retriever: Literal["joint", "frozen", "random", "none"] = Field(
@@ -95,11 +95,6 @@ class JRASSettings(Settings):
         True,
         description="Whether guides are stored mirrored, in all orientations of nnU-Net's augmentation equally often. "
         "Source: measured (a mirrored patch finds none of its shape among unmirrored guides).",
-    )
-    group_regex: str | None = Field(
-        None,
-        description="Searched in a case id, its first group is the subject: cases of one subject never guide each "
-        "other. None: the common group_regex, else as dataset.json records subjects. Source: ours.",
     )
     dedup_cosine: float | None = Field(
         None,

@@ -22,7 +22,7 @@ from nnunetv2_ext.core.export import export_model
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.jras import bank_training as banked
 from nnunetv2_ext.jras import training
-from nnunetv2_ext.jras.build import read_patch
+from nnunetv2_ext.jras.build import cut_patch
 from nnunetv2_ext.jras.network import JRASNetwork
 from nnunetv2_ext.jras.panel import view_of_batch
 from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
@@ -410,7 +410,8 @@ def batch_of_guides(trainer: Any, rows: list[int]) -> dict:
     """The very patches the bank holds, at full resolution, under their case ids."""
     state, patch = trainer._bank_state, trainer.configuration_manager.patch_size
     cases = [state["cases"][row] for row in rows]
-    read_ = [read_patch(trainer._datasets[0], case, state["coordinates"][row], patch) for case, row in zip(cases, rows)]
+    whole = [trainer._datasets[0].load_case(case)[:2] for case in cases]
+    read_ = [cut_patch(*case, state["coordinates"][row], patch) for case, row in zip(whole, rows)]
     data = torch.stack([image for image, _, _ in read_])
     label = torch.stack([label.clamp(min=0) for _, label, _ in read_])[:, None]
     scales = trainer._get_deep_supervision_scales()
@@ -513,11 +514,13 @@ def test_subjects_come_from_the_methods_setting_the_common_one_or_the_record(mak
         return [numbers.index(number) for number in numbers]
 
     record = {"phantom_004": "s", "phantom_005": "s"}
-    common, own = r"group_regex='phantom_00(?=[23])|phantom_00.'", r"jras.group_regex='phantom_00(?=[25])|phantom_00.'"
+    common = r"group_regex='phantom_00(?=[23])|phantom_00.'"
     assert groups() == [0, 1, 2, 3]
     assert groups(recorded=record) == [0, 1, 2, 2]
     assert groups(common, record) == [0, 0, 2, 3]
-    assert groups(f"{common} {own}", record) == [0, 1, 2, 0]
+    assert groups(f"jras.{common}", record) == [0, 0, 2, 3]  # its old name
+    with pytest.raises(ValueError, match="keep 'group_regex'"):
+        groups(f"{common} jras.{common}")
 
 
 def test_a_bank_of_a_version_without_recorded_subjects_excludes_by_them(make_jras):
@@ -536,7 +539,7 @@ def test_a_bank_of_a_version_without_recorded_subjects_excludes_by_them(make_jra
 
 
 def test_a_group_regex_that_does_not_match_is_refused(make_jras):
-    with pytest.raises(ValueError, match=r"jras\.group_regex='patient'.*phantom_00"):
+    with pytest.raises(ValueError, match=r"group_regex='patient'.*phantom_00"):
         make_jras("jras.group_regex=patient").on_train_start()
 
 
@@ -545,9 +548,10 @@ def test_validation_cases_of_a_training_subject_void_the_validation(make_jras, t
     trainer.on_train_start()
     assert "validation cases phantom_000, phantom_001 share a subject with training cases" in log(trainer)
     assert "VOID" in log(trainer)
-    trainer = make_jras(results=tmp_path / "other")  # two trainers of one second share a log file
-    trainer.on_train_start()
-    assert "VOID" not in log(trainer)
+    other = make_jras(results=tmp_path / "other")  # two trainers of one second share a log file
+    other.on_train_start()
+    assert "VOID" not in log(other)
+    assert other._bank_state["group_key"] != trainer._bank_state["group_key"]  # whatever the seed
 
 
 def test_fold_all_warns_loudly(make_jras):
@@ -629,7 +633,7 @@ def test_a_bank_of_background_is_reported(make_jras, monkeypatch):
 
     def background(*args: Any, **kwargs: Any) -> Any:
         content = original(*args, **kwargs)
-        return dataclasses.replace(content, labels=torch.zeros_like(content.labels), all_background=True)
+        return dataclasses.replace(content, labels=torch.zeros_like(content.labels))
 
     monkeypatch.setattr(banked, "draw_bank", background)
     trainer = make_jras()
@@ -682,7 +686,8 @@ def test_the_bottlenecks_keys_are_of_the_patches_on_disk_and_renewed_every_fifth
     trainer.on_train_start()
     network, state, patch = trainer.network, trainer._bank_state, trainer.configuration_manager.patch_size
     row = int(state["mirrored"].any(1).nonzero()[0])  # a mirrored one
-    image = read_patch(trainer._datasets[0], state["cases"][row], state["coordinates"][row], patch)[0]
+    case = trainer._datasets[0].load_case(state["cases"][row])[:2]
+    image = cut_patch(*case, state["coordinates"][row], patch)[0]
     axes = [axis + 1 for axis in state["mirrored"][row].nonzero().flatten().tolist()]
     expected = network.embed(image.flip(axes)[None])[0]
     assert torch.allclose(network.bank.keys[row], expected, atol=1e-5)
