@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunetv2_ext.jras.search import require_main_process, select_from_all, select_nearest
+from nnunetv2_ext.jras.search import require_main_process, select
 
 OUTSIDE = 255  # stored label of cells that are ignored or lie outside the image; belongs to no mask channel
 HALF_LIMIT = 6e4  # largest magnitude stored unscaled; fp16 ends at 65504
@@ -61,12 +61,6 @@ class GuideBank(nn.Module):
     Attributes:
         is_empty: a plain bool that compiled code may branch on; reading a buffer's shape there would cost one
             compilation per bank size.
-
-    Example:
-        >>> bank = GuideBank(image_channels=1, num_heads=3, low_shape=(8, 8, 8))
-        >>> bank.fill(images, labels, groups, lut)              # (N, 1, 8, 8, 8), (N, 8, 8, 8), (N,), (256, 3)
-        >>> bank.set_keys(embed(images))                        # (N, 128), L2-normalised
-        >>> guides = bank.lookup(queries, num_guides=4, groups=groups_of_the_batch)
     """
 
     images: Tensor
@@ -190,11 +184,9 @@ class GuideBank(nn.Module):
         require_main_process()
         queries, k = queries.float(), min(num_guides, len(self))
         groups = None if groups is None else groups.to(queries.device)
-        if random or self.dedup_cosine is not None:
-            chosen = select_from_all(queries, self.keys, k, self.groups, groups, self.dedup_cosine, random, generator)
-        else:
-            largest = 0 if groups is None else self._largest_group()
-            chosen = select_nearest(queries, self.keys, k, self.groups, groups, largest)
+        largest = 0 if groups is None else self._largest_group()
+        dedup = self.dedup_cosine
+        chosen = select(queries, self.keys, k, self.groups, groups, largest, dedup, random, generator)
         ids, valid = (F.pad(part, (0, num_guides - k)) for part in chosen)
 
         def blank(rows: Tensor) -> Tensor:

@@ -209,13 +209,10 @@ class BankTraining(MethodTrainer):
         N = len(network.bank)
         ranks = distributed.get_world_size() if self.is_ddp else 1
         share = -(-N // ranks)
-        first = min(N, self.local_rank * share)
+        first, last = (min(N, (self.local_rank + n) * share) for n in (0, 1))
+        whole = (self.configuration_manager.batch_size, self._read_guides) if self.jras.reads_bottleneck else ()
         with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
-            if self.jras.reads_bottleneck:
-                batch = self.configuration_manager.batch_size
-                keys = network.embed_bank(first, min(N, first + share), batch, self._read_guides)
-            else:
-                keys = network.embed_bank(first, min(N, first + share))
+            keys = network.embed_bank(first, last, *whole)
         if self.is_ddp:
             padded = keys.new_zeros((share, keys.shape[1]))
             padded[: len(keys)] = keys

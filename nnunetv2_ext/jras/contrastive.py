@@ -3,8 +3,7 @@
     L_con = CE(softmax(S / 0.1), softmax(q . k / tau)) + NT-Xent(view 1, view 2)
 
 The paper's abstract names "alternating contrastive and supervised learning" and gives no formula; this one is ours.
-NT-Xent is
-SimCLR's (https://arxiv.org/abs/2002.05709).
+NT-Xent is SimCLR's (https://arxiv.org/abs/2002.05709).
 """
 
 from __future__ import annotations
@@ -133,11 +132,6 @@ def flip(x: Tensor, flips: Tensor) -> Tensor:
         chosen = flips[:, axis].reshape(-1, *(1,) * (x.ndim - 1))
         x = torch.where(chosen, x.flip(axis + 2), x)
     return x
-
-
-def draw_flips(n: int, axes: int, generator: torch.Generator) -> Tensor:
-    """Bool `(n, axes)`, half of them true."""
-    return torch.rand(n, axes, generator=generator, device=generator.device) < 0.5
 
 
 def perturb(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -20,23 +20,18 @@ def guide_masks(bank: GuideBank, ids: Tensor, has_regions: bool) -> Masks:
 
 
 class RetrievalFigures:
-    """Means over the steps since the last `read`; adding never waits for the device.
-
-    Attributes:
-        used: `(N,)` int32, 1 for guides ever retrieved in this training; None before the first.
-    """
+    """Means over the steps since the last `read`; adding never waits for the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
-        self.used: Tensor | None = None
+        self.used: Tensor | None = None  # (N,) int32, 1 for guides ever retrieved in this training
 
     def add(self, name: str, total: Tensor, count: Tensor | float = 1.0) -> None:
         """Add `total` over `count` values to the mean called `name`."""
-        if name not in self._sums:
-            self._sums[name], self._counts[name] = torch.zeros_like(total), torch.zeros_like(total)
-        self._sums[name] += total
-        self._counts[name] += count
+        zero = torch.zeros_like(total)
+        self._sums[name] = self._sums.get(name, zero) + total
+        self._counts[name] = self._counts.get(name, zero) + count
 
     @torch.no_grad()
     def add_retrieval(self, retrieval: Retrieval, size: int) -> None:
@@ -75,6 +70,7 @@ class RetrievalFigures:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Counterpart of `state_dict`."""
-        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self._counts = {name: value.to(device) for name, value in state["counts"].items()}
+        self._sums, self._counts = (
+            {name: value.to(device) for name, value in state[part].items()} for part in ("sums", "counts")
+        )
         self.used = None if state["used"] is None else state["used"].to(device)

@@ -29,8 +29,8 @@ def safe_log(weights: Tensor) -> Tensor:
 class AttentionFusion(nn.Module):
     """Lets the two deepest feature maps look at the guides.
 
-        logits[x, (j, t)] = (Wq f_x) . (Wk v_jt) / sqrt(d) + log w_j - log T      null: learned key, value 0, + log
-        w_null
+        logits[x, (j, t)] = (Wq f_x) . (Wk v_jt) / sqrt(d) + log w_j - log T
+        null: learned key, value 0, + log w_null
         f' = f + gate_f Wo(sum softmax Wv v)
         h' = h + gate_h Po(sum_j w_j act(Pc [h, resize(u_j)]))
 
@@ -38,10 +38,8 @@ class AttentionFusion(nn.Module):
     times.
 
     Args:
-        deep_channels: channels of f, the bottleneck.
-        skip_channels: channels of h, the skip above it.
-        fine_channels: channels of u.
-        coarse_channels: channels of v.
+        deep_channels, skip_channels: of f, the bottleneck, and of h, the skip above it.
+        fine_channels, coarse_channels: of u and v.
         dim: 2 or 3.
         width: channels of queries, keys and values over all heads.
         heads: divides `width`.
@@ -81,9 +79,8 @@ class AttentionFusion(nn.Module):
             v: `(B, K, coarse_channels, *)`.
             weights: `(B, K + 1)` fp32, rows sum to 1, the null guide's last.
         """
-        return f + self.deep_gate * self._from_tokens(f, v, weights), h + self.skip_gate * self._from_maps(
-            h, u, weights[:, :-1]
-        )
+        deep, skip = self._from_tokens(f, v, weights), self._from_maps(h, u, weights[:, :-1])
+        return f + self.deep_gate * deep, h + self.skip_gate * skip
 
     def tokens(self, v: Tensor) -> Tensor:
         """`(B, K, C, *)` to `(B, K, T, C)`: at most 4 cells per axis."""

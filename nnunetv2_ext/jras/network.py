@@ -88,11 +88,9 @@ class JRASNetwork(nn.Module):
 
     Attributes:
         stock_prefixes: where nnU-Net's own network sits (see parts/start.py).
-        backbone: as given.
         retriever: R.
         null_logit: b0, the cosine a guide must exceed to be preferred to none.
-        guide_encoder: G, for `fusion=attention`.
-        fusion: for `fusion=attention`.
+        guide_encoder, fusion: G and its use, for `fusion=attention`.
         bank: the guides.
         retriever_is_fixed: whether the weights w pass no gradient on (set by the trainer during the warm-up).
         last: what the last forward retrieved; None after one without guides.
@@ -159,7 +157,7 @@ class JRASNetwork(nn.Module):
         return frozenset(f"bank.{name}" for name in STORED_DTYPES)
 
     def retrieval_parameters(self) -> list[nn.Parameter]:
-        """What the retriever consists of: R and b0."""
+        """Those of R, and b0."""
         return [*self.retriever.parameters(), self.null_logit]
 
     def low_resolution(self, x: Tensor) -> Tensor:
@@ -238,9 +236,8 @@ class JRASNetwork(nn.Module):
         if is_random and generator is None:
             # a control that predicts the same patch in the same way, whatever was predicted before
             generator = torch.Generator(queries.device).manual_seed(int(queries.view(torch.int32).sum()) % 2**31)
-        guides = self.bank.lookup(
-            queries, self.settings.num_guides, exclusion.groups if exclusion else None, is_random, generator
-        )
+        groups = exclusion.groups if exclusion else None
+        guides = self.bank.lookup(queries, self.settings.num_guides, groups, is_random, generator)
         if exclusion is None or exclusion.dropout == 0:
             return guides
         kept = torch.rand(len(queries), 1, device=queries.device, generator=exclusion.generator) >= exclusion.dropout
@@ -252,17 +249,12 @@ class JRASNetwork(nn.Module):
 
     @torch.no_grad()
     def embed_bank(
-        self,
-        first: int = 0,
-        last: int | None = None,
-        batch: int = 64,
-        read: Callable[[range], Tensor] | None = None,
+        self, first: int = 0, last: int | None = None, batch: int = 64, read: Callable[[range], Tensor] | None = None
     ) -> Tensor:
         """Embeddings `(last - first, D)` of the guides in eval mode; modes, gradients, random state stay.
 
         Args:
-            first: row of the bank.
-            last: row after the last one; None: all.
+            first, last: rows of the bank, the latter not included; None: all.
             batch: guides embedded at a time.
             read: the patches `embed` takes, for rows of the bank; None: the stored ones (not for `bottleneck`).
         """

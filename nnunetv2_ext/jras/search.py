@@ -87,10 +87,18 @@ def nearest(queries: Tensor, keys: Tensor, k: int) -> Tensor:
     return ids.to(queries.device)
 
 
-def select_nearest(
-    queries: Tensor, keys: Tensor, k: int, key_groups: Tensor, groups: Tensor | None = None, largest_group: int = 0
+def select(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    key_groups: Tensor,
+    groups: Tensor | None = None,
+    largest_group: int = 0,
+    dedup_cosine: float | None = None,
+    random: bool = False,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest keys of other groups, by a search that knows no groups.
+    """The k nearest keys of other groups.
 
     Args:
         queries: ``(B, D)`` fp32.
@@ -98,61 +106,36 @@ def select_nearest(
         k: 1 to N.
         key_groups: ``(N,)``, group of each key.
         groups: ``(B,)``, group of each query, whose keys are left out; None leaves out nothing.
-        largest_group: keys in the largest group. So many more are searched, which makes the result exact.
+        largest_group: keys in the largest group. So many more are searched by ``nearest``, which knows no groups.
+        dedup_cosine: leave out keys whose inner product with the query is larger; None leaves out none.
+        random: uniform over what is left, without repeats, instead of nearest first.
+        generator: of the random draw, on its own device.
 
     Returns:
         Ids ``(B, k)``, nearest first and the lower id first among equals, 0 where invalid; validity, bool ``(B, k)``.
     """
-    wanted = k if groups is None else min(len(keys), k + largest_group)
-    candidates = nearest(queries, keys, wanted)
-    # FAISS finds nothing for a query that is not finite
-    broken = ~torch.isfinite(queries).all(1, keepdim=True)
-    candidates = torch.where(broken, torch.arange(wanted, device=queries.device), candidates)
-    allowed = candidates >= 0  # -1 would index the last guide
-    candidates = candidates.clamp(min=0)
+    if random or dedup_cosine is not None:  # rules that leave out any number of keys need the scores of all
+        scores = queries @ keys.T
+        candidates = torch.arange(len(keys), device=queries.device).expand_as(scores)
+        allowed = torch.ones_like(candidates, dtype=torch.bool)
+        if dedup_cosine is not None:
+            allowed &= ~(scores > dedup_cosine)
+        if random:
+            device = queries.device if generator is None else generator.device
+            scores = torch.rand(scores.shape, generator=generator, device=device).to(queries.device)
+    else:
+        wanted = k if groups is None else min(len(keys), k + largest_group)
+        # FAISS finds nothing for a query that is not finite
+        broken = ~torch.isfinite(queries).all(1, keepdim=True)
+        found = torch.where(broken, torch.arange(wanted, device=queries.device), nearest(queries, keys, wanted))
+        # by id, so that the stable sort by score settles ties, in whatever order FAISS gave them
+        candidates = found.sort(dim=1).values
+        allowed = candidates >= 0  # -1 would index the last guide
+        candidates = candidates.clamp(min=0)
+        # scored again row by row: FAISS and matmul round differently for batches of different size
+        scores = (queries[:, None] * keys[candidates]).sum(2)
     if groups is not None:
         allowed &= key_groups[candidates] != groups[:, None]
-    # by id first: the stable sort by score then settles ties, in whatever order FAISS gave them
-    candidates, order = candidates.sort(dim=1)
-    allowed = allowed.gather(1, order)
-    # scored again row by row: FAISS and matmul round differently for batches of different size
-    scores = (queries[:, None] * keys[candidates]).sum(2).masked_fill(~allowed, -torch.inf)
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    ids, valid = candidates.gather(1, order), allowed.gather(1, order)
-    return ids.masked_fill(~valid, 0), valid
-
-
-def select_from_all(
-    queries: Tensor,
-    keys: Tensor,
-    k: int,
-    key_groups: Tensor,
-    groups: Tensor | None = None,
-    dedup_cosine: float | None = None,
-    random: bool = False,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As ``select_nearest``, from the scores of all keys, for rules that exclude any number of them.
-
-    Args:
-        queries: ``(B, D)``.
-        keys: ``(N, D)``.
-        k: 1 to N.
-        key_groups: ``(N,)``.
-        groups: ``(B,)`` or None.
-        dedup_cosine: leave out keys whose inner product with the query is larger; None leaves out none.
-        random: uniform over what is left, without repeats, instead of nearest first.
-        generator: of the random draw, on its own device.
-    """
-    scores = queries @ keys.T
-    allowed = torch.ones_like(scores, dtype=torch.bool)
-    if groups is not None:
-        allowed &= key_groups != groups[:, None]
-    if dedup_cosine is not None:
-        allowed &= ~(scores > dedup_cosine)
-    if random:
-        device = queries.device if generator is None else generator.device
-        scores = torch.rand(scores.shape, generator=generator, device=device).to(queries.device)
     order = scores.masked_fill(~allowed, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :k]
     valid = allowed.gather(1, order)
-    return order.masked_fill(~valid, 0), valid
+    return candidates.gather(1, order).masked_fill(~valid, 0), valid

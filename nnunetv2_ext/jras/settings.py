@@ -55,10 +55,7 @@ class JRASSettings(Settings):
         json_schema_extra=STRUCTURAL,
     )
     key_dim: int = Field(
-        128,
-        ge=2,
-        description="D, numbers in an embedding. Source: author code.",
-        json_schema_extra=STRUCTURAL,
+        128, ge=2, description="D, numbers in an embedding. Source: author code.", json_schema_extra=STRUCTURAL
     )
     store_stride: int = Field(
         4,
@@ -86,10 +83,7 @@ class JRASSettings(Settings):
         512, ge=1, description="N, guides in the bank over all training cases. Source: ours, see store_stride."
     )
     fg_share: float = Field(
-        0.75,
-        ge=0,
-        le=1,
-        description="Share of the guides whose patch is centred on a foreground voxel. Source: ours.",
+        0.75, ge=0, le=1, description="Share of the guides whose patch is centred on a foreground voxel. Source: ours."
     )
     mirror_guides: bool = Field(
         True,
@@ -194,11 +188,6 @@ class JRASSettings(Settings):
     def reads_bottleneck(self) -> bool:
         """Whether the segmentation network's own encoder embeds the patches."""
         return self.retriever_encoder == "bottleneck"
-
-    @property
-    def refresh_interval(self) -> int:
-        """Epochs between two embeddings of the bank."""
-        return self.refresh_every or (5 if self.reads_bottleneck else 1)
 
     @property
     def trains_keys(self) -> bool:

@@ -17,16 +17,7 @@ from torch import Tensor
 
 from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
 from nnunetv2_ext.jras.bank_training import BankTraining
-from nnunetv2_ext.jras.contrastive import (
-    Masks,
-    draw_flips,
-    flip,
-    mask_overlap,
-    masks_of_target,
-    nt_xent,
-    overlap_loss,
-    perturb,
-)
+from nnunetv2_ext.jras.contrastive import Masks, flip, mask_overlap, masks_of_target, nt_xent, overlap_loss, perturb
 from nnunetv2_ext.jras.figures import RetrievalFigures, guide_masks
 from nnunetv2_ext.jras.network import JRASNetwork
 from nnunetv2_ext.jras.panel import draw_guides, view_of_batch
@@ -44,14 +35,9 @@ class JRASTraining(BankTraining):
     _compared: tuple[Masks, Tensor] | None = None  # masks of this step's batch and random guides
 
     @property
-    def warmup_epochs(self) -> int:
-        """Epochs in which the segmentation loss does not move the retriever."""
-        return math.ceil(self.jras.warmup_fraction * self.num_epochs)
-
-    @property
     def is_warming_up(self) -> bool:
-        """Whether this epoch is one of them."""
-        return self.current_epoch < self.warmup_epochs
+        """Whether the segmentation loss does not move the retriever in this epoch."""
+        return self.current_epoch < math.ceil(self.jras.warmup_fraction * self.num_epochs)
 
     def configure_optimizers(self, *args: Any, **kwargs: Any) -> tuple[torch.optim.Optimizer, Any]:
         """nnU-Net's optimiser with the retriever in a group of its own."""
@@ -110,7 +96,8 @@ class JRASTraining(BankTraining):
         assert network is not None and self._compared is not None
         masks, ids = self._compared
         # both views mirrored alike: the mask is mirrored with them, and S of the two is 1
-        flips = draw_flips(len(batch.keys), len(network.low_shape), self.generator)
+        shape = (len(batch.keys), len(network.low_shape))
+        flips = torch.rand(shape, generator=self.generator, device=self.generator.device) < 0.5
         patches = flip(batch.data if s.reads_bottleneck else network.low_resolution(batch.data), flips)
         masks = Masks(flip(masks.share, flips), flip(masks.annotated[:, None], flips)[:, 0])
         views = perturb(patches, self.generator), perturb(patches, self.generator)
@@ -160,7 +147,8 @@ class JRASTraining(BankTraining):
         network, s = self.retrieval_network, self.jras
         done = self.current_epoch + 1
         moved = s.retriever == "joint" or (s.retriever == "frozen" and self.is_warming_up)
-        if network is None or not moved or (done % s.refresh_interval and done != self.num_epochs):
+        interval = s.refresh_every or (5 if s.reads_bottleneck else 1)
+        if network is None or not moved or (done % interval and done != self.num_epochs):
             return
         start = time.perf_counter()
         self._refresh(network)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunetv2_ext.jras import search
-from nnunetv2_ext.jras.search import load_faiss, nearest, select_from_all, select_nearest
+from nnunetv2_ext.jras.search import load_faiss, nearest, select
 
 HAS_FAISS = load_faiss() is not None
 needs_faiss = pytest.mark.skipif(not HAS_FAISS, reason="FAISS is not installed")
@@ -33,9 +33,9 @@ def unit(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
-def select(with_faiss: bool, *args) -> tuple[torch.Tensor, torch.Tensor]:
+def select_by(with_faiss: bool, *args) -> tuple[torch.Tensor, torch.Tensor]:
     with mock.patch.object(search, "load_faiss", load_faiss if with_faiss else lambda: None):
-        return select_nearest(*args)
+        return select(*args)
 
 
 def brute_force(query, keys, k, key_groups, group) -> list[int]:
@@ -64,8 +64,8 @@ def test_filtered_search_equals_brute_force_for_groups_of_unequal_size(with_fais
     keys, q = unit(generator, len(key_groups), 16), unit(generator, queries, 16)
     groups = torch.randint(-3, 4, (queries,), generator=generator) if exclude else None
     k = min(k, len(keys))
-    ids, valid = select(with_faiss, q, keys, k, key_groups, groups, max(sizes))
-    everything = select_from_all(q, keys, k, key_groups, groups)
+    ids, valid = select_by(with_faiss, q, keys, k, key_groups, groups, max(sizes))
+    everything = select(q, keys, k, key_groups, groups, dedup_cosine=2.0)
     for row in range(queries):
         expected = brute_force(q[row], keys, k, key_groups, None if groups is None else int(groups[row]))
         assert ids[row, valid[row]].tolist() == expected
@@ -82,17 +82,17 @@ def test_the_result_of_a_query_does_not_depend_on_the_batch(with_faiss):
     keys, q = unit(generator, 200, 128), unit(generator, 64, 128)
     keys[100:] = keys[:100]  # ties
     key_groups, groups = torch.arange(200) % 7, torch.arange(64) % 7
-    whole = select(with_faiss, q, keys, 5, key_groups, groups, 30)[0]
+    whole = select_by(with_faiss, q, keys, 5, key_groups, groups, 30)[0]
     order = torch.randperm(64, generator=generator)
-    assert torch.equal(select(with_faiss, q[order], keys, 5, key_groups, groups[order], 30)[0], whole[order])
+    assert torch.equal(select_by(with_faiss, q[order], keys, 5, key_groups, groups[order], 30)[0], whole[order])
     rows = [slice(i, i + 1) for i in range(64)]
-    single = torch.cat([select(with_faiss, q[row], keys, 5, key_groups, groups[row], 30)[0] for row in rows])
+    single = torch.cat([select_by(with_faiss, q[row], keys, 5, key_groups, groups[row], 30)[0] for row in rows])
     assert torch.equal(single, whole)
 
 
 def test_of_equal_keys_the_lower_id_comes_first():
     keys = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    ids, _ = select_nearest(torch.tensor([[1.0, 0.0]]), keys, 4, torch.zeros(4))
+    ids, _ = select(torch.tensor([[1.0, 0.0]]), keys, 4, torch.zeros(4))
     assert ids.tolist() == [[1, 2, 3, 0]]
 
 
@@ -102,7 +102,7 @@ def test_a_query_that_is_not_finite_keeps_valid_guides_of_other_groups(with_fais
     keys = unit(torch.Generator().manual_seed(0), 6, 4)
     key_groups = torch.tensor([0, 0, 1, 1, 2, 2])
     q = torch.stack([torch.full((4,), torch.nan), keys[3]])
-    ids, valid = select(with_faiss, q, keys, 2, key_groups, torch.tensor([0, 1]), 2)
+    ids, valid = select_by(with_faiss, q, keys, 2, key_groups, torch.tensor([0, 1]), 2)
     assert valid.all()
     assert not (key_groups[ids[0]] == 0).any()
     assert not (key_groups[ids[1]] == 1).any()
@@ -115,7 +115,7 @@ def test_random_draw_is_uniform_over_other_groups_without_repeats_and_repeatable
 
     def draw(seed):
         generator = torch.Generator().manual_seed(seed)
-        return select_from_all(q, keys, 3, key_groups, groups, random=True, generator=generator)
+        return select(q, keys, 3, key_groups, groups, random=True, generator=generator)
 
     ids, valid = draw(0)
     assert valid.all()
@@ -131,8 +131,8 @@ def test_random_draw_is_uniform_over_other_groups_without_repeats_and_repeatable
 def test_dedup_leaves_out_what_is_almost_the_query():
     keys = F.normalize(torch.tensor([[1.0, 0.0], [0.999, 0.01], [0.7, 0.7], [0.0, 1.0]]), dim=1)
     q = keys[:1]
-    assert select_from_all(q, keys, 2, torch.zeros(4))[0].tolist() == [[0, 1]]
-    ids, valid = select_from_all(q, keys, 3, torch.zeros(4), dedup_cosine=0.99)
+    assert select(q, keys, 2, torch.zeros(4))[0].tolist() == [[0, 1]]
+    ids, valid = select(q, keys, 3, torch.zeros(4), dedup_cosine=0.99)
     assert ids.tolist() == [[2, 3, 0]]
     assert valid.tolist() == [[True, True, False]]
 

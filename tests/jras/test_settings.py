@@ -86,11 +86,8 @@ def test_mistakes_are_named(text, message):
         jras(text)
 
 
-def test_the_bottleneck_is_embedded_rarely_and_teaches_the_query_side_only():
-    conv, bottleneck = jras(""), jras("jras.retriever_encoder=bottleneck")
-    assert (conv.refresh_interval, bottleneck.refresh_interval) == (1, 5)
-    assert conv.trains_keys and not bottleneck.trains_keys
-    assert jras("jras.retriever_encoder=bottleneck jras.refresh_every=2").refresh_interval == 2
+def test_the_bottleneck_teaches_the_query_side_only():
+    assert jras("").trains_keys and not jras("jras.retriever_encoder=bottleneck").trains_keys
     # without retrieval nothing is contradictory
     assert not jras("jras.retriever=none jras.retriever_encoder=bottleneck jras.fusion=concat").has_retrieval
 
