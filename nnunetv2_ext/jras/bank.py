@@ -194,11 +194,6 @@ class GuideBank(nn.Module):
 
         return Guides(ids, valid, blank(self.stored_images(ids)), blank(self.masks(ids)), blank(self.keys[ids]))
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the content in bytes, as it grows a checkpoint."""
-        return sum(getattr(self, name).nbytes for name in STORED_DTYPES)
-
     def _largest_group(self) -> int:
         """Guides of the largest group, counted once; it follows any writing to the buffer (a broadcast, a copy)."""
         # the tensor itself is kept: an id could be reused. Inference tensors count no versions

@@ -19,6 +19,7 @@ from nnunetv2_ext.data.subjects import pairs_suggested, subjects_of_dataset
 from nnunetv2_ext.jras.bank import OUTSIDE
 from nnunetv2_ext.jras.build import BankContent, cut_patch, draw_bank, group_ids
 from nnunetv2_ext.jras.contrastive import flip
+from nnunetv2_ext.jras.labels import mask_lut
 from nnunetv2_ext.jras.network import Exclusion, JRASNetwork, excluding
 from nnunetv2_ext.jras.settings import JRASSettings
 from nnunetv2_ext.jras.strip import plain_weights
@@ -114,24 +115,21 @@ class BankTraining(MethodTrainer):
         else:  # checkpoints of older versions did not know recorded subjects
             network.bank.groups = self.groups_of(self._bank_state["cases"])
         assert self._bank_state is not None
-        self.print_to_log_file(
-            f"J-RAS: {len(network.bank)} guides of {len(set(self._bank_state['cases']))} cases, "
-            f"{self._growth(network)}. PRIVACY: every checkpoint and exported zip holds these image patches of "
-            f"training cases, {network.bank.num_bytes / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model without them."
-        )
-
-    def _growth(self, network: JRASNetwork) -> str:
-        """How much larger than plain nnU-Net's, for fp32 and SGD with momentum; 1 MB is 1e6 bytes."""
         parameters = list(network.parameters())
         plain = sum(p.numel() for p in stock_network(self.my_init_kwargs).parameters())
-        sizes = {
+        sizes = {  # in bytes, of fp32 and SGD with momentum
             "modules": sum(p.nbytes for p in parameters) - 4 * plain,
             "momentum": sum(p.nbytes for p in parameters if p.requires_grad) - 4 * plain,
-            "guides": network.bank.num_bytes,
+            "guides": sum(buffer.nbytes for buffer in network.bank.buffers()),
         }
         listed = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items())
-        further = sum(p.numel() for p in parameters) - plain
-        return f"{further:,} further parameters; a checkpoint grows by {sum(sizes.values()) / 1e6:.1f} MB ({listed})"
+        self.print_to_log_file(
+            f"J-RAS: {len(network.bank)} guides of {len(set(self._bank_state['cases']))} cases, "
+            f"{sum(p.numel() for p in parameters) - plain:,} further parameters. Every checkpoint grows by "
+            f"{sum(sizes.values()) / 1e6:.1f} MB ({listed}). PRIVACY: every checkpoint and exported zip holds these "
+            f"image patches of training cases, {sizes['guides'] / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model "
+            "without them."
+        )
 
     def _warn_of_shared_subjects(self, cases: Sequence[str], validation: Sequence[str]) -> None:
         subjects = self._subjects([*cases, *validation])
@@ -173,7 +171,6 @@ class BankTraining(MethodTrainer):
             s.fg_share,
             self.label_manager,
             seed=(self.settings.seed or 0) * 1000 + (999 if self.fold == "all" else int(self.fold)),
-            group_key=key[0],
             subjects=self._subjects(cases),
             mirror_axes=(self.inference_allowed_mirroring_axes or ()) if s.mirror_guides else (),
         )
@@ -183,9 +180,10 @@ class BankTraining(MethodTrainer):
                 "raise jras.fg_share or jras.bank_size."
             )
         self._describe_labels(content)
-        network.bank.fill(content.images, content.labels, content.groups, content.lut)
         state = {"group_key": key[0], "cases": content.cases, "coordinates": content.coordinates}
         self._bank_state = {**state, "mirrored": content.mirrored, **self._geometry()}
+        groups = self.groups_of(content.cases)
+        network.bank.fill(content.images, content.labels, groups, mask_lut(self.label_manager))
         self._refresh(network)
 
     def _describe_labels(self, content: BankContent) -> None:
@@ -278,32 +276,24 @@ class BankTraining(MethodTrainer):
         state = states.get("jras")
         if state is None or self.retrieval_network is None:
             return
-        self._require_same_geometry(state)
+        now = self._geometry()
+        for name, value in now.items():
+            then = tuple(state.get(name, value))  # checkpoints of older versions do not say
+            if then != value:
+                was, now_is = (" x ".join(map(str, numbers)) for numbers in (then, value))
+                raise ValueError(
+                    f"the checkpoint's guides were drawn with {name.replace('_', ' ')} {was}, the plans now say "
+                    f"{now_is}: continue with the plans the training was started with, or start a new one without --c"
+                )
         names = ("group_key", "cases", "coordinates", "mirrored")
-        self._bank_state = {name: state[name] for name in names if name in state} | self._geometry()
+        self._bank_state = {name: state[name] for name in names if name in state} | now
 
     def _geometry(self) -> dict[str, tuple[float, ...]]:
         configuration = self.configuration_manager
-        return {
-            "patch_size": tuple(int(n) for n in configuration.patch_size),
-            "spacing": tuple(float(mm) for mm in configuration.spacing),
-        }
-
-    def _require_same_geometry(self, state: dict[str, Any]) -> None:
-        for name, now in self._geometry().items():
-            then = tuple(state.get(name, now))  # checkpoints of older versions do not say
-            if then != now:
-                raise ValueError(
-                    f"the checkpoint's guides were drawn with {name.replace('_', ' ')} {_times(then)}, the plans now "
-                    f"say {_times(now)}: continue with the plans the training was started with, or start a new one "
-                    "without --c"
-                )
+        spacing = tuple(float(mm) for mm in configuration.spacing)
+        return {"patch_size": tuple(int(n) for n in configuration.patch_size), "spacing": spacing}
 
     @classmethod
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
         """Plain nnU-Net's weights: the bank and what belongs to it are left behind."""
         return plain_weights(super().export_weights(checkpoint, weights), stock_shapes(checkpoint["init_args"]))
-
-
-def _times(numbers: Sequence[float]) -> str:
-    return " x ".join(f"{number:g}" for number in numbers)

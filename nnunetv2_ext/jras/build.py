@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nnunetv2_ext.data.subjects import members_of
 from nnunetv2_ext.jras.contrastive import flip
-from nnunetv2_ext.jras.labels import adaptive_pool, low_res_labels, mask_lut
+from nnunetv2_ext.jras.labels import adaptive_pool, low_res_labels
 
 _PADDING = -2  # marks voxels outside the image; -1 is what nnU-Net writes into empty space inside of it
 
@@ -27,8 +27,6 @@ class BankContent:
     Attributes:
         images: ``(N, C, *L)`` fp32, normalised intensities.
         labels: ``(N, *L)`` uint8, 255 = ignored or outside the image.
-        groups: ``(N,)`` int64, number of the case's subject.
-        lut: ``(256, M)`` uint8, label to mask channels.
         cases: N case ids.
         coordinates: ``(N, 3)`` int64, lowest voxel of the patch in the preprocessed case (2d: slice first); negative
             where the patch is larger than the image.
@@ -38,8 +36,6 @@ class BankContent:
 
     images: Tensor
     labels: Tensor
-    groups: Tensor
-    lut: Tensor
     cases: tuple[str, ...]
     coordinates: np.ndarray
     centred: np.ndarray
@@ -82,7 +78,6 @@ def draw_bank(
     fg_share: float,
     label_manager: LabelManager,
     seed: int,
-    group_key: bytes,
     subjects: Mapping[str, str] | None = None,
     mirror_axes: Sequence[int] = (),
 ) -> BankContent:
@@ -102,7 +97,6 @@ def draw_bank(
         fg_share: 0..1.
         label_manager: nnU-Net's.
         seed: of the draw.
-        group_key: see ``group_ids``.
         subjects: see ``group_ids``.
         mirror_axes: axes of L along which training patches are mirrored. Every guide is stored in one of these
             orientations, all equally often: a mirrored patch finds no guide of its shape among unmirrored ones.
@@ -145,8 +139,6 @@ def draw_bank(
     return BankContent(
         images=flip(torch.stack(images), mirrored),
         labels=flip(torch.stack(labels)[:, None], mirrored)[:, 0],
-        groups=group_ids([entry.name for entry in entries], group_key, subjects),
-        lut=mask_lut(label_manager),
         cases=tuple(entry.name for entry in entries),
         coordinates=np.array(corners, dtype=np.int64),
         centred=np.array([chosen is not None for chosen in wanted]),
@@ -182,11 +174,9 @@ def _spread(offers: list[_Case], bank_size: int, rng: np.random.Generator) -> li
 
 def _assign_classes(entries: list[_Case], fg_share: float, rng: np.random.Generator) -> list[Any]:
     """Per entry the class (or region) to centre on, or None."""
-    seen: dict[str, int] = {}
-    turn = []  # how many entries of the same case come before
-    for entry in entries:
-        turn.append(seen.get(entry.name, 0))
-        seen[entry.name] = turn[-1] + 1
+    turn: list[int] = []  # how many entries of the same case come before
+    for i, entry in enumerate(entries):
+        turn.append(turn[-1] + 1 if i and entries[i - 1].name == entry.name else 0)
     shuffled = rng.permutation(len(entries)).tolist()
     # round robin over the cases that have foreground, so that no case is all foreground while another has none
     eligible = sorted((i for i in shuffled if entries[i].classes), key=lambda i: turn[i])
@@ -198,9 +188,8 @@ def _assign_classes(entries: list[_Case], fg_share: float, rng: np.random.Genera
         classes = entries[i].classes
         fewest = min(counts[key] for key in classes)
         rarest = [key for key in classes if counts[key] == fewest]
-        best = rarest[rng.integers(len(rarest))]
-        counts[best] += 1
-        result[i] = best
+        result[i] = rarest[rng.integers(len(rarest))]
+        counts[result[i]] += 1
     return result
 
 

@@ -31,14 +31,6 @@ class Masks(NamedTuple):
     share: Tensor
     annotated: Tensor
 
-    def rows(self, index: Tensor | slice) -> Masks:
-        """Those of some patches."""
-        return Masks(self.share[index], self.annotated[index])
-
-    def __add__(self, other: Masks) -> Masks:  # type: ignore[override]
-        """All of both."""
-        return Masks(torch.cat((self.share, other.share)), torch.cat((self.annotated, other.annotated)))
-
 
 def pool_masks(masks: Tensor, annotated: Tensor) -> Masks:
     """Pool masks to at most 8 cells per axis.
@@ -105,8 +97,7 @@ def overlap_loss(similarities: Tensor, overlap: Tensor, allowed: Tensor, tau: fl
     """CE(softmax(S / 0.1), softmax(q . k / tau)), mean over the queries.
 
     Args:
-        similarities: cosines `(n, candidates)`.
-        overlap: S, same shape.
+        similarities, overlap: cosines, and S, `(n, candidates)`.
         allowed: bool, same shape: false for candidates of the query's own subject; at least one per row is true.
         tau: temperature.
     """

@@ -39,10 +39,6 @@ class Retriever(nn.Module):
         low_shape: L, cells per axis; fixes where the strides are.
         widths: channels of the convolutions; all but the first halve the patch.
         key_dim: D.
-
-    Example:
-        >>> retriever = Retriever(1, (10, 14, 10))
-        >>> keys = retriever(torch.zeros(5, 1, 10, 14, 10))      # (5, 128), L2-normalised, fp32
     """
 
     def __init__(

@@ -50,7 +50,9 @@ class RetrievalFigures:
     ) -> None:
         """Mean mask overlap S of the batch with its guides, and with random ones."""
         for row, (ids, valid) in enumerate(zip(retrieval.ids, retrieval.valid)):
-            overlap = mask_overlap(masks.rows(slice(row, row + 1)), guide_masks(bank, ids, has_regions))[0]
+            overlap = mask_overlap(
+                Masks(*(part[row : row + 1] for part in masks)), guide_masks(bank, ids, has_regions)
+            )[0]
             self.add("guide_overlap", (overlap * valid).sum(), valid.sum())
         if len(random_ids):
             overlap = mask_overlap(masks, guide_masks(bank, random_ids, has_regions))

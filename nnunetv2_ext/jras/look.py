@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunetv2_ext.core.checkpoint import read, unwrap
-from nnunetv2_ext.core.labelmaps import logits_to_labels
+from nnunetv2_ext.core.labelmaps import logits_to_labels, target_to_labels
 from nnunetv2_ext.data.case import Volume, read_image, read_label_map, require_same_grid
 from nnunetv2_ext.data.find import find_checkpoint
 from nnunetv2_ext.jras.build import corner_around, cut_patch
@@ -75,7 +74,9 @@ def look_at_image(predictor: nnUNetPredictor, images: Sequence[Path], label: Pat
     assert isinstance(network, JRASNetwork)
     with torch.inference_mode(), torch.autocast("cuda", enabled=device.type == "cuda"):
         logits = network.eval()(patch)
-    known = None if seg is None else label_map(truth.clamp(min=0).numpy(), labels)
+    truth, regions = truth.clamp(min=0)[None], labels.foreground_regions if labels.has_regions else []
+    target = torch.cat([torch.isin(truth, torch.tensor(region)) for region in regions]) if regions else truth
+    known = None if seg is None else target_to_labels(target, labels)
     return view_of_patch(network, logits, patch, case, labels, known)
 
 
@@ -89,13 +90,3 @@ def middle_corner(found: np.ndarray, patch_size: Sequence[int]) -> tuple[int, ..
         places = places[places[:, 0] == found.sum((1, 2)).argmax()]
     centre = places.mean(0).round() if len(places) else np.array(found.shape) // 2
     return corner_around(centre.astype(int).tolist(), found.shape, patch_size)
-
-
-def label_map(truth: np.ndarray, labels: LabelManager) -> np.ndarray:
-    """Labels as core/labelmaps.py numbers them: with regions, 1 + index of the last one that contains the voxel."""
-    if not labels.has_regions:
-        return truth
-    result = np.zeros_like(truth)
-    for number, region in enumerate(labels.foreground_regions, 1):
-        result[np.isin(truth, region)] = number
-    return result

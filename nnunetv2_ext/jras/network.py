@@ -81,7 +81,7 @@ class JRASNetwork(nn.Module):
     Args:
         backbone: nnU-Net's own network with `encoder` (a list of skips) and `decoder`; for `fusion=concat` built with
             C + M more input channels.
-        settings: those marked structural.
+        settings: what is marked structural.
         image_channels: C; further input channels (of a cascade) are not retrieved by.
         heads: M, segmentation heads.
         patch_size: P.

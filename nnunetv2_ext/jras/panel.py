@@ -121,13 +121,7 @@ def draw_guides(
     Guides are stored at low resolution and drawn so; each at its own fullest slice, as they need not lie where the
     patch does.
 
-    Args:
-        view: what to draw.
-        path: PNG to write.
-        title: its beginning; the patch's name and the null weight follow.
-        dataset_json: names of the classes.
-        labels: their order.
-        spacing: voxel size per patch axis in mm; None for cubes.
+    The title continues with the patch's name and the null weight; `spacing` is in mm per patch axis, None for cubes.
     """
     classes = class_names(dataset_json, labels)
     ignored = [value for value, name in classes.items() if name == "ignore"]

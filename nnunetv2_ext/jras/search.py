@@ -68,12 +68,8 @@ def _gpu_resources() -> Any:
 def nearest(queries: Tensor, keys: Tensor, k: int) -> Tensor:
     """Ids of the keys with the largest inner product, largest first, int64 ``(B, k)`` on the queries' device.
 
-    -1 where FAISS finds none, as for a query that is not finite.
-
-    Args:
-        queries: ``(B, D)`` fp32.
-        keys: ``(N, D)`` fp32; they are searched where they are.
-        k: 1 to N.
+    Queries ``(B, D)`` and keys ``(N, D)`` are fp32, k is 1 to N. Keys are searched where they are. An id is -1 where
+    FAISS finds none, as for a query that is not finite.
     """
     found = queries.detach().to(keys.device).contiguous()
     faiss = load_faiss()

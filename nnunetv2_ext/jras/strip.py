@@ -24,13 +24,12 @@ def plain_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size
         weights: of a J-RAS network, or of a plain one (`retriever=none`), which is returned as it is.
         shapes: `stock_shapes`; where the first convolution has further inputs (`fusion=concat`) they are cut off.
     """
-    if not any(name.startswith(_BACKBONE) for name in weights):
-        return dict(weights)
-    plain: dict[str, Tensor] = {}
-    for name in (name.removeprefix(_BACKBONE) for name in weights if name.startswith(_BACKBONE)):
-        value, inputs = weights[_BACKBONE + name], shapes.get(name, ())[1:2]
-        plain[name] = value[:, : inputs[0]].clone() if inputs and value.shape[1:2] > inputs else value
-    return plain
+    plain = {name.removeprefix(_BACKBONE): v for name, v in weights.items() if name.startswith(_BACKBONE)}
+    for name, value in plain.items():
+        inputs = shapes.get(name, ())[1:2]
+        if inputs and value.shape[1:2] > inputs:
+            plain[name] = value[:, : inputs[0]].clone()
+    return plain or dict(weights)
 
 
 def without_bank(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

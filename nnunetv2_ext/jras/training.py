@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +21,6 @@ from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
 from nnunetv2_ext.jras.bank_training import BankTraining
 from nnunetv2_ext.jras.contrastive import Masks, flip, mask_overlap, masks_of_target, nt_xent, overlap_loss, perturb
 from nnunetv2_ext.jras.figures import RetrievalFigures, guide_masks
-from nnunetv2_ext.jras.network import JRASNetwork
 from nnunetv2_ext.jras.panel import draw_guides, view_of_batch
 from nnunetv2_ext.parts.schedule import ScaledPolyLR
 
@@ -76,20 +77,15 @@ class JRASTraining(BankTraining):
         self._compared = None
         if self.retrieval_network is None or not (warming_up or self.global_step % s.contrastive_every == 0):
             return passes
-        self._compared = self._draw_compared(batch)  # a figure of the controls as well
-        if s.contrastive_weight == 0 or not (warming_up or s.retriever == "joint"):
-            return passes
-        return passes.first(LossPass("contrastive", lambda: self._contrastive_terms(batch)))
-
-    def _draw_compared(self, batch: Batch) -> tuple[Masks, Tensor]:
-        """Masks of the batch, and random rows of the bank to compare them with."""
         network, labels = self.retrieval_network, self.label_manager
-        assert network is not None
         masks = masks_of_target(
             batch.top_target, network.low_shape, network.heads, labels.has_regions, labels.ignore_label
         )
-        ids = torch.randperm(len(network.bank), generator=self.generator, device=self.device)
-        return masks, ids[: self.jras.contrastive_candidates]
+        rows = torch.randperm(len(network.bank), generator=self.generator, device=self.device)
+        self._compared = masks, rows[: s.contrastive_candidates]  # a figure of the controls as well
+        if s.contrastive_weight == 0 or not (warming_up or s.retriever == "joint"):
+            return passes
+        return passes.first(LossPass("contrastive", lambda: self._contrastive_terms(batch)))
 
     def _contrastive_terms(self, batch: Batch) -> dict[str, Term]:
         network, s, has_regions = self.retrieval_network, self.jras, self.label_manager.has_regions
@@ -111,7 +107,7 @@ class JRASTraining(BankTraining):
         groups = self.groups_of(batch.keys)
         others = groups[:, None] != network.bank.groups[ids][None]
         allowed = torch.cat((torch.ones_like(groups[:, None].expand(-1, len(groups)), dtype=torch.bool), others), 1)
-        overlap = mask_overlap(masks, masks + guide_masks(network.bank, ids, has_regions))
+        overlap = mask_overlap(masks, Masks(*map(torch.cat, zip(masks, guide_masks(network.bank, ids, has_regions)))))
         with torch.autocast(self.device.type, enabled=False):
             loss = overlap_loss(first @ torch.cat((second, stored)).T, overlap, allowed, s.tau)
             loss = loss + nt_xent(first, second, s.tau)
@@ -150,12 +146,9 @@ class JRASTraining(BankTraining):
         interval = s.refresh_every or (5 if s.reads_bottleneck else 1)
         if network is None or not moved or (done % interval and done != self.num_epochs):
             return
-        start = time.perf_counter()
-        self._refresh(network)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        seconds = self._seconds(lambda: self._refresh(network))
         if self.epoch_log is not None:
-            self.epoch_log.add({"jras/refresh_seconds": time.perf_counter() - start}, self.current_epoch)
+            self.epoch_log.add({"jras/refresh_seconds": seconds}, self.current_epoch)
 
     def epoch_figures(self) -> dict[str, float]:
         """What retrieval did (see `RetrievalFigures`), and the time of a lookup."""
@@ -164,18 +157,17 @@ class JRASTraining(BankTraining):
         if network is None or network.last is None:
             return figures
         figures |= {f"jras/{name}": value for name, value in self._figures.read().items()}
-        figures["jras/lookup_ms"] = 1e3 * self._lookup_seconds(network, network.last.queries)
+        lookup = partial(network.bank.lookup, network.last.queries, self.jras.num_guides)
+        figures["jras/lookup_ms"] = 1e3 * sorted(self._seconds(lookup) for _ in range(3))[1]
         return figures
 
-    def _lookup_seconds(self, network: JRASNetwork, queries: Tensor) -> float:
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            network.bank.lookup(queries, self.jras.num_guides)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            seconds.append(time.perf_counter() - start)
-        return sorted(seconds)[1]
+    def _seconds(self, action: Callable[[], object]) -> float:
+        """Wall time, with what the device still has to do."""
+        start = time.perf_counter()
+        action()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
 
     def draw_panel(self, path: Path) -> None:
         """One patch, its guides and their weights, prediction and truth. It shows patients' images."""

@@ -187,7 +187,7 @@ def test_contrastive_training_alone_learns_to_find_the_same_shape():
     for _ in range(120):
         rows = torch.randperm(n, generator=generator)[:16]
         first, second = (retriever(perturb(images[rows], generator)) for _ in range(2))
-        overlap = mask_overlap(masks.rows(rows), masks.rows(rows))
+        overlap = mask_overlap(*[Masks(masks.share[rows], masks.annotated[rows])] * 2)
         loss = overlap_loss(first @ second.T, overlap, torch.ones_like(overlap, dtype=torch.bool), 0.1)
         optimizer.zero_grad()
         (loss + nt_xent(first, second, 0.1)).backward()
