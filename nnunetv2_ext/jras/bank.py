@@ -79,9 +79,8 @@ class GuideBank(nn.Module):
         dedup_cosine: float | None = None,
     ) -> None:
         super().__init__()
-        self.image_channels, self.num_heads, self.key_dim = image_channels, num_heads, key_dim
         self.low_shape = tuple(int(n) for n in low_shape)
-        self.dedup_cosine = dedup_cosine
+        self.key_dim, self.dedup_cosine = key_dim, dedup_cosine
         self.is_empty = True
         self._counted: tuple[Tensor, int | None, int] | None = None  # groups, their version, size of the largest
         self.register_buffer("images", torch.zeros((0, image_channels, *self.low_shape), dtype=torch.float16))
@@ -118,11 +117,7 @@ class GuideBank(nn.Module):
         self._changed()
 
     def set_keys(self, keys: Tensor, cases: Sequence[str] | None = None) -> None:
-        """Store the guides' embeddings.
-
-        Args:
-            keys: ``(N, D)``, L2-normalised.
-            cases: case id of every guide, for the message.
+        """Store the guides' embeddings `(N, D)`, L2-normalised; `cases` are the guides' case ids, for the message.
 
         Raises:
             ValueError: an embedding that is not finite (the message names its case).

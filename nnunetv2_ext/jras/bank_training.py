@@ -143,8 +143,7 @@ class BankTraining(MethodTrainer):
         shared = [case for case in validation if known.get(case, case) in trained]
         if self.fold == "all" or shared:
             which = f"validation cases {', '.join(shared)} share a subject with training cases"
-            if self.fold == "all":
-                which = "fold all validates on training cases"
+            which = "fold all validates on training cases" if self.fold == "all" else which
             self.print_to_log_file(
                 f"WARNING: {which}. The predictor knows no case ids, so the final validation retrieves guides of the "
                 "very subjects it is scored on: THOSE SCORES ARE VOID. Scores during training exclude them."
@@ -157,7 +156,7 @@ class BankTraining(MethodTrainer):
         super().perform_actual_validation(save_probabilities)
 
     def _draw_bank(self, network: JRASNetwork, cases: Sequence[str]) -> None:
-        s = self.jras
+        s, axes = self.jras, self.inference_allowed_mirroring_axes or ()
         assert self._datasets is not None
         key = [secrets.token_bytes(16)]  # stays in the training's own state, never among the weights
         if self.is_ddp:
@@ -172,7 +171,7 @@ class BankTraining(MethodTrainer):
             self.label_manager,
             seed=(self.settings.seed or 0) * 1000 + (999 if self.fold == "all" else int(self.fold)),
             subjects=self._subjects(cases),
-            mirror_axes=(self.inference_allowed_mirroring_axes or ()) if s.mirror_guides else (),
+            mirror_axes=axes if s.mirror_guides else (),
         )
         if not ((content.labels > 0) & (content.labels != OUTSIDE)).any():
             self.print_to_log_file(
@@ -280,7 +279,7 @@ class BankTraining(MethodTrainer):
         for name, value in now.items():
             then = tuple(state.get(name, value))  # checkpoints of older versions do not say
             if then != value:
-                was, now_is = (" x ".join(map(str, numbers)) for numbers in (then, value))
+                was, now_is = (" x ".join(f"{n:g}" for n in numbers) for numbers in (then, value))
                 raise ValueError(
                     f"the checkpoint's guides were drawn with {name.replace('_', ' ')} {was}, the plans now say "
                     f"{now_is}: continue with the plans the training was started with, or start a new one without --c"

@@ -55,12 +55,8 @@ class _Case:
 def group_ids(cases: Sequence[str], key: bytes, subjects: Mapping[str, str] | None = None) -> Tensor:
     """The number of each case's subject, int64 ``(len(cases),)`` on the CPU: 8 bytes of keyed BLAKE2b.
 
-    Without the key, which stays out of the weights, a published model does not tell whether a given case was in it.
-
-    Args:
-        cases: nnU-Net's case ids.
-        key: 16 random bytes.
-        subjects: case to subject; cases of one subject never guide each other. None: every case is its own subject.
+    Without the key, 16 random bytes that stay out of the weights, a published model does not tell whether a given case
+    was in it. Cases of one subject never guide each other; without ``subjects`` each case is its own.
     """
 
     def number(subject: str) -> int:
@@ -89,15 +85,10 @@ def draw_bank(
     border, and reach outside only where the image is smaller.
 
     Args:
-        dataset: nnU-Net's dataset.
         cases: the fold's training cases; no other case is read.
         patch_size: P, 2 or 3 numbers; 2d configurations draw slices along the first axis.
         low_shape: L, cells per axis.
-        bank_size: N.
-        fg_share: 0..1.
-        label_manager: nnU-Net's.
-        seed: of the draw.
-        subjects: see ``group_ids``.
+        subjects: case to subject, see ``group_ids``.
         mirror_axes: axes of L along which training patches are mirrored. Every guide is stored in one of these
             orientations, all equally often: a mirrored patch finds no guide of its shape among unmirrored ones.
 

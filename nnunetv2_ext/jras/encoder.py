@@ -32,21 +32,10 @@ def conv_blocks(
 
 
 class Retriever(nn.Module):
-    """R: embeds low-resolution patches on the unit sphere.
-
-    Args:
-        channels: C, image channels.
-        low_shape: L, cells per axis; fixes where the strides are.
-        widths: channels of the convolutions; all but the first halve the patch.
-        key_dim: D.
-    """
+    """R: embeds low-resolution patches on the unit sphere; `low_shape` fixes where the strides of `conv_blocks` are."""
 
     def __init__(
-        self,
-        channels: int,
-        low_shape: Sequence[int],
-        widths: Sequence[int] = (32, 64, 128, 128),
-        key_dim: int = 128,
+        self, channels: int, low_shape: Sequence[int], widths: Sequence[int] = (32, 64, 128, 128), key_dim: int = 128
     ) -> None:
         super().__init__()
         # the last one without norm: behind an instance norm every channel's mean is nearly the same for all patches
@@ -61,12 +50,7 @@ class Retriever(nn.Module):
 
 
 class BottleneckRetriever(nn.Module):
-    """R for `retriever_encoder=bottleneck`: embeds patches by the segmentation network's deepest features.
-
-    Args:
-        channels: of the bottleneck.
-        key_dim: D.
-    """
+    """R for `retriever_encoder=bottleneck`: embeds patches by the segmentation network's deepest features."""
 
     def __init__(self, channels: int, key_dim: int = 128) -> None:
         super().__init__()
@@ -81,23 +65,16 @@ class BottleneckRetriever(nn.Module):
 
 
 class GuideEncoder(nn.Module):
-    """G: reads guides, image and mask together.
-
-    Args:
-        channels: C + M, image channels and mask channels.
-        low_shape: L.
-        widths: channels of the convolutions; all but the first halve the guide.
-    """
+    """G: reads guides, image and mask together; `channels` is C + M."""
 
     def __init__(self, channels: int, low_shape: Sequence[int], widths: Sequence[int] = (32, 64, 128, 128)) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(conv_blocks(channels, low_shape, widths))
 
     def forward(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of guides `(n, C, *L)` with masks `(n, M, *L)`.
+        """Features of guides `(n, C, *L)` with masks `(n, M, *L)`: u, before the last halving, and v, after it.
 
-        Returns:
-            u `(n, widths[-2], *)`, before the last halving, and v `(n, widths[-1], *)`, after it.
+        They are `(n, widths[-2], *)` and `(n, widths[-1], *)`.
         """
         x = torch.cat((images, masks), 1)
         for block in self.blocks[:-1]:

@@ -70,14 +70,10 @@ class AttentionFusion(nn.Module):
         self.skip_gate = nn.Parameter(torch.tensor(INITIAL_GATE))
 
     def forward(self, f: Tensor, h: Tensor, u: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """f' and h'.
+        """f' and h', shaped as f `(B, deep_channels, *)` and h `(B, skip_channels, *)`.
 
-        Args:
-            f: `(B, deep_channels, *sb)`.
-            h: `(B, skip_channels, *sh)`.
-            u: `(B, K, fine_channels, *)`.
-            v: `(B, K, coarse_channels, *)`.
-            weights: `(B, K + 1)` fp32, rows sum to 1, the null guide's last.
+        u is `(B, K, fine_channels, *)`, v `(B, K, coarse_channels, *)`; weights `(B, K + 1)` fp32 sum to 1, the null
+        guide's last.
         """
         deep, skip = self._from_tokens(f, v, weights), self._from_maps(h, u, weights[:, :-1])
         return f + self.deep_gate * deep, h + self.skip_gate * skip
@@ -118,13 +114,10 @@ class AttentionFusion(nn.Module):
 
 
 def concat_guides(x: Tensor, images: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
-    """The input with the weighted guide below it: `(B, C_in + C + M, *P)`.
+    """The input `(B, C_in, *P)` with the weighted guide below it: `(B, C_in + C + M, *P)`.
 
-    Args:
-        x: `(B, C_in, *P)`.
-        images: `(B, K, C, *L)`.
-        masks: `(B, K, M, *L)`, one-hot, never integer labels: the mean of labels 0 and 2 would look like 1.
-        weights: `(B, K + 1)`, the null guide's last; it adds zero.
+    Images are `(B, K, C, *L)`, weights `(B, K + 1)`, the null guide's last, which adds zero. Masks `(B, K, M, *L)` are
+    one-hot, never integer labels: the mean of labels 0 and 2 would look like 1.
     """
     guides = torch.cat((images, masks), 2)
     share = weights[:, :-1].to(guides.dtype).reshape(*guides.shape[:2], *(1,) * (guides.ndim - 2))

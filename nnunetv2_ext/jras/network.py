@@ -36,8 +36,7 @@ class Exclusion:
     generator: torch.Generator | None = None
 
 
-# Not an attribute of the network: copies of it (a moving-average teacher) must respect it as well, whatever they are
-# wrapped in.
+# Not an attribute of the network: copies of it (a moving-average teacher) must respect it too, however they are wrapped
 _EXCLUSION: ContextVar[Exclusion | None] = ContextVar("jras_exclusion", default=None)
 
 
@@ -52,14 +51,8 @@ def excluding(exclusion: Exclusion) -> Iterator[None]:
 
 
 class Retrieval(NamedTuple):
-    """What the last forward retrieved, detached.
-
-    Attributes:
-        ids: `(B, K)` rows of the bank.
-        valid: `(B, K)` bool.
-        weights: `(B, K + 1)` fp32, the null guide's last.
-        similarities: `(B, K)` fp32, cosines; meaningless where not valid.
-        queries: `(B, D)` fp32.
+    """What the last forward retrieved, detached: ids (rows of the bank) and validity `(B, K)`, weights w `(B, K + 1)`
+    with the null guide's last, cosines `(B, K)`, meaningless where not valid, and queries `(B, D)`.
     """
 
     ids: Tensor
@@ -132,13 +125,11 @@ class JRASNetwork(nn.Module):
         self.retriever_is_fixed = False
         self.last: Retrieval | None = None
         if not settings.trains_retriever:  # before DDP wraps: it waits for every gradient it was promised
-            self.retriever.requires_grad_(False)
-            self.null_logit.requires_grad_(False)
-        # DDP broadcasts all buffers at every forward; a compiled network's carry a prefix. All ranks have the same
-        # bank.
-        self._ddp_params_and_buffers_to_ignore = [
-            prefix + name for prefix in ("", "_orig_mod.") for name in sorted(self.buffers_of_any_size)
-        ]
+            for parameter in self.retrieval_parameters():
+                parameter.requires_grad_(False)
+        # DDP broadcasts all buffers at every forward; all ranks have the same bank. A compiled network adds a prefix
+        names = sorted(self.buffers_of_any_size)
+        self._ddp_params_and_buffers_to_ignore = [*names, *(f"_orig_mod.{name}" for name in names)]
 
     # properties: as attributes their weights would be in the state twice
     @property
@@ -210,12 +201,7 @@ class JRASNetwork(nn.Module):
         return guides, weights
 
     def weights(self, similarities: Tensor, valid: Tensor) -> Tensor:
-        """w, `(B, K + 1)` fp32, rows sum to 1, the null guide's last; 0 where a guide is not valid.
-
-        Args:
-            similarities: cosines `(B, K)` fp32.
-            valid: `(B, K)` bool.
-        """
+        """w `(B, K + 1)` fp32 from cosines `(B, K)`: rows sum to 1, the null guide's last; 0 where not valid."""
         if self.settings.retriever == "random":
             number = valid.sum(1, keepdim=True)
             return torch.cat((valid / number.clamp(min=1), (number == 0).float()), 1).float()

@@ -6,7 +6,6 @@ It shows image patches of patients: as private as the training data.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,14 +43,8 @@ class Guide(NamedTuple):
 class GuideView:
     """One patch and what it retrieved, on the CPU; label maps numbered as in core/labelmaps.py.
 
-    Attributes:
-        name: case id or file of the patch.
-        image: first channel `(*P)`.
-        truth: `(*P)`, or None if unknown.
-        prediction: `(*P)`.
-        guides: the valid ones, nearest first.
-        null_weight: w of the null guide.
-        null_cosine: b0, which a guide has to exceed.
+    `name` is the case id or file. The image is the first channel; arrays are `(*P)`. Guides are the valid ones, nearest
+    first. b0, `null_cosine`, is what a guide has to exceed.
     """
 
     name: str
@@ -99,7 +92,7 @@ def view_of_batch(trainer: JRASTraining, batch: Batch) -> GuideView:
     was_training = network.training
     network.eval()
     try:
-        with torch.autocast("cuda") if trainer.device.type == "cuda" else nullcontext():
+        with torch.autocast("cuda", enabled=trainer.device.type == "cuda"):
             output = trainer.forward(sample, network)
     finally:
         network.train(was_training)

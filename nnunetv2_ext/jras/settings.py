@@ -60,8 +60,8 @@ class JRASSettings(Settings):
     store_stride: int = Field(
         4,
         ge=1,
-        description="Guides are stored at patch size / store_stride, at least 8 cells per axis (patch size, if that is "
-        "smaller). Source: ours, memory: 50 MB for 512 guides of 128 voxels per axis.",
+        description="Guides are stored at patch size / store_stride, at least 8 cells per axis (or the patch size). "
+        "Source: ours, memory: 50 MB for 512 guides of 128 voxels per axis.",
         json_schema_extra=STRUCTURAL,
     )
     retriever_widths: list[Width] = Field(
@@ -106,15 +106,13 @@ class JRASSettings(Settings):
         "retriever_encoder=bottleneck 5. Source: ours (author code: 1).",
     )
     detach_keys: bool = Field(
-        False,
-        description="Whether the segmentation loss teaches the query side only. Source: ours (author code: yes).",
+        False, description="Whether the segmentation loss teaches the query side only. Source: ours (author code: yes)."
     )
     guide_dropout: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="Share of training patches that get no guide, so that the network keeps working without a bank. "
-        "Source: ours.",
+        description="Share of training patches without guides, as with an empty bank. Source: ours.",
     )
     contrastive_weight: float = Field(
         0.1, ge=0, description="Weight of the contrastive loss; 0 leaves it out. Source: ours."
@@ -155,17 +153,13 @@ class JRASSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> JRASSettings:
         if (self.index, self.nprobe, self.ef_search) != ("Flat", None, None):
-            warnings.warn(
-                f"jras.index={self.index}, with jras.nprobe and jras.ef_search, has no effect any more: guides are "
-                "searched exactly",
-                stacklevel=1,
-            )
+            message = "jras.index, nprobe and ef_search have no effect any more: guides are searched exactly"
+            warnings.warn(message, stacklevel=1)
         if not self.has_retrieval:
             return self
         if self.num_guides > self.bank_size:
             raise ValueError(
-                f"num_guides ({self.num_guides}) must not exceed bank_size ({self.bank_size}): lower it or enlarge the "
-                "bank"
+                f"num_guides ({self.num_guides}) must not exceed bank_size ({self.bank_size}): lower or enlarge it"
             )
         if self.reads_bottleneck and self.fusion == "concat":
             raise ValueError(

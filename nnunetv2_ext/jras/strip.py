@@ -20,9 +20,8 @@ _BACKBONE, _BANK = "backbone.", "bank."
 def plain_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """Weights of plain nnU-Net's network: what the J-RAS network computes with an empty bank.
 
-    Args:
-        weights: of a J-RAS network, or of a plain one (`retriever=none`), which is returned as it is.
-        shapes: `stock_shapes`; where the first convolution has further inputs (`fusion=concat`) they are cut off.
+    Those of a plain network (`retriever=none`) come back as they are. Further inputs of the first convolution
+    (`fusion=concat`) are cut off to fit `shapes`, the `stock_shapes`.
     """
     plain = {name.removeprefix(_BACKBONE): v for name, v in weights.items() if name.startswith(_BACKBONE)}
     for name, value in plain.items():

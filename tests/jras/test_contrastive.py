@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunetv2_ext.jras.contrastive import (
     Masks,
@@ -93,7 +94,8 @@ def test_a_batchs_masks_follow_the_rule_of_the_banks_labels(ignore_label):
     )
     target[0, 0, :8] = 0  # organs of a few voxels
     target[0, 0, 2, 2:4] = 1
-    found = masks_of_target(target.to(torch.int16), (8, 8), 3, False, ignore_label)
+    classes = {"background": 0, "a": 1, "b": 2} | ({} if ignore_label is None else {"ignore": ignore_label})
+    found = masks_of_target(target.to(torch.int16), (8, 8), LabelManager(classes, None))
     stored = torch.stack(
         [low_res_labels(t[0], (8, 8), None if ignore_label is None else t[0] == ignore_label) for t in target]
     )
@@ -104,7 +106,8 @@ def test_a_batchs_masks_follow_the_rule_of_the_banks_labels(ignore_label):
 def test_a_batchs_regions_come_channel_by_channel():
     target = torch.zeros(1, 3, 16, 16, dtype=torch.bool)
     target[0, 0, :8], target[0, 1, :4], target[0, 2, :, 8:] = True, True, True  # whole, core, ignored
-    found = masks_of_target(target, (8, 8), 2, True, 9)
+    labels = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+    found = masks_of_target(target, (8, 8), LabelManager(labels, [1, 2]))
     assert found.share[0, 0, :, :4].tolist() == [[1] * 4] * 4 + [[0] * 4] * 4
     assert found.share[0, 1, :, :4].sum() == 8
     assert found.annotated[0].tolist() == [[1] * 4 + [0] * 4] * 8
