@@ -68,13 +68,11 @@ class BankTraining(MethodTrainer):
         """
         settings = method_settings_in(plans_manager.plans, "jras", JRASSettings)
         channels = len(configuration_manager.normalization_schemes)
-        extra = channels + num_output_channels if settings.fusion == "concat" and settings.has_retrieval else 0
+        inputs = num_input_channels
+        if settings.has_retrieval and settings.fusion == "concat":
+            inputs += channels + num_output_channels
         backbone = super().build_network_architecture(
-            plans_manager,
-            configuration_manager,
-            num_input_channels + extra,
-            num_output_channels,
-            enable_deep_supervision,
+            plans_manager, configuration_manager, inputs, num_output_channels, enable_deep_supervision
         )
         if not settings.has_retrieval:
             return backbone
