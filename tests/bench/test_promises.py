@@ -123,7 +123,7 @@ def measure(
     broken = []
     for result in report.results[1:]:
         assert result.failure is None, result.failure
-        step, predict = report.step_ratio(result, "real", clock), report.predict_ratio(result, clock)
+        step, predict = (report.ratio(result, what, clock) for what in ("real", "predict"))
         assert step is not None and predict is not None
         for what, ratio, promised in (
             ("step", step.median, result.promise.step(DEVICE)),
