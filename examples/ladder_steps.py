@@ -25,12 +25,14 @@ def measure(task: dict[str, Any], prepare_network: Callable[[Any], None] | None 
     import torch
 
     from nnunetv2_ext.bench.candidates import Candidate
-    from nnunetv2_ext.bench.plan import Target, find_dataset
+    from nnunetv2_ext.bench.plan import Target
     from nnunetv2_ext.bench.subject import Subject, dry_environment
+    from nnunetv2_ext.data.find import PREPROCESSED, find_dataset
 
     if task["threads"]:
         torch.set_num_threads(task["threads"])
-    places = (find_dataset(task["dataset"]), task["configuration"], task["plans"], task["fold"], task["device"])
+    dataset = find_dataset(task["dataset"], PREPROCESSED).name
+    places = (dataset, task["configuration"], task["plans"], task["fold"], task["device"])
     with dry_environment():
         subject = Subject(
             Candidate(task["trainer"], task["environment"]["nnUNet_ext_settings"]), Target(*places), ("real",)

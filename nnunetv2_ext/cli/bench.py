@@ -62,9 +62,10 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_ext.bench.report import as_text
     from nnunetv2_ext.bench.session import Options, Session
     from nnunetv2_ext.core.files import atomic_write_text
+    from nnunetv2_ext.data.find import PREPROCESSED, find_dataset
 
     target = plan.Target(
-        dataset=plan.find_dataset(args.d),
+        dataset=find_dataset(args.d, PREPROCESSED).name,
         configuration=args.c,
         plans_name=args.p,
         fold=int(args.f) if args.f != "all" else "all",

@@ -109,7 +109,7 @@ def dataset_json_file(args: argparse.Namespace) -> Path:
             raise ValueError(f"-djfile {args.djfile} does not exist")
         return args.djfile
     if args.d is not None:
-        from nnunetv2_ext.evaluate.datasets import find_dataset_json
+        from nnunetv2_ext.data.find import find_dataset_json
 
         return find_dataset_json(args.d)
     for folder in (args.predictions, args.truth, args.truth.absolute().parent):

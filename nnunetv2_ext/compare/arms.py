@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2_ext.compare.find import Model
 from nnunetv2_ext.compare.runs import TRAINING_FACTS, FoldRun, read_fold
+from nnunetv2_ext.data.find import Model
 from nnunetv2_ext.evaluate.pairs import case_files, listed
 
 # settings that change nothing of the result

@@ -16,8 +16,8 @@ import pandas as pd
 from nnunetv2_ext.compare.scores import Scores
 from nnunetv2_ext.compare.statistics import Difference, signed
 from nnunetv2_ext.core.figures import add_legend, draw_slice
+from nnunetv2_ext.data.case import find_reader
 from nnunetv2_ext.evaluate import plot
-from nnunetv2_ext.evaluate.pairs import reader
 
 PLANES = ("axial", "coronal", "sagittal")
 _MARGIN_MM = 10.0
@@ -137,7 +137,7 @@ def read_volume(path: Path, scores: Scores) -> Volume:
             image = sitk.DICOMOrient(image, "LPS")
             return Volume(sitk.GetArrayFromImage(image), tuple(image.GetSpacing()[::-1]), True)
     with redirect_stdout(io.StringIO()):  # nnU-Net's warning of an assumed spacing
-        content, properties = reader(source.ending, source.reader, path).read_seg(str(path))
+        content, properties = find_reader(source.ending, source.reader, path).read_seg(str(path))
     return Volume(content[0], tuple(float(s) for s in properties["spacing"]), False)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_ext.compare import find
 from nnunetv2_ext.compare.arms import (
     Arm,
     make_arm,
@@ -25,8 +24,9 @@ from nnunetv2_ext.compare.report import Report
 from nnunetv2_ext.compare.scores import collect
 from nnunetv2_ext.compare.statistics import all_differences
 from nnunetv2_ext.core.files import read_json
+from nnunetv2_ext.data import find
 from nnunetv2_ext.data.subjects import pairs_suggested, recorded_subjects, subjects_of_dataset
-from nnunetv2_ext.evaluate.datasets import find_dataset_json, read_object
+from nnunetv2_ext.evaluate.datasets import read_object
 from nnunetv2_ext.evaluate.folder import Source, make_source
 from nnunetv2_ext.evaluate.metrics import METRICS, WORST
 from nnunetv2_ext.evaluate.pairs import listed, require_output, require_roles
@@ -218,7 +218,7 @@ def _labels(request: Request, candidates: Sequence[Path]) -> tuple[dict[str, Any
     """The dataset.json of the trainings, which must have the same labels, and a note if -d names nothing known."""
     files, notes = [file for file in dict.fromkeys(candidates) if file.is_file()], []
     try:
-        own = find_dataset_json(request.dataset)
+        own = find.find_dataset_json(request.dataset)
         files += [own] if request.predictions or not files else []
     except ValueError:
         if not files:
@@ -262,7 +262,7 @@ def subjects_of(
         return subjects, []
     if subjects is None:
         try:
-            dataset_json = read_object(find_dataset_json(request.dataset))
+            dataset_json = read_object(find.find_dataset_json(request.dataset))
         except ValueError:
             dataset_json = {}
     if set(recorded_subjects(dataset_json) or ()) & set(cases):

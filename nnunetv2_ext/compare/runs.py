@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from nnunetv2_ext.compare.find import Model
+from nnunetv2_ext.data.find import Model
 from nnunetv2_ext.evaluate.pairs import case_files, listed
 
 SETTINGS_FILE = "nnunetv2_ext_settings.yaml"

@@ -104,6 +104,11 @@ class CommonSettings(Settings):
         "a larger), or on the listed case ids; validation cases stay as they are",
     )
     train_cases_seed: int = Field(0, ge=0, lt=2**31, description="which draw of train_cases")
+    group_regex: str | None = Field(
+        None,
+        description="searched in a case id, its first group is the subject (patient); splits that a trainer writes and "
+        "rules about cases of one subject go by it; none: as dataset.json records subjects, else each case is its own",
+    )
     early_stop_patience: int | None = Field(
         None,
         ge=1,

@@ -11,11 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.paths import nnUNet_raw
-
 from nnunetv2_ext.core.files import atomic_write_text, require_writable
-from nnunetv2_ext.data.raw import RawDataset, require_free_id
-from nnunetv2_ext.rada.annotation.planes import Array
+from nnunetv2_ext.data.find import RAW, nnunet_folder
+from nnunetv2_ext.data.raw import Array, RawDataset, require_free_id
 
 DENSE = "labelsTr_dense"  # for evaluation only: nothing that trains opens it
 
@@ -46,16 +44,28 @@ def new_dataset(source: RawDataset, target_id: int) -> Iterator[Path]:
 
 def final_folder(source: RawDataset, target_id: int) -> Path:
     """Where `new_dataset` puts the finished dataset."""
-    return Path(nnUNet_raw) / f"Dataset{target_id:03d}_{source.name.partition('_')[2] or 'sparse'}"
+    return nnunet_folder(RAW) / f"Dataset{target_id:03d}_{source.name.partition('_')[2] or 'sparse'}"
 
 
 def link_images(source: RawDataset, case: str, folder: Path) -> None:
-    """Link the images of a training case, with the JSON file that holds the spacing of TIFF images."""
+    """Link the images of a training case, with the JSON file that holds the spacing of TIFF images.
+
+    Every link has the ending of its file; see `write_json` for a case whose ending is not the dataset's.
+
+    Raises:
+        ValueError: `folder` is imagesTs and an ending is not the dataset's.
+    """
     folder.mkdir(exist_ok=True)
     for channel, file in enumerate(source.files[case]["images"]):
-        link_file(file, folder / f"{case}_{channel:04d}{source.ending}")
+        ending = source.ending_of(file)
+        if folder.name == "imagesTs" and ending != source.ending:
+            raise ValueError(
+                f"case {case}: {file} does not end in {source.ending}, so that nnUNetv2_predict would not find it: "
+                "convert the image, or set no test cases aside"
+            )
+        link_file(file, folder / f"{case}_{channel:04d}{ending}")
     first = str(source.files[case]["images"][0])
-    _link_if_there(Path(first.removesuffix(f"_0000{source.ending}") + ".json"), folder / f"{case}.json")
+    _link_if_there(Path(first[: -len(f"_0000{source.ending_of(first)}")] + ".json"), folder / f"{case}.json")
 
 
 def link_label(source: RawDataset, case: str, folder: Path) -> None:
@@ -89,8 +99,20 @@ def link_file(origin: str | Path, target: Path) -> None:
 
 
 def write_json(source: RawDataset, target_id: int, folder: Path, cases: Sequence[str], changes: dict[str, Any]) -> None:
-    """Write dataset.json: the source's with `changes`, the new number of cases, and no list of files."""
+    """Write dataset.json: the source's with `changes`, and the new number of cases.
+
+    The files are listed only if an image's ending is not the dataset's, by which nnU-Net would not find it.
+    """
     content = {key: value for key, value in source.json.items() if key != "dataset"}
+    images = {case: [source.ending_of(file) for file in source.files[case]["images"]] for case in cases}
+    if any(ending != source.ending for endings in images.values() for ending in endings):
+        content["dataset"] = {
+            case: {
+                "images": [f"imagesTr/{case}_{channel:04d}{ending}" for channel, ending in enumerate(endings)],
+                "label": f"labelsTr/{case}{source.ending}",
+            }
+            for case, endings in images.items()
+        }
     content |= {**changes, "numTraining": len(cases), "name": final_folder(source, target_id).name}
     atomic_write_text(folder / "dataset.json", json.dumps(content, indent=2) + "\n")
 

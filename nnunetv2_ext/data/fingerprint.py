@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
 from nnunetv2_ext.core.files import atomic_write_text, read_json
 from nnunetv2_ext.core.progress import progress_bar
+from nnunetv2_ext.data.find import PREPROCESSED, nnunet_folder
 from nnunetv2_ext.data.raw import RawDataset, open_raw
 
 PROPERTIES = "foreground_intensity_properties_per_channel"
@@ -39,7 +39,7 @@ def fix_fingerprint(dataset: int | str, say: Callable[[str], None] = print) -> b
     raw = open_raw(dataset)
     if raw.ignore is None:
         raise ValueError(f"{raw.name} has no ignore label: its fingerprint is right as nnU-Net made it")
-    base = Path(nnUNet_preprocessed) / raw.name
+    base = nnunet_folder(PREPROCESSED) / raw.name
     fingerprint_file = base / "dataset_fingerprint.json"
     plans_files = _plans_files(base)
     if not (fingerprint_file.is_file() and plans_files):
@@ -82,7 +82,7 @@ def measure_intensities(raw: RawDataset) -> tuple[dict[str, dict[str, float]], d
     Each case contributes equally many voxels, drawn with nnU-Net's own function.
 
     Raises:
-        ValueError: no case has annotated foreground.
+        ValueError: no case has annotated foreground, or files of a case are damaged or do not fit together.
     """
     assert raw.ignore is not None
     samples: list[list[np.ndarray]] = []
@@ -90,9 +90,9 @@ def measure_intensities(raw: RawDataset) -> tuple[dict[str, dict[str, float]], d
     with progress_bar(raw.cases, "reading intensities") as bar:
         for case in raw.cases:
             label, _ = raw.read_label(case)
-            label[label == raw.ignore] = 0
-            if (label > 0).any():
-                images, _ = raw.reader.read_images([str(file) for file in raw.files[case]["images"]])
+            if ((label > 0) & (label != raw.ignore)).any():
+                images, label, _ = raw.read_case(case)
+                label[label == raw.ignore] = 0
                 images, cropped, _ = crop_to_nonzero(images, label[None])
                 drawn, _ = DatasetFingerprintExtractor.collect_foreground_intensities(
                     cropped, images, num_samples=per_case

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.core.progress import progress_bar
-from nnunetv2_ext.rada.annotation.planes import Array
+from nnunetv2_ext.data.case import Volume, find_reader, read_image, read_label_map, require_same_grid
+from nnunetv2_ext.data.find import PREPROCESSED, RAW, datasets_of_id, find_dataset
 
-BLOCK = "nnunetv2_ext"  # our block in dataset.json
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,14 @@ class RawDataset:
 
     @property
     def ending(self) -> str:
+        """Of all labels, and of the images unless dataset.json lists them."""
         return str(self.json["file_ending"])
+
+    def ending_of(self, file: str | Path) -> str:
+        """The ending of one file, of those that the reader knows."""
+        name = Path(file).name
+        known = [e for e in (self.ending, *self.reader.supported_file_endings) if name.lower().endswith(e.lower())]
+        return name[-len(max(known, key=len)) :] if known else Path(name).suffix
 
     @property
     def ignore(self) -> int | None:
@@ -55,23 +62,45 @@ class RawDataset:
 
     def label_values(self) -> set[int]:
         """All values dataset.json declares, with the ignore label."""
-        return {int(v) for value in self.json["labels"].values() for v in np.atleast_1d(value)}
+        return declared_values(self.json["labels"])
 
     def read_label(self, case: str) -> tuple[Array, dict[str, Any]]:
         """(Z, Y, X) integer label as nnU-Net's reader orders it, and the file's properties.
 
         Raises:
-            ValueError: it holds values that dataset.json does not declare.
+            ValueError: it cannot be read, or holds values that dataset.json does not declare.
         """
-        data, properties = self.reader.read_seg(str(self.files[case]["label"]))
-        label = np.rint(data[0]).astype(np.int16)
+        file = self.files[case]["label"]
+        label, properties = read_label_map(case, file, self.reader)
         unknown = sorted(set(np.unique(label).tolist()) - self.label_values())
-        if unknown or not np.array_equal(label, data[0]):
+        if unknown:
             raise ValueError(
-                f"{self.files[case]['label']} holds label values that {self.name}/dataset.json does not declare "
-                f"({', '.join(map(str, unknown[:5])) or 'fractions'}): correct the file or declare them under 'labels'"
+                f"case {case}: {file} holds label values that {self.name}/dataset.json does not declare "
+                f"({', '.join(map(str, unknown[:5]))}): correct the file or declare them under 'labels'"
             )
-        return label, properties
+        return label.astype(np.int16), properties
+
+    def read_case(self, case: str) -> tuple[Array, Array, dict[str, Any]]:
+        """(C, Z, Y, X) fp32 image, (Z, Y, X) label, and the image's properties.
+
+        Raises:
+            ValueError: as `data.case.read_image` and `read_label`, or image and label lie on different grids.
+        """
+        image, properties = read_image(case, self.files[case]["images"], self.reader)
+        channels = len(self.json.get("channel_names") or self.json.get("modality") or image)
+        if len(image) != channels:
+            raise ValueError(
+                f"case {case} of {self.name} has {len(image)} image channels, and dataset.json declares {channels}: "
+                "add the missing files, or correct 'channel_names'"
+            )
+        label, of_label = self.read_label(case)
+        require_same_grid(
+            case,
+            Volume("label", label.shape, of_label),
+            Volume("image", image.shape[1:], properties),
+            "draw the label on this image, or resample it",
+        )
+        return image, label, properties
 
 
 class Grid(NamedTuple):
@@ -98,48 +127,83 @@ class Target(NamedTuple):
 
 
 def open_raw(dataset: int | str) -> RawDataset:
-    """The dataset with this id or name in nnUNet_raw.
+    """The dataset with this id or name in nnUNet_raw; every labelled case has its files.
 
     Raises:
-        ValueError: there is none, or its dataset.json is missing or incomplete.
+        ValueError: there is none, its dataset.json is missing or incomplete, labels are not consecutive, or a file of a
+            case is missing.
     """
-    folder = folder_below("nnUNet_raw", dataset)
+    folder = find_dataset(dataset, RAW)
     try:
         content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         files = get_filenames_of_train_images_and_targets(str(folder), content)
         first = next(iter(files.values()))["images"][0]
-        reader = determine_reader_writer_from_dataset_json(content, first, verbose=False)()
-    except (OSError, ValueError, KeyError, StopIteration) as error:
+        ending = content["file_ending"]
+        labels = content["labels"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
         raise ValueError(
-            f"{folder} is no complete raw dataset ({type(error).__name__}: {error}); it needs dataset.json, imagesTr "
-            "and labelsTr"
+            f"{folder} is not a complete raw dataset ({type(error).__name__}: {error}); it needs dataset.json, "
+            "imagesTr and labelsTr"
         ) from error
+    require_consecutive_labels(labels, folder.name)
+    _require_files(folder, files, ending, listed="dataset" in content)
+    reader = find_reader(ending, content.get("overwrite_image_reader_writer"), Path(first))
     return RawDataset(folder, content, files, reader)
 
 
-def folder_below(variable: str, dataset: int | str) -> Path:
-    """The folder of a dataset, named by id or name, below ``nnUNet_raw`` or ``nnUNet_preprocessed``.
-
-    Raises:
-        ValueError: the variable is not set, or no or several datasets have this id.
-    """
-    root = {"nnUNet_raw": nnUNet_raw, "nnUNet_preprocessed": nnUNet_preprocessed}[variable]
-    if not root.is_set():
-        raise ValueError(f"{variable} is not set; export {variable}=FOLDER as for nnUNetv2_train")
-    try:
-        return Path(root) / maybe_convert_to_dataset_name(dataset)
-    except RuntimeError as error:
+def _require_files(folder: Path, files: dict[str, dict[str, Any]], ending: str, listed: bool) -> None:
+    """Raise ValueError for a case that lacks a file: nnU-Net forgets a label whose image is missing."""
+    for case, entry in files.items():
+        missing = [str(file) for file in (*entry["images"], entry["label"]) if not Path(file).is_file()]
+        if missing:
+            raise ValueError(f"case {case} of {folder.name}: {missing[0]} is missing; add the file, or remove the case")
+        if not str(entry["label"]).endswith(ending):
+            raise ValueError(
+                f"case {case} of {folder.name}: the label {entry['label']} does not end in {ending}, under which "
+                "nnU-Net copies it: convert the label, or correct 'file_ending' in dataset.json"
+            )
+    labels = () if listed or not (folder / "labelsTr").is_dir() else (folder / "labelsTr").iterdir()
+    cases = {p.name.removesuffix(ending) for p in labels if p.name.endswith(ending) and not p.name.startswith(".")}
+    for case in sorted(cases - set(files)):
         raise ValueError(
-            f"dataset {dataset} is not, or not only once, in nnU-Net's folders ({variable}={Path(root)}): correct the "
-            f"id, or {variable}"
-        ) from error
+            f"case {case} of {folder.name} has a label, but no image {case}_0000{ending} in imagesTr: add the image, "
+            "or move the label away"
+        )
+
+
+def declared_values(labels: Mapping[str, Any]) -> set[int]:
+    """All values of dataset.json's ``labels``, regions and ignore label included."""
+    return {int(v) for value in labels.values() for v in np.atleast_1d(value)}
+
+
+def require_consecutive_labels(labels: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError unless the values of dataset.json's ``labels`` are 0, 1, 2 ..., with the ignore label last.
+
+    nnU-Net's loss has as many channels as labels: value 5 of the labels 0, 1, 2 and 5 is an index out of bounds.
+    """
+    try:
+        values = sorted(declared_values(labels))
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(
+            f"the labels of {name} are not names with integers: correct 'labels' in dataset.json"
+        ) from None
+    if values != list(range(len(values))):
+        raise ValueError(
+            f"the labels of {name} are {', '.join(map(str, values))}, but nnU-Net needs consecutive integers from 0: "
+            f"renumber them to 0 ... {len(values) - 1} in dataset.json and in the label files, then plan and preprocess"
+        )
+    if labels.get("ignore", values[-1]) != values[-1]:
+        raise ValueError(
+            f"the ignore label of {name} is {labels['ignore']}, but nnU-Net needs the highest value for it, "
+            f"{values[-1]}: exchange the two in dataset.json and in the label files, then plan and preprocess"
+        )
 
 
 def require_free_id(dataset_id: int) -> None:
     """Raise ValueError if a dataset with this id is among raw data, preprocessed data or results."""
     if not 1 <= dataset_id <= 999:
         raise ValueError(f"a dataset id is a number from 1 to 999, got {dataset_id}")
-    taken = [str(name) for name in find_candidate_datasets(dataset_id)]
+    taken = datasets_of_id(dataset_id)
     if taken:
         raise ValueError(
             f"dataset id {dataset_id} is taken by {', '.join(taken)} (raw data, preprocessed data or results) and "
@@ -148,18 +212,18 @@ def require_free_id(dataset_id: int) -> None:
 
 
 def measure(dataset: RawDataset, case: str) -> Grid:
-    """Spacing, non-zero crop and cropped shape of a case; reads its images.
+    """Spacing, non-zero crop and cropped shape of a case; reads its image and label.
 
     Raises:
-        ValueError: the case is 2-D.
+        ValueError: the case is 2-D, or its files are damaged or do not fit together (`RawDataset.read_case`).
     """
-    images, properties = dataset.reader.read_images([str(f) for f in dataset.files[case]["images"]])
-    if images.ndim != 4 or images.shape[1] == 1:
+    image, _, properties = dataset.read_case(case)
+    if image.shape[1] == 1:
         raise ValueError(
-            f"{case} of {dataset.name} is two-dimensional (array {images.shape[1:]}): planes are annotated in volumes; "
-            "RADA needs 3-D data"
+            f"case {case} of {dataset.name} is two-dimensional (array {image.shape[1:]}): planes are annotated in "
+            "volumes, so use a 3-D dataset"
         )
-    cropped, _, box = crop_to_nonzero(images)
+    cropped, _, box = crop_to_nonzero(image)
     return Grid(tuple(map(float, properties["spacing"])), tuple(slice(*b) for b in box), cropped.shape[1:])
 
 
@@ -199,10 +263,9 @@ def planned_spacing(dataset_name: str, plans_name: str, configuration: str) -> t
     Raises:
         ValueError: the plans lack the configuration, or it is 2-D.
     """
-    if not nnUNet_preprocessed.is_set():
-        return None
-    file = Path(nnUNet_preprocessed) / dataset_name / f"{plans_name}.json"
-    if not file.is_file():
+    root = os.environ.get(PREPROCESSED)
+    file = Path(root or ".") / dataset_name / f"{plans_name}.json"
+    if not root or not file.is_file():
         return None
     plans = read_json(file)
     block = plans["configurations"].get(configuration)

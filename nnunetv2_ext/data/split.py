@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunetv2_ext.core.files import atomic_write_text, require_writable
+from nnunetv2_ext.data.find import PREPROCESSED, nnunet_folder
+from nnunetv2_ext.data.subjects import pairs_suggested
 
 Split = dict[str, list[str]]
 
 _SEED = 12345  # nnU-Net's, so that a fully labelled dataset is split as nnU-Net would
 
 
-def rada_splits(
+def labelled_splits(
     labelled: Collection[str], unlabelled: Collection[str] = (), subjects: Mapping[str, str] | None = None
 ) -> list[Split]:
     """Folds over min(5, number of labelled subjects) parts of the labelled cases.
@@ -55,24 +56,17 @@ def rada_splits(
     return splits
 
 
-def recorded_subjects(dataset_json: Mapping[str, Any]) -> dict[str, str] | None:
-    """Case to subject as `nnUNetv2_ext sparsify` recorded it in dataset.json, or None."""
-    block = dataset_json.get("nnunetv2_ext")
-    subjects = block.get("sparsify", {}).get("subjects") if isinstance(block, Mapping) else None
-    return dict(subjects) if subjects else None
-
-
 def write_split_if_absent(
     file: Path, labelled: Collection[str], unlabelled: Collection[str], subjects: Mapping[str, str] | None = None
 ) -> bool:
-    """Write nnU-Net's ``splits_final.json`` by `rada_splits` unless it exists; True if it was written.
+    """Write nnU-Net's ``splits_final.json`` by `labelled_splits` unless it exists; True if it was written.
 
     Raises:
-        ValueError: as `rada_splits`.
+        ValueError: as `labelled_splits`.
     """
     if file.is_file():
         return False
-    atomic_write_text(file, json.dumps(rada_splits(labelled, unlabelled, subjects), indent=4) + "\n")
+    atomic_write_text(file, json.dumps(labelled_splits(labelled, unlabelled, subjects), indent=4) + "\n")
     return True
 
 
@@ -84,13 +78,15 @@ def write_split_for(
     say: Callable[[str], None],
 ) -> None:
     """Put the split of a new dataset where nnU-Net will look for it, so that every trainer uses the same one."""
+    if subjects is None and (suggested := pairs_suggested({*labelled, *unlabelled})):
+        say(f"WARNING: {suggested}. Nothing says so, and folds may divide them: give it as --group-regex")
     if len({subjects[case] if subjects else case for case in labelled}) < 2:
         say("WARNING: one labelled case (or subject) cannot be split: train with fold 'all'")
         return
-    if not nnUNet_preprocessed.is_set():
-        say("nnUNet_preprocessed is not set: nnUNetTrainerRADA will write the split when it trains")
+    if not os.environ.get(PREPROCESSED):
+        say("nnUNet_preprocessed is not set, so no split was written: the trainer writes one")
         return
-    folder = require_writable(Path(nnUNet_preprocessed) / dataset_name)
+    folder = require_writable(nnunet_folder(PREPROCESSED) / dataset_name)
     write_split_if_absent(folder / "splits_final.json", labelled, unlabelled, subjects)
     say(f"split: {folder / 'splits_final.json'} (unlabelled cases train in every fold and validate in none)")
 
@@ -98,7 +94,7 @@ def write_split_for(
 def clean_fold(
     train: Sequence[str], val: Sequence[str], labelled: Collection[str], warn: Callable[[str], None]
 ) -> tuple[list[str], list[str]]:
-    """A fold as RADA can use it: unlabelled cases leave its validation part, with a warning.
+    """A fold of a sparsely labelled dataset: unlabelled cases leave its validation part, with a warning.
 
     Args:
         train: Training cases of the fold, unchanged in the result.

@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 
 from nnunetv2_ext.core.progress import progress_bar
+from nnunetv2_ext.data.case import find_reader
 from nnunetv2_ext.evaluate.metrics import ABSENT, METRICS, WORST, Metric, Rules, Score, score_case
-from nnunetv2_ext.evaluate.pairs import Pair, case_files, find_pairs, listed, read, reader, require_roles
+from nnunetv2_ext.evaluate.pairs import Pair, case_files, find_pairs, listed, read, require_roles
 from nnunetv2_ext.evaluate.structures import Labels, tolerances
 
 MEAN = "mean of structures"
@@ -196,7 +197,7 @@ def score_pair(task: tuple[Pair, Source, Path]) -> tuple[list[Score], dict[str, 
         The scores of the structures, and the case's row of ``Evaluation.files`` without names.
     """
     pair, source, example = task
-    case = read(pair, reader(source.ending, source.reader, example), source.compare_origin)
+    case = read(pair, find_reader(source.ending, source.reader, example), source.compare_origin)
     labels = source.labels
     labels.check(f"case {pair.case}: the prediction {pair.prediction}", np.unique(case.prediction).tolist(), False)
     labels.check(f"case {pair.case}: the truth {pair.truth}", np.unique(case.truth).tolist(), True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunetv2_ext.core.files import require_writable
+from nnunetv2_ext.data.case import by, difference, read_label_map, short, spacing_of
 
 _SHOWN = 8  # of a list of cases in a message
-_OF_A_VOXEL = 0.01  # origins further apart than this share of a voxel differ
 
 
 @dataclass(frozen=True)
@@ -113,31 +110,6 @@ def listed(cases: Sequence[str]) -> str:
     return f"{'case' if len(cases) == 1 else 'cases'} {names}"
 
 
-@lru_cache(maxsize=4)
-def reader(ending: str, name: str | None, example: Path) -> Any:
-    """nnU-Net's reader for a dataset.
-
-    Args:
-        ending: of the files.
-        name: dataset.json's ``overwrite_image_reader_writer``, None if it has none.
-        example: a file, which decides between 2-D and 3-D readers of .tif.
-
-    Raises:
-        ValueError: nnU-Net has none for this ending.
-    """
-    from nnunetv2.imageio import reader_writer_registry as registry
-
-    dataset_json = {"file_ending": ending, **({"overwrite_image_reader_writer": name} if name else {})}
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # tracebacks of the readers it tries
-            found = registry.determine_reader_writer_from_dataset_json(
-                dataset_json, str(example) if ending in (".tif", ".tiff") else None, verbose=False
-            )
-    except RuntimeError as error:
-        raise ValueError(f"nnU-Net cannot read files that end in {ending!r} ({error})") from error
-    return found()
-
-
 @dataclass(frozen=True)
 class Case:
     """A case as read.
@@ -165,17 +137,17 @@ def read(pair: Pair, from_file: Any, compare_origin: bool = True) -> Case:
 
     Args:
         pair: the files.
-        from_file: one of nnU-Net's readers, see ``reader``.
+        from_file: one of nnU-Net's readers, see ``data.case.find_reader``.
         compare_origin: whether origin and direction have to agree; shape and known spacings always have to.
 
     Raises:
         ValueError: unreadable, not a label map, or on different grids; names the case.
     """
-    ours, our_properties = _read(pair.case, "prediction", pair.prediction, from_file)
-    theirs, their_properties = _read(pair.case, "truth", pair.truth, from_file)
+    ours, our_properties = read_label_map(pair.case, pair.prediction, from_file, "prediction")
+    theirs, their_properties = read_label_map(pair.case, pair.truth, from_file, "truth")
     if ours.shape != theirs.shape:
         raise ValueError(
-            f"case {pair.case}: the prediction has {_by(ours.shape)} voxels, the truth {_by(theirs.shape)} (array "
+            f"case {pair.case}: the prediction has {by(ours.shape)} voxels, the truth {by(theirs.shape)} (array "
             "order); predict on the images that the truth was drawn on"
         )
     known = [_tells_spacing(from_file, path) for path in (pair.prediction, pair.truth)]
@@ -186,11 +158,11 @@ def read(pair: Pair, from_file: Any, compare_origin: bool = True) -> Case:
         for what in ("direction", "origin"):
             _require_same(pair.case, what, our_properties, their_properties)
     else:
-        differ = [what for what in ("direction", "origin") if _differ(what, our_properties, their_properties)]
+        differ = [what for what in ("direction", "origin") if difference(what, our_properties, their_properties)]
         remarks.append("direction and origin not compared" + (f", differing: {', '.join(differ)}" if differ else ""))
-    spacing = [float(s) for s in _spacing(our_properties if known == [True, False] else their_properties)]
+    spacing = [float(s) for s in spacing_of(our_properties if known == [True, False] else their_properties)]
     if not all(np.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"case {pair.case}: the voxels measure {_by(spacing)} mm; correct the spacing in the file")
+        raise ValueError(f"case {pair.case}: the voxels measure {by(spacing)} mm; correct the spacing in the file")
     # readers of 2-D files put an axis in front, 999 times as thick as the largest pixel
     if theirs.shape[0] == 1 and np.isclose(spacing[0], 999 * max(spacing[1:])):
         ours, theirs, spacing = ours[0], theirs[0], spacing[1:]
@@ -200,20 +172,6 @@ def read(pair: Pair, from_file: Any, compare_origin: bool = True) -> Case:
 def _tells_spacing(from_file: Any, path: Path) -> bool:
     name = type(from_file).__name__
     return path.with_suffix(".json").is_file() if name == "Tiff3DIO" else name != "NaturalImage2DIO"
-
-
-def _read(case: str, what: str, path: Path, from_file: Any) -> tuple[npt.NDArray[np.int32], dict[str, Any]]:
-    try:
-        with redirect_stdout(io.StringIO()):  # nnU-Net's warning of an assumed spacing, which `read` takes care of
-            content, properties = from_file.read_seg(str(path))
-    except Exception as error:  # every reader has its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise ValueError(f"case {case}: the {what} {path} cannot be read ({reason})") from error
-    if content.ndim != 4 or content.shape[0] != 1:
-        raise ValueError(f"case {case}: the {what} {path} has shape {content.shape}; a label map has one channel")
-    if not np.array_equal(content, np.round(content)):
-        raise ValueError(f"case {case}: the {what} {path} holds fractions, so it is not a label map (an image?)")
-    return content[0].astype(np.int32), properties
 
 
 _REMEDIES = {
@@ -226,51 +184,6 @@ _REMEDIES = {
 
 
 def _require_same(case: str, what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    if (found := _differ(what, ours, theirs)) is not None:
-        here, there = map(_short, found)
+    if (found := difference(what, ours, theirs)) is not None:
+        here, there = map(short, found)
         raise ValueError(f"case {case}: prediction and truth differ in {what}, {here} and {there}; {_REMEDIES[what]}")
-
-
-def _differ(what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[npt.NDArray, npt.NDArray] | None:
-    """Both values if they differ; None also where a file has none."""
-    smallest = _spacing(theirs).min()
-    get, tolerance = {
-        "spacing": (_spacing, 1e-3 * smallest),
-        "direction": (_direction, 1e-3),
-        "origin": (_origin, _OF_A_VOXEL * smallest),
-    }[what]
-    here, there = get(ours), get(theirs)
-    if here is None or there is None or (here.shape == there.shape and np.abs(here - there).max() <= tolerance):
-        return None
-    return here, there
-
-
-def _spacing(properties: Mapping[str, Any]) -> npt.NDArray[np.float64]:
-    return np.abs(np.asarray(properties["spacing"], dtype=float))
-
-
-def _origin(properties: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
-    if "sitk_stuff" in properties:
-        return np.asarray(properties["sitk_stuff"]["origin"], dtype=float)
-    affine = _affine(properties)
-    return None if affine is None else affine[:3, 3]
-
-
-def _direction(properties: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
-    if "sitk_stuff" in properties:
-        return np.asarray(properties["sitk_stuff"]["direction"], dtype=float)
-    affine = _affine(properties)
-    return None if affine is None else affine[:3, :3].ravel() / np.abs(affine[:3, :3]).max()
-
-
-def _affine(properties: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
-    stuff = properties.get("nibabel_stuff")
-    return None if stuff is None else np.asarray(stuff["original_affine"], dtype=float)
-
-
-def _by(sizes: Sequence[float]) -> str:
-    return " x ".join(f"{size:g}" for size in sizes)
-
-
-def _short(values: npt.NDArray[np.float64]) -> str:
-    return "(" + ", ".join(f"{v:.6g}" for v in values.ravel()) + ")"

@@ -14,10 +14,11 @@ from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.core.stock import stock_shapes
 from nnunetv2_ext.core.trainer_settings import method_settings_in
+from nnunetv2_ext.data.subjects import pairs_suggested, recorded_subjects, subjects_by_regex
 from nnunetv2_ext.jras.bank import OUTSIDE
 from nnunetv2_ext.jras.build import BankContent, draw_bank, read_patch
 from nnunetv2_ext.jras.contrastive import flip
-from nnunetv2_ext.jras.groups import group_ids, new_group_key, subject_of
+from nnunetv2_ext.jras.groups import group_ids, new_group_key
 from nnunetv2_ext.jras.network import Exclusion, JRASNetwork, excluding
 from nnunetv2_ext.jras.search import check_index
 from nnunetv2_ext.jras.settings import JRASSettings
@@ -39,6 +40,7 @@ class BankTraining(MethodTrainer):
 
     _datasets: tuple[Any, Any] | None = None  # training, validation -> get_tr_and_val_datasets
     _bank_state: dict[str, Any] | None = None  # group key, cases, coordinates, patch size and spacing of the guides
+    _recorded: dict[str, str] | None = None  # case to subject of dataset.json, once it was read
 
     @property
     def jras(self) -> JRASSettings:
@@ -130,6 +132,8 @@ class BankTraining(MethodTrainer):
                 f"{', '.join(sorted(set(self._bank_state['cases']) - set(cases)))}; restore the "
                 "split, or start a new training without --c"
             )
+        else:  # checkpoints of older versions did not know recorded subjects
+            network.bank.groups = self.groups_of(self._bank_state["cases"])
         assert self._bank_state is not None
         growth = checkpoint_growth(network, self.my_init_kwargs)
         self.print_to_log_file(
@@ -140,9 +144,15 @@ class BankTraining(MethodTrainer):
         )
 
     def _warn_of_shared_subjects(self, cases: Sequence[str], validation: Sequence[str]) -> None:
-        regex = self.jras.group_regex
-        subjects = {subject_of(case, regex) for case in cases}
-        shared = [case for case in validation if subject_of(case, regex) in subjects]
+        subjects = self._subjects([*cases, *validation])
+        if subjects is None and (suggested := pairs_suggested({*cases, *validation})):
+            self.print_to_log_file(
+                f"WARNING: {suggested}. They guide each other, because nothing says so: set group_regex to it, or to "
+                "one that matches no two names alike"
+            )
+        known = subjects or {}
+        trained = {known.get(case, case) for case in cases}
+        shared = [case for case in validation if known.get(case, case) in trained]
         if self.fold == "all" or shared:
             which = f"validation cases {', '.join(shared)} share a subject with training cases"
             if self.fold == "all":
@@ -172,7 +182,7 @@ class BankTraining(MethodTrainer):
             self.label_manager,
             seed=(self.settings.seed or 0) * 1000 + (999 if self.fold == "all" else int(self.fold)),
             group_key=key,
-            group_regex=s.group_regex,
+            subjects=self._subjects(cases),
             mirror_axes=(self.inference_allowed_mirroring_axes or ()) if s.mirror_guides else (),
         )
         if content.all_background:
@@ -243,8 +253,18 @@ class BankTraining(MethodTrainer):
     def groups_of(self, cases: Sequence[str]) -> Tensor:
         """Numbers of the cases' subjects, as the bank has them; int64 on the device."""
         assert self._bank_state is not None
-        groups = group_ids([str(case) for case in cases], self._bank_state["group_key"], self.jras.group_regex)
+        names = [str(case) for case in cases]
+        groups = group_ids(names, self._bank_state["group_key"], self._subjects(names))
         return groups.to(self.device, non_blocking=True)
+
+    def _subjects(self, cases: Sequence[str]) -> dict[str, str] | None:
+        """By `jras.group_regex`, else by `group_regex`, else as dataset.json records them; None: nothing is known."""
+        for setting, regex in (("jras.group_regex", self.jras.group_regex), ("group_regex", self.settings.group_regex)):
+            if regex is not None:
+                return subjects_by_regex(cases, regex, setting)
+        if self._recorded is None:
+            self._recorded = recorded_subjects(self.dataset_json) or {}
+        return self._recorded or None
 
     def _excluding(self, cases: Sequence[str], dropout: float = 0.0) -> AbstractContextManager[None]:
         if self._bank_state is None:

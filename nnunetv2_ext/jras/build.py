@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
+from nnunetv2_ext.data.subjects import members_of
 from nnunetv2_ext.jras.bank import OUTSIDE
 from nnunetv2_ext.jras.contrastive import flip
 from nnunetv2_ext.jras.groups import group_ids
@@ -69,7 +70,7 @@ def draw_bank(
     label_manager: LabelManager,
     seed: int,
     group_key: bytes,
-    group_regex: str | None = None,
+    subjects: Mapping[str, str] | None = None,
     mirror_axes: Sequence[int] = (),
 ) -> BankContent:
     """Draw the guides: the same for the same arguments, in every process; no global random state is touched.
@@ -89,13 +90,13 @@ def draw_bank(
         label_manager: nnU-Net's.
         seed: of the draw.
         group_key: see ``group_ids``.
-        group_regex: see ``subject_of``.
+        subjects: see ``group_ids``.
         mirror_axes: axes of L along which training patches are mirrored. Every guide is stored in one of these
             orientations, all equally often: a mirrored patch finds no guide of its shape among unmirrored ones.
 
     Raises:
         ValueError: nothing to retrieve from (one subject only, no annotated voxel), a case that is not in the dataset,
-            an image that is not finite, a regex that does not match, or a size or share out of range.
+            an image that is not finite, or a size or share out of range.
     """
     if bank_size < 1 or not 0 <= fg_share <= 1:
         raise ValueError(f"a bank needs bank_size >= 1 and 0 <= fg_share <= 1, not {bank_size} and {fg_share}")
@@ -109,7 +110,7 @@ def draw_bank(
     offers = [_inspect(dataset, name, label_manager) for name in names]
     if label_manager.has_ignore_label:
         offers = [offer for offer in offers if offer.annotated is not None]
-    _require_two_subjects(names, [offer.name for offer in offers], group_key, group_regex)
+    _require_two_subjects(names, [offer.name for offer in offers], subjects)
     entries = _spread(offers, bank_size, rng)
     wanted = _assign_classes(entries, fg_share, rng)
     images, labels, corners = _read_all(
@@ -119,7 +120,7 @@ def draw_bank(
     return BankContent(
         images=flip(images, mirrored),
         labels=flip(labels[:, None], mirrored)[:, 0],
-        groups=group_ids([entry.name for entry in entries], group_key, group_regex),
+        groups=group_ids([entry.name for entry in entries], group_key, subjects),
         lut=mask_lut(label_manager),
         cases=tuple(entry.name for entry in entries),
         coordinates=corners,
@@ -188,14 +189,13 @@ def _read_all(
     return torch.stack(images), torch.stack(labels), np.array(corners, dtype=np.int64)
 
 
-def _require_two_subjects(names: Sequence[str], usable: Sequence[str], key: bytes, regex: str | None) -> None:
-    group_ids(names, key, regex)  # every case must have a subject, also one without an annotated voxel
-    subjects = len(set(group_ids(usable, key, regex).tolist()))
-    if subjects < 2:
+def _require_two_subjects(names: Sequence[str], usable: Sequence[str], subjects: Mapping[str, str] | None) -> None:
+    number = len(members_of(usable, subjects))
+    if number < 2:
         raise ValueError(
             f"{len(usable)} of the {len(names)} training case(s) of this fold have annotated voxels, and they are of "
-            f"{subjects} subject(s): a patch never gets guides of its own subject, so there is nothing to retrieve; "
-            "add cases, check jras.group_regex, or set jras.retriever=none"
+            f"{number} subject(s): a patch never gets guides of its own subject, so there is nothing to retrieve; "
+            "add cases, check how they are grouped into subjects (group_regex), or set jras.retriever=none"
         )
 
 

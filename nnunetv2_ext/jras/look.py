@@ -12,6 +12,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunetv2_ext.core.checkpoint import read, unwrap
 from nnunetv2_ext.core.labelmaps import logits_to_labels
+from nnunetv2_ext.data.case import Volume, read_image, read_label_map, require_same_grid
+from nnunetv2_ext.data.find import find_checkpoint
 from nnunetv2_ext.jras.network import JRASNetwork
 from nnunetv2_ext.jras.panel import GuideView, view_of_patch
 
@@ -22,10 +24,7 @@ def load_model(model_folder: Path, fold: str, checkpoint: str, device: torch.dev
     Raises:
         ValueError: no such model or fold, no J-RAS model, or one without guides.
     """
-    file = model_folder / f"fold_{fold}" / checkpoint
-    for needed in (model_folder / "plans.json", model_folder / "dataset.json", file):
-        if not needed.is_file():
-            raise ValueError(f"{needed} does not exist; give a folder TRAINER__PLANS__CONFIGURATION, and -f and -chk")
+    file = find_checkpoint(model_folder, fold, checkpoint)
     weights = read(file)["network_weights"]
     if "bank.keys" not in weights:
         raise ValueError(f"{file} has no guide bank: it was not trained with J-RAS, or with jras.retriever=none")
@@ -45,13 +44,11 @@ def look_at_image(predictor: nnUNetPredictor, images: Sequence[Path], label: Pat
         label: the true label, if it is known.
 
     Raises:
-        ValueError: missing files, another number of channels than the model's, or a cascaded configuration.
+        ValueError: missing, damaged or misfitting files, another number of channels than the model's, or a cascaded
+            configuration.
     """
     configuration, plans = predictor.configuration_manager, predictor.plans_manager
-    missing = [str(path) for path in (*images, label) if path is not None and not path.is_file()]
     channels = len(predictor.dataset_json.get("channel_names", predictor.dataset_json.get("modality")))
-    if missing:
-        raise ValueError(f"{', '.join(missing)} does not exist")
     if len(images) != channels:
         raise ValueError(f"this model takes {channels} channel(s), one file each, not {len(images)}; give all of them")
     if configuration.previous_stage_name is not None:
@@ -59,18 +56,20 @@ def look_at_image(predictor: nnUNetPredictor, images: Sequence[Path], label: Pat
             f"a cascaded configuration needs the prediction of {configuration.previous_stage_name} first, which this "
             "command does not make; look at the pictures in the fold folder, or at the previous stage's model"
         )
+    case, reader = images[0].name, plans.image_reader_writer_class()
+    image, properties = read_image(case, images, reader)
+    seg = None
+    if label is not None:
+        seg, of_label = read_label_map(case, label, reader)
+        here, there = Volume("label", seg.shape, of_label), Volume("image", image.shape[1:], properties)
+        require_same_grid(case, here, there, "give the label of this image")
+        seg = seg[None]
     preprocessor = configuration.preprocessor_class(verbose=False)
-    data, seg, _ = preprocessor.run_case(
-        [str(path) for path in images],
-        None if label is None else str(label),
-        plans,
-        configuration,
-        predictor.dataset_json,
-    )
-    data = torch.from_numpy(np.ascontiguousarray(data))
+    image, seg, _ = preprocessor.run_case_npy(image, seg, properties, plans, configuration, predictor.dataset_json)
+    data = torch.from_numpy(np.ascontiguousarray(image))
     logits = predictor.predict_sliding_window_return_logits(data).float().cpu()
     corner, patch = middle_patch(logits_to_labels(logits, predictor.label_manager) > 0, configuration.patch_size)
-    x = crop(data.numpy(), corner, patch)
+    x = crop(image, corner, patch)
     truth = None if label is None else crop(np.asarray(seg), corner, patch)[0]
     return _look(predictor, x, truth, images[0].name)
 

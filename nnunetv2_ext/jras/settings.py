@@ -96,7 +96,7 @@ class JRASSettings(Settings):
     group_regex: str | None = Field(
         None,
         description="Searched in a case id, its first group is the subject: cases of one subject never guide each "
-        "other. None: each case is its own subject. Source: ours.",
+        "other. None: the common group_regex, else as dataset.json records subjects. Source: ours.",
     )
     index: str = Field(
         "Flat",

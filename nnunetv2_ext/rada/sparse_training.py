@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from nnunetv2_ext.data.split import clean_fold, recorded_subjects, write_split_if_absent
+from nnunetv2_ext.data.split import clean_fold, write_split_if_absent
+from nnunetv2_ext.data.subjects import divided, subjects_of_dataset
 from nnunetv2_ext.parts.trainer import MethodTrainer
 from nnunetv2_ext.rada.annotation.annotations import Annotation, log_lines
-from nnunetv2_ext.rada.annotation.cases import CaseSource, cache_root, case_sources, plans_key
+from nnunetv2_ext.rada.annotation.cases import CaseSource, cache_root, case_sources
 from nnunetv2_ext.rada.annotation.lost import erased_annotations, require_planes_survived
-from nnunetv2_ext.rada.annotation.preprocessed import Preprocessed, require_trainable
+from nnunetv2_ext.rada.annotation.preprocessed import SparsePreprocessed, require_trainable
 from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset
 from nnunetv2_ext.rada.propagation.propagate import propagate_cases
 from nnunetv2_ext.rada.settings import RADASettings
@@ -32,7 +33,7 @@ class SparseTraining(MethodTrainer):
     training_data: Any = None  # nnU-Net's dataset of the training cases
     plane_axes: tuple[int, ...] = ()  # on which training cases have planes
     masks: tuple[int, ...]  # per network the view bits it learns from
-    preprocessed: Preprocessed
+    preprocessed: SparsePreprocessed
     ignore_label: int
 
     @property
@@ -75,7 +76,7 @@ class SparseTraining(MethodTrainer):
         require_planes_survived(data, annotations)
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """nnU-Net's: unlabelled cases train in every fold and validate in none (see `split.rada_splits`).
+        """nnU-Net's: unlabelled cases train in every fold and validate in none (see `split.labelled_splits`).
 
         Raises:
             ValueError: no labelled case to train on, or none to validate on.
@@ -86,12 +87,17 @@ class SparseTraining(MethodTrainer):
             train, validation = super().do_split()
             self._require_labelled_among_chosen(train, labelled)
             return train, [case for case in validation if case in labelled]
-        file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
-        subjects = recorded_subjects(self.dataset_json)
+        file = self.preprocessed.splits_file
+        subjects = subjects_of_dataset(self.dataset_json, annotations, self.settings.group_regex)
         if write_split_if_absent(file, labelled, set(annotations) - labelled, subjects):
             self.print_to_log_file(f"RADA wrote {file}: unlabelled cases are in every fold's training part.")
         train, validation = super().do_split()
         self._require_labelled_among_chosen(train, labelled)
+        if both := divided(train, validation, subjects):
+            self.print_to_log_file(
+                f"WARNING: {len(both)} subjects, e.g. {both[0]}, have cases in training and validation: delete {file}, "
+                "and a split that keeps subjects together is written"
+            )
         return clean_fold(train, validation, labelled, self.print_to_log_file)
 
     def _require_labelled_among_chosen(self, train: list[str], labelled: set[str]) -> None:
@@ -126,7 +132,7 @@ class SparseTraining(MethodTrainer):
         assert self.training_data is not None
         annotations = self._survey()
         planes = {case: annotations[case].planes for case in self.training_data.identifiers}
-        return case_sources(self.training_data, planes, self.configuration_manager.spacing, self.rada.image_channel)
+        return case_sources(self.preprocessed, planes, self.configuration_manager.spacing, self.rada.image_channel)
 
     def _propagated(self) -> dict[str, Path] | None:
         """Files of the training cases' propagated planes; None without registration."""
@@ -135,7 +141,7 @@ class SparseTraining(MethodTrainer):
         return propagate_cases(
             self.training_sources(),
             cache_root(self.preprocessed_dataset_folder_base),
-            plans_key(self.plans_manager.plans_name, self.configuration_manager.configuration),
+            self.preprocessed.key(),
             self.ignore_label,
             self.rada.max_distance,
             log=self.print_to_log_file,

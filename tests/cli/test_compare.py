@@ -140,7 +140,7 @@ def test_a_dense_truth_of_ones_own(trained: World, no_plots, capsys) -> None:
         ([*TWO, "-c", "2d"], "-c takes 3d_fullres"),
         ([*TWO, "-f", "0", "4"], "has no fold 4 (it has 0, 1)"),
         ([*TWO, "--results", "nowhere"], "nowhere does not exist"),
-        (["-d", "77", "-tr", PLAIN, OURS], "no such dataset"),
+        (["-d", "77", "-tr", PLAIN, OURS], "there is no dataset 77 in"),
         (["-d", "5", "-tr", PLAIN], "needs two or more"),
         (["-d", "5"], "say what to compare in one way"),
         ([*TWO, "--run", "x", "r0"], "say what to compare in one way"),

@@ -86,7 +86,7 @@ def test_label_values_by_hand(data, tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-d", "9"], "there is no such dataset"),
+        (["-d", "9"], "there is no dataset 9 in"),
         (["-djfile", "no.json"], "-djfile no.json does not exist"),
         (["--labels", "0"], "different values of 1 or more"),
         (["--ignore", "2"], "--ignore goes with --labels"),

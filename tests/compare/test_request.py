@@ -71,7 +71,7 @@ def test_names_that_look_like_pairs_are_pointed_out(trained) -> None:
         ({"group_regex": "("}, "is not a regular expression"),
         ({"groups": Path("none.csv")}, "none.csv cannot be read"),
         ({"group_regex": "(.)", "groups": Path("none.csv")}, "give one of the two"),
-        ({"dataset": "6"}, "no such dataset"),
+        ({"dataset": "6"}, "there is no dataset"),
         (
             {"trainers": [], "runs": [("x", "results"), ("y", "results")], "results": [Path("results")]},
             "--results goes",

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_ext.compare import find, runs
+from nnunetv2_ext.compare import runs
 from nnunetv2_ext.compare.arms import Arm, differing_facts, make_arm, predictions_arm, require_comparable
+from nnunetv2_ext.data import find
 
 ENDING = ".nii.gz"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nnunetv2_ext.compare import find
 from nnunetv2_ext.compare.arms import Arm, make_arm, predictions_arm, require_same_training_cases
+from nnunetv2_ext.data import find
 
 ENDING = ".nii.gz"
 PLAIN, OURS = "nnUNetTrainer", "nnUNetTrainerMedContext"

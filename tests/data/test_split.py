@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunetv2_ext.data.split import clean_fold, rada_splits, recorded_subjects, write_split_if_absent
+from nnunetv2_ext.data.split import clean_fold, labelled_splits, write_split_if_absent
 
 
 def names(prefix: str, number: int) -> list[str]:
@@ -20,13 +20,13 @@ def names(prefix: str, number: int) -> list[str]:
 def test_fully_labelled_dataset_is_split_as_nnunet_does() -> None:
     cases = names("case", 13)
     stock = generate_crossval_split(cases, seed=12345, n_splits=5)
-    assert rada_splits(cases) == [{part: [str(c) for c in fold[part]] for part in fold} for fold in stock]
+    assert labelled_splits(cases) == [{part: [str(c) for c in fold[part]] for part in fold} for fold in stock]
 
 
 @given(labelled=st.integers(2, 12), unlabelled=st.integers(0, 9))
 def test_every_labelled_case_validates_once(labelled, unlabelled) -> None:
     with_labels, without = names("a", labelled), names("b", unlabelled)
-    splits = rada_splits(with_labels, without)
+    splits = labelled_splits(with_labels, without)
     assert len(splits) == min(5, labelled)
     assert sorted(case for fold in splits for case in fold["val"]) == with_labels
     for fold in splits:
@@ -41,7 +41,7 @@ def test_subjects_are_never_on_both_sides(data) -> None:
     labelled = data.draw(st.lists(st.sampled_from(cases), min_size=2, unique=True))
     if len({subjects[case] for case in labelled}) < 2:
         return
-    splits = rada_splits(labelled, set(cases) - set(labelled), subjects)
+    splits = labelled_splits(labelled, set(cases) - set(labelled), subjects)
     assert sorted(case for fold in splits for case in fold["val"]) == sorted(labelled)
     for fold in splits:
         assert not {subjects[c] for c in fold["train"]} & {subjects[c] for c in fold["val"]}
@@ -58,13 +58,13 @@ def test_subjects_are_never_on_both_sides(data) -> None:
 )
 def test_what_cannot_be_split(labelled, subjects, message) -> None:
     with pytest.raises(ValueError, match=message):
-        rada_splits(labelled, ["c"], subjects)
+        labelled_splits(labelled, ["c"], subjects)
 
 
 def test_existing_split_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "splits_final.json"
     assert write_split_if_absent(file, names("a", 4), names("b", 2))
-    assert json.loads(file.read_text()) == rada_splits(names("a", 4), names("b", 2))
+    assert json.loads(file.read_text()) == labelled_splits(names("a", 4), names("b", 2))
     file.write_text("[]")
     assert not write_split_if_absent(file, names("a", 4), names("b", 2))
     assert file.read_text() == "[]"
@@ -82,9 +82,3 @@ def test_folds_without_labelled_cases_are_refused() -> None:
         clean_fold(["u"], ["b"], {"b"}, print)
     with pytest.raises(ValueError, match=r"validation cases .* delete splits_final\.json"):
         clean_fold(["a"], ["u"], {"a"}, print)
-
-
-def test_subjects_are_read_from_dataset_json() -> None:
-    assert recorded_subjects({"nnunetv2_ext": {"sparsify": {"subjects": {"a": "s"}}}}) == {"a": "s"}
-    assert recorded_subjects({"nnunetv2_ext": {"sparsify": {"subjects": None}}}) is None
-    assert recorded_subjects({"labels": {}}) is None

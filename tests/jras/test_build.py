@@ -293,7 +293,7 @@ def test_two_dimensional_patches_are_single_slices_of_the_first_axis():
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 def test_frames_of_one_patient_share_a_group():
     dataset = Cases({n: with_boxes() for n in ("p1_f1", "p1_f2", "p2_f1")}, MANAGER)
-    content = draw(dataset, size=3, group_regex=r"^(p\d)_")
+    content = draw(dataset, size=3, subjects={"p1_f1": "p1", "p1_f2": "p1"})
     assert content.groups[0] == content.groups[1] != content.groups[2]
 
 
@@ -301,8 +301,7 @@ def test_frames_of_one_patient_share_a_group():
     ("cases", "options", "message"),
     [
         (["a_1"], {}, r"1 of the 1 training case.*1 subject"),
-        (["a_1", "a_2"], {"group_regex": "^(a)_"}, r"2 of the 2 training case.*1 subject.*group_regex"),
-        (["a_1", "b_1"], {"group_regex": r"^(a)_"}, "'b_1'"),
+        (["a_1", "a_2"], {"subjects": {"a_1": "a", "a_2": "a"}}, r"2 of the 2 training case.*1 subject.*group_regex"),
         (["a_1", "zz"], {}, "cannot be drawn from zz"),
         (["a_1", "b_1"], {"size": 0}, "bank_size >= 1"),
         (["a_1", "b_1"], {"share": 1.5}, "fg_share"),

@@ -60,9 +60,9 @@ def test_guides_refuses_what_it_cannot_show(model, tiny, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "checkpoint_final.pth does not exist" in refused(str(model), image, "-f", "3")
-    assert "plans.json does not exist" in refused(str(tmp_path), image)
+    assert "is not a trained model (plans.json is missing)" in refused(str(tmp_path), image)
     assert "takes 1 channel" in refused(str(model), image, image)
-    assert "nowhere.nii.gz does not exist" in refused(str(model), "nowhere.nii.gz")
+    assert "nowhere.nii.gz is missing" in refused(str(model), "nowhere.nii.gz")
     stripped = tmp_path / "stripped" / "fold_0" / "checkpoint_final.pth"
     stripped.parent.mkdir(parents=True)
     checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)

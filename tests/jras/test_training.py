@@ -500,6 +500,41 @@ def test_cases_of_one_subject_do_not_guide_each_other(make_jras):
         assert set(cases[last.ids[row][last.valid[row]]]) in (other, set())  # no guide where the dropout took them
 
 
+def test_subjects_come_from_the_methods_setting_the_common_one_or_the_record(make_jras, tmp_path):
+    cases = [f"phantom_00{n}" for n in (2, 3, 4, 5)]
+
+    def groups(settings: str = "", recorded: dict | None = None) -> list[int]:
+        trainer = make_jras(settings, results=tmp_path / str(len(list(tmp_path.iterdir()))))
+        if recorded is not None:
+            trainer.dataset_json["nnunetv2_ext"] = {"subjects": recorded}
+        trainer.on_train_start()
+        numbers = trainer.groups_of(cases).tolist()
+        assert set(trainer.network.bank.groups.tolist()) == set(numbers)  # as the guides are numbered
+        return [numbers.index(number) for number in numbers]
+
+    record = {"phantom_004": "s", "phantom_005": "s"}
+    common, own = r"group_regex='phantom_00(?=[23])|phantom_00.'", r"jras.group_regex='phantom_00(?=[25])|phantom_00.'"
+    assert groups() == [0, 1, 2, 3]
+    assert groups(recorded=record) == [0, 1, 2, 2]
+    assert groups(common, record) == [0, 0, 2, 3]
+    assert groups(f"{common} {own}", record) == [0, 1, 2, 0]
+
+
+def test_a_bank_of_a_version_without_recorded_subjects_excludes_by_them(make_jras):
+    """Its guides have numbers of their cases; with those of subjects a sample would get its own patches."""
+    first = make_jras()
+    first.on_train_start()
+    path = Path(first.output_folder) / "checkpoint_latest.pth"
+    first.save_checkpoint(str(path))
+    second = make_jras(continued=True)
+    second.dataset_json["nnunetv2_ext"] = {"sparsify": {"subjects": dict.fromkeys(first._bank_state["cases"][:1], "s")}}
+    second.initialize()
+    second.load_checkpoint(str(path))
+    second.on_train_start()
+    assert second.network.bank.groups.tolist() == second.groups_of(second._bank_state["cases"]).tolist()
+    assert second.network.bank.groups.tolist() != first.network.bank.groups.tolist()
+
+
 def test_a_group_regex_that_does_not_match_is_refused(make_jras):
     with pytest.raises(ValueError, match=r"jras\.group_regex='patient'.*phantom_00"):
         make_jras("jras.group_regex=patient").on_train_start()

@@ -22,6 +22,7 @@ from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.step import Batch, backward_passes
 from nnunetv2_ext.medcontext import training as medcontext_training
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
+from tests.contract.data import cascade
 
 PLAIN_STEP = "medcontext.masked_fraction=0 medcontext.beta=0 medcontext.supervised_weight=1"
 
@@ -533,7 +534,7 @@ def test_without_deep_supervision_every_sample_enters_the_consistency(make_train
 
 @pytest.mark.parametrize("fill", ["zero", "noise", "minimum"])
 def test_cascade_channels_are_hidden_with_the_image_and_always_zero(make_trainer, tiny, fill):
-    plans = cascade_plans(tiny)
+    plans = cascade(tiny.plans())
     trainer = ready(make_trainer, f"medcontext.fill={fill}", configuration="3d_cascade_fullres", plans=plans)
     assert trainer.num_input_channels == 3 and trainer.num_image_channels == 1
     calls = Calls(trainer)
@@ -546,17 +547,6 @@ def test_cascade_channels_are_hidden_with_the_image_and_always_zero(make_trainer
     image = masked[:, 0]
     assert torch.equal(image[~hidden], batch["data"][:, 0][~hidden])
     assert not (image[hidden] == batch["data"][:, 0][hidden]).float().mean() > 0.01
-
-
-def cascade_plans(tiny) -> dict[str, Any]:
-    """The tiny plans with a low resolution (the same preprocessed data) and a cascade on top of it."""
-    plans = tiny.plans()
-    configurations = plans["configurations"]
-    lowres = copy.deepcopy(configurations["3d_fullres"])
-    lowres["next_stage"] = "3d_cascade_fullres"
-    configurations["3d_lowres"] = lowres
-    configurations["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
-    return plans
 
 
 # ---- presets and settings ----

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunetv2_ext.core.files import atomic_write_text
 from nnunetv2_ext.core.progress import progress_bar
+from nnunetv2_ext.data.cache import CaseCache
+from nnunetv2_ext.data.preprocessed import Preprocessed
+from nnunetv2_ext.rada.annotation.cases import cache_root
 from nnunetv2_ext.rada.annotation.planes import (
     OUTSIDE,
     THRESHOLD,
@@ -23,7 +23,7 @@ from nnunetv2_ext.rada.annotation.planes import (
     scribbled,
 )
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -59,78 +59,52 @@ def survey_label(label: Array, ignore: int) -> Annotation:
 
 
 def survey_cases(
-    folder: str | os.PathLike[str],
-    identifiers: Iterable[str],
-    ignore: int,
-    cache_file: str | os.PathLike[str] | None = None,
+    data: Preprocessed, identifiers: Iterable[str], ignore: int, cache: CaseCache | None = None
 ) -> dict[str, Annotation]:
-    """The annotation of cases of a preprocessed configuration folder, in sorted order.
+    """The annotation of cases of a preprocessed configuration, in sorted order.
 
     Args:
-        folder: ``nnUNet_preprocessed/<Dataset>/<data_identifier>``.
+        data: The configuration.
         identifiers: Cases.
         ignore: The ignore label.
-        cache_file: See `cache_path`; used for cases whose label file kept its size and time. None: no cache.
+        cache: See `survey_cache`; None: no cache.
 
     Raises:
-        ValueError: a case is missing or 2-D.
+        ValueError: a case is missing, damaged or 2-D.
     """
-    cases = sorted(set(identifiers))
-    dataset = infer_dataset_class(str(folder))(str(folder), list(cases))
-
-    def read(case: str) -> Array:
-        try:
-            _, seg, _, _ = dataset.load_case(case)
-            return np.asarray(seg[0])
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{case} cannot be read from {folder} ({error}): preprocess the dataset again") from error
-
-    files = {case: _label_file(Path(folder), case) for case in cases}
-    return survey_files(files, read, ignore, cache_file, "finding planes")
+    states = {case: data.file_state(case) for case in sorted(set(identifiers))}
+    return survey_labels(states, lambda case: np.asarray(data.read_case(case)[1][0]), ignore, cache, "finding planes")
 
 
-def survey_files(
-    files: Mapping[str, Path],
-    read: Callable[[str], Array],
-    ignore: int,
-    cache_file: str | os.PathLike[str] | None,
-    title: str,
-    key: str = "",
+def survey_labels(
+    states: Mapping[str, Any], read: Callable[[str], Array], ignore: int, cache: CaseCache | None, title: str
 ) -> dict[str, Annotation]:
-    """`survey_label` of ``read(case)`` for each case, from the cache where `files` of the case are unchanged.
+    """`survey_label` of ``read(case)`` for each case, from the cache where the case's state is the same.
 
     Args:
-        files: Case to the file its label comes from.
+        states: Case to the state of the files that its label comes from.
         read: Gives a case's (X, Y, Z) label.
         ignore: The ignore label.
-        cache_file: JSON, or None.
+        cache: See `survey_cache`.
         title: Of the progress bar.
-        key: Anything else the result depends on, kept in the cache.
     """
-    head = {"version": _VERSION, "threshold": THRESHOLD, "ignore": ignore, "key": key}
-    known = _load(cache_file, head)
-    entries: dict[str, Any] = {}
     found: dict[str, Annotation] = {}
-    with progress_bar(list(files), title) as bar:
-        for case, file in files.items():
-            stamp = _stamp(file)
-            entry = known.get(case)
-            if entry is None or entry["stamp"] != stamp:
-                entry = {"stamp": stamp, **asdict(survey_label(read(case), ignore))}
-            entries[case] = entry
-            found[case] = _from_entry(entry)
+    with progress_bar(list(states), title) as bar:
+        for case, state in states.items():
+            known = cache.read(case, state, _load) if cache else None
+            found[case] = survey_label(read(case), ignore) if known is None else known
+            if cache and known is None:
+                cache.write(case, state, json.dumps(asdict(found[case])).encode())
             bar.update()
-    if cache_file is not None and any(known.get(case) != entry for case, entry in entries.items()):
-        path = Path(cache_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(f"{json.dumps(c)}: {json.dumps(e)}" for c, e in sorted({**known, **entries}.items()))
-        atomic_write_text(path, f'{{"head": {json.dumps(head)}, "cases": {{\n{lines}\n}}}}\n')
     return found
 
 
-def cache_path(dataset_folder: str | os.PathLike[str], data_identifier: str, kind: str = "planes") -> Path:
-    """``nnUNet_preprocessed/<Dataset>/nnunetv2_ext/rada/``: an extra file in a configuration folder breaks nnU-Net."""
-    return Path(dataset_folder) / "nnunetv2_ext" / "rada" / f"{kind}_{data_identifier}.json"
+def survey_cache(data: Preprocessed, kind: str, ignore: int) -> CaseCache:
+    """Of what is annotated; `kind` tells the preprocessed from the raw labels."""
+    transposed = [int(axis) for axis in data.plans.transpose_forward]
+    parameters = {"version": _VERSION, "threshold": THRESHOLD, "ignore": ignore, "transposed": transposed}
+    parameters["data"] = data.configuration.data_identifier
+    return CaseCache(cache_root(data.base), kind, parameters, ".json")
 
 
 def require_annotations(annotations: Mapping[str, Annotation], label_values: Collection[int]) -> None:
@@ -184,31 +158,7 @@ def warnings(annotations: Mapping[str, Annotation], labels: Mapping[str, Any]) -
     return [f"WARNING: {text}" for text in found]
 
 
-def _label_file(folder: Path, case: str) -> Path:
-    """The file that changes when a case is preprocessed again."""
-    for name in (f"{case}_seg.b2nd", f"{case}.npz"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"{case} is not in {folder}: preprocess the dataset again (nnUNetv2_preprocess)")
-
-
-def _stamp(file: Path) -> list[int]:
-    status = file.stat()
-    return [status.st_mtime_ns, status.st_size]
-
-
-def _load(cache_file: str | os.PathLike[str] | None, head: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a cache written under the same conditions; an unreadable or older one is as good as none."""
-    if cache_file is None:
-        return {}
-    try:
-        content = json.loads(Path(cache_file).read_text(encoding="utf-8"))
-        return content["cases"] if content["head"] == head else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _from_entry(entry: Mapping[str, Any]) -> Annotation:
-    indices: Sequence[Sequence[int]] = entry["planes"]["indices"]
-    first, second, third = (tuple(ii) for ii in indices)
+def _load(file: Path) -> Annotation:
+    entry = json.loads(file.read_text(encoding="utf-8"))
+    first, second, third = (tuple(indices) for indices in entry["planes"]["indices"])
     return Annotation(Planes((first, second, third)), entry["share"], entry["loose"], tuple(entry["values"]))

@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_ext.core.files import read_json, require_writable
 from nnunetv2_ext.core.labelmaps import class_names
-from nnunetv2_ext.data.raw import folder_below
 from nnunetv2_ext.data.split import clean_fold
 from nnunetv2_ext.rada.annotation.annotations import Annotation, log_lines
 from nnunetv2_ext.rada.annotation.lost import erased_annotations, lost_planes, raw_planes, thicken_remedy
 from nnunetv2_ext.rada.annotation.picture import CaseView, draw_planes
-from nnunetv2_ext.rada.annotation.preprocessed import Preprocessed, require_trainable
+from nnunetv2_ext.rada.annotation.preprocessed import SparsePreprocessed
 
 Say = Callable[[str], None]
 
 
-def open_preprocessed(dataset: int | str, configuration: str, plans_name: str = "nnUNetPlans") -> Preprocessed:
-    """Open what ``nnUNetv2_plan_and_preprocess`` made.
-
-    Raises:
-        ValueError: it is missing, 2-D, a cascade, has regions or no ignore label.
-    """
-    base = folder_below("nnUNet_preprocessed", dataset)
-    remedy = f"run nnUNetv2_plan_and_preprocess -d {dataset} -c {configuration}"
-    try:
-        plans = PlansManager(json.loads((base / f"{plans_name}.json").read_text(encoding="utf-8")))
-        dataset_json = json.loads((base / "dataset.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{error.filename} is missing: {remedy}") from error
-    if configuration not in plans.available_configurations:
-        raise ValueError(f"{plans_name} has {', '.join(plans.available_configurations)}, not {configuration!r}")
-    found = require_trainable(base, plans, configuration, dataset_json)
-    if not found.folder.is_dir():
-        raise ValueError(f"{found.folder} is missing: {remedy}")
-    return found
-
-
-def check(data: Preprocessed, picture: Path | None, cases_in_picture: int = 4, say: Say = print) -> bool:
+def check(data: SparsePreprocessed, picture: Path | None, cases_in_picture: int = 4, say: Say = print) -> bool:
     """Report planes, shares, survival and warnings, and draw some cases; whether training can start.
 
     Args:
@@ -61,27 +36,30 @@ def check(data: Preprocessed, picture: Path | None, cases_in_picture: int = 4, s
     survived = _report_survival(data, annotations, say)
     for line in data.warnings(annotations) + erased_annotations(data, annotations):
         say(line)
-    _report_split(data.base / "splits_final.json", annotations, say)
+    _report_split(data.splits_file, annotations, say)
     if picture is not None:
         shown = sorted(annotations, key=lambda case: (-annotations[case].planes.count, case))[:cases_in_picture]
-        _draw(data, {case: annotations[case] for case in shown}, picture)
-        say(f"picture: {picture}")
+        try:
+            require_writable(picture.absolute().parent)
+        except ValueError as error:  # a shared folder: the report is what counts
+            say(f"no picture, which -o FOLDER puts elsewhere: {str(error).partition(';')[0]}")
+        else:
+            _draw(data, {case: annotations[case] for case in shown}, picture)
+            say(f"picture: {picture}")
     return survived
 
 
-def _draw(data: Preprocessed, annotations: Mapping[str, Annotation], picture: Path) -> None:
-    dataset = infer_dataset_class(str(data.folder))(str(data.folder), list(annotations))
+def _draw(data: SparsePreprocessed, annotations: Mapping[str, Annotation], picture: Path) -> None:
     views = []
     for case, annotation in annotations.items():
-        image, label, _, _ = dataset.load_case(case)
+        image, label, _ = data.read_case(case)
         views.append(CaseView(case, np.asarray(image[0]), np.asarray(label[0]), annotation.planes))
-    require_writable(picture.absolute().parent)
     classes = class_names(data.dataset_json, data.plans.get_label_manager(data.dataset_json))
     title = f"{data.base.name}, {data.configuration.data_identifier}: annotated planes"
     draw_planes(views, picture, classes, data.configuration.spacing, data.ignore, title)
 
 
-def _report_survival(data: Preprocessed, annotations: Mapping[str, Annotation], say: Say) -> bool:
+def _report_survival(data: SparsePreprocessed, annotations: Mapping[str, Annotation], say: Say) -> bool:
     lost = lost_planes(data, annotations)
     total = sum(a.planes.count for a in raw_planes(data, annotations).values())
     if not lost:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
-from nnunetv2_ext.core.files import read_json
+from nnunetv2_ext.data.subjects import members_of
 from nnunetv2_ext.rada.annotation.planes import Array, Planes
 
 RULES = ("largest", "middle")
@@ -53,38 +51,6 @@ def choose_planes(label: Array, axes: Sequence[int], rule: str) -> Planes:
     return Planes((chosen[0], chosen[1], chosen[2]))
 
 
-def subjects_of(cases: Sequence[str], regex: str | None = None, table: Path | None = None) -> dict[str, str] | None:
-    """The subject of each case by a regular expression or a JSON file ``{case: subject}``; None if neither is given.
-
-    Raises:
-        ValueError: both are given, the expression or file is unusable, or a case has no subject.
-    """
-    if regex is not None and table is not None:
-        raise ValueError("give --group-regex or --groups, not both")
-    if regex is not None:
-        try:
-            found = {case: re.search(regex, case) for case in cases}
-        except re.error as error:
-            raise ValueError(f"--group-regex {regex!r} is no regular expression ({error}); mend it") from None
-        subjects = {case: m and (m.group(1) if m.re.groups else m.group(0)) for case, m in found.items()}
-        source = f"--group-regex {regex!r}"
-    elif table is not None:
-        try:
-            content = read_json(Path(table))
-        except ValueError as error:
-            raise ValueError(f"--groups {error}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f'--groups {table} must hold one object {{"case": "subject", ...}}')
-        subjects = {case: content.get(case) for case in cases}
-        source = f"--groups {table}"
-    else:
-        return None
-    missing = [case for case in cases if not subjects[case]]
-    if missing:
-        raise ValueError(f"{source} gives no subject for {len(missing)} cases, e.g. {missing[0]}")
-    return {case: str(subjects[case]) for case in cases}
-
-
 def draw_cases(
     cases: Sequence[str],
     number: int,
@@ -100,16 +66,14 @@ def draw_cases(
         number: how many.
         seed: of the draw.
         subjects: case to subject; None makes every case its own.
-        usable: a subject with a case that is not usable is passed over.
+        usable: whether a case has foreground; a subject with a case that has none is passed over.
         why: what the cases are drawn for, for the error.
 
     Raises:
         ValueError: there are too few, or whole subjects do not add up to `number`.
     """
-    members: dict[str, list[str]] = {}
-    for case in sorted(cases):
-        members.setdefault(subjects[case] if subjects else case, []).append(case)
-    names = sorted(members)
+    members = members_of(cases, subjects)
+    names = list(members)
     drawn: list[str] = []
     for index in np.random.RandomState(seed).permutation(len(names)):
         group = members[names[index]]
@@ -117,6 +81,8 @@ def draw_cases(
             drawn += group
         if len(drawn) == number:
             return sorted(drawn)
+    if not any(map(usable, cases)):
+        raise ValueError(f"none of the {len(cases)} cases has foreground, so none can be drawn {why}: check the labels")
     unit = "cases" if subjects is None else "cases of whole subjects"
     raise ValueError(
         f"{number} {unit} are asked for {why}, but only {len(drawn)} of {len(cases)} could be drawn; "

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunetv2_ext.rada.annotation.annotations import Annotation, cache_path, survey_files
+from nnunetv2_ext.data.case import read_label_map
+from nnunetv2_ext.data.preprocessed import file_stamp
+from nnunetv2_ext.rada.annotation.annotations import Annotation, survey_cache, survey_labels
 from nnunetv2_ext.rada.annotation.planes import THRESHOLD, Array, Planes
-from nnunetv2_ext.rada.annotation.preprocessed import Preprocessed
+from nnunetv2_ext.rada.annotation.preprocessed import SparsePreprocessed
 
 _TOLERANCE = 1.0 + 1e-6  # slices of the preprocessed array
 _SPARSIFY_DEFAULTS = {"-c": "3d_fullres", "-p": "nnUNetPlans"}  # of nnUNetv2_ext sparsify --thicken-only
@@ -38,13 +36,13 @@ class Lost:
         )
 
 
-def raw_planes(data: Preprocessed, identifiers: Iterable[str]) -> dict[str, Annotation]:
+def raw_planes(data: SparsePreprocessed, identifiers: Iterable[str]) -> dict[str, Annotation]:
     """Annotation of the raw labels (``gt_segmentations``), transposed and cropped as preprocessing does; cached.
 
     Indices count slices of the cropped array.
 
     Raises:
-        ValueError: a label file is missing.
+        ValueError: a label file is missing or damaged.
     """
     truth = data.base / "gt_segmentations"
     files = {case: truth / f"{case}{data.dataset_json['file_ending']}" for case in sorted(set(identifiers))}
@@ -54,21 +52,22 @@ def raw_planes(data: Preprocessed, identifiers: Iterable[str]) -> dict[str, Anno
     reader, order = data.plans.image_reader_writer_class(), data.plans.transpose_forward
 
     def read(case: str) -> Array:
-        label = reader.read_seg(str(files[case]))[0][0].transpose(order)
-        return label[tuple(slice(*bounds) for bounds in _properties(data.folder, case)["bbox_used_for_cropping"])]
+        label = read_label_map(case, files[case], reader)[0].transpose(order)
+        return label[tuple(slice(*bounds) for bounds in data.read_case(case)[2]["bbox_used_for_cropping"])]
 
-    cache = cache_path(data.base, data.configuration.data_identifier, "raw_planes")
-    return survey_files(files, read, data.ignore, cache, "reading raw labels", str(list(order)))
+    states = {case: [file_stamp(file), data.file_state(case)] for case, file in files.items()}
+    cache = survey_cache(data, "raw_planes", data.ignore)
+    return survey_labels(states, read, data.ignore, cache, "reading raw labels")
 
 
-def lost_planes(data: Preprocessed, annotations: Mapping[str, Annotation]) -> list[Lost]:
+def lost_planes(data: SparsePreprocessed, annotations: Mapping[str, Annotation]) -> list[Lost]:
     """The raw planes without a plane within one slice after preprocessing; `annotations` are of its cases."""
     order, target = data.plans.transpose_forward, data.configuration.spacing
     lost = []
     for case, before in raw_planes(data, annotations).items():
         if not before.planes:
             continue
-        properties = _properties(data.folder, case)
+        properties = data.read_case(case)[2]
         old = properties["shape_after_cropping_and_before_resampling"]
         spacing = [float(properties["spacing"][axis]) for axis in order]
         new = compute_new_shape(old, spacing, target)
@@ -76,7 +75,7 @@ def lost_planes(data: Preprocessed, annotations: Mapping[str, Annotation]) -> li
         missing = unmatched(before.planes, annotations[case].planes, old, new)
         if missing:
             # planes of nothing but background where the image is zero are all -1 now: known, but nothing to learn
-            known = _known_slices(data.folder, case, data.ignore)
+            known = _known_slices(data, case)
             missing = [plane for plane in missing if plane in unmatched(before.planes, known, old, new)]
         for axis, index in missing:
             before_and_after = spacing[axis], float(target[axis])
@@ -96,7 +95,7 @@ def unmatched(before: Planes, after: Planes, old: Sequence[int], new: Sequence[i
     return missing
 
 
-def require_planes_survived(data: Preprocessed, annotations: Mapping[str, Annotation]) -> None:
+def require_planes_survived(data: SparsePreprocessed, annotations: Mapping[str, Annotation]) -> None:
     """Raise ValueError if preprocessing erased a plane: case, axis, raw slice, spacings, and the command that helps."""
     lost = lost_planes(data, annotations)
     if lost:
@@ -105,7 +104,7 @@ def require_planes_survived(data: Preprocessed, annotations: Mapping[str, Annota
         )
 
 
-def thicken_remedy(data: Preprocessed) -> str:
+def thicken_remedy(data: SparsePreprocessed) -> str:
     """What to do about planes that preprocessing erased: the thickness they need follows configuration and plans."""
     chosen = {"-c": data.configuration_name, "-p": data.plans.plans_name}
     options = "".join(f" {name} {value}" for name, value in chosen.items() if value != _SPARSIFY_DEFAULTS[name])
@@ -115,7 +114,7 @@ def thicken_remedy(data: Preprocessed) -> str:
     )
 
 
-def erased_annotations(data: Preprocessed, annotations: Mapping[str, Annotation]) -> list[str]:
+def erased_annotations(data: SparsePreprocessed, annotations: Mapping[str, Annotation]) -> list[str]:
     """Warnings about annotations on no plane (scribbles, incomplete slices) that did not survive preprocessing.
 
     Lost planes stop a training; these are lost to it in silence: a case that has nothing else becomes an unlabelled
@@ -141,13 +140,9 @@ def erased_annotations(data: Preprocessed, annotations: Mapping[str, Annotation]
     return found
 
 
-def _known_slices(folder: Path, case: str, ignore: int) -> Planes:
+def _known_slices(data: SparsePreprocessed, case: str) -> Planes:
     """Slices of a preprocessed label with hardly any ignored voxel, whatever the others are."""
-    label = np.asarray(infer_dataset_class(str(folder))(str(folder), [case]).load_case(case)[1][0])
-    shares = [(label != ignore).mean(axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
+    label = np.asarray(data.read_case(case)[1][0])
+    shares = [(label != data.ignore).mean(axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
     first, second, third = (tuple(np.flatnonzero(share >= THRESHOLD).tolist()) for share in shares)
     return Planes((first, second, third))
-
-
-def _properties(folder: Path, case: str) -> dict[str, Any]:
-    return load_pickle(str(folder / f"{case}.pkl"))

@@ -22,8 +22,9 @@ from nnunetv2_ext.data.derive import (
     write_json,
     write_label,
 )
-from nnunetv2_ext.data.raw import BLOCK, RawDataset, Target, measure, open_raw, require_free_id, target_grids
-from nnunetv2_ext.data.split import recorded_subjects, write_split_for
+from nnunetv2_ext.data.raw import RawDataset, Target, measure, open_raw, require_free_id, target_grids
+from nnunetv2_ext.data.split import write_split_for
+from nnunetv2_ext.data.subjects import BLOCK, divided, pairs_suggested, recorded_subjects
 from nnunetv2_ext.rada.annotation.choose import choose_planes, draw_cases
 from nnunetv2_ext.rada.annotation.planes import Array, Planes, find_planes, on_planes
 from nnunetv2_ext.rada.annotation.slabs import Slab, thicken
@@ -45,6 +46,7 @@ class SparsifyOptions:
         seed: Of the draws of labelled and test cases.
         test_share: Share of all cases set aside with dense labels as imagesTs and labelsTs.
         subjects: Case to subject: subjects are drawn, set aside and split as a whole.
+        allow_split_subjects: Draw cases instead of subjects, whatever is known or suggested by their names.
         plans: Plans of the source dataset whose target spacing decides the thickness, if they exist.
         configuration: 3-D configuration of those plans.
     """
@@ -57,6 +59,7 @@ class SparsifyOptions:
     subjects: Mapping[str, str] | None = None
     plans: str | None = None
     configuration: str = "3d_fullres"
+    allow_split_subjects: bool = False
 
 
 def sparsify(source: int | str, target_id: int, options: SparsifyOptions, say: Say = print) -> Path:
@@ -213,7 +216,8 @@ def _derive(
             },
             "classes_on_no_plane": missing,
         }
-        write_json(dataset, target_id, folder, train, {"labels": labels, BLOCK: {"sparsify": block}})
+        recorded = {**(dataset.json.get(BLOCK) or {}), "sparsify": block}
+        write_json(dataset, target_id, folder, train, {"labels": labels, BLOCK: recorded})
     final = final_folder(dataset, target_id)
     of_all = f"{len(planes)} cases with planes of {len(train)}"
     if is_dense:
@@ -250,8 +254,14 @@ def _draw(dataset: RawDataset, options: SparsifyOptions) -> tuple[set[str], set[
     if not 0 <= options.test_share < 1:
         raise ValueError(f"--test-share is a share of the cases, 0 to below 1, got {options.test_share}")
     number = round(options.test_share * len(cases))
-    test = set(draw_cases(cases, number, options.seed, options.subjects, why="for the test set")) if number else set()
+    subjects = None if options.allow_split_subjects else options.subjects
+    test = set(draw_cases(cases, number, options.seed, subjects, why="for the test set")) if number else set()
     rest = [case for case in cases if case not in test]
+    suggested = None if options.subjects or options.allow_split_subjects else pairs_suggested(cases)
+    if suggested and divided(test, rest, suggested.subjects):
+        raise ValueError(
+            f"{suggested}. The test set would divide them: give it as --group-regex, or add --allow-split-subjects"
+        )
     wanted = options.labelled
     if isinstance(wanted, float):
         if not 0 < wanted <= 1:
@@ -264,7 +274,7 @@ def _draw(dataset: RawDataset, options: SparsifyOptions) -> tuple[set[str], set[
         return bool((dataset.read_label(case)[0] > 0).any())
 
     seed = options.seed + 1  # another permutation than the test set's
-    return test, set(draw_cases(rest, wanted, seed, options.subjects, has_foreground, "as labelled cases"))
+    return test, set(draw_cases(rest, wanted, seed, subjects, has_foreground, "as labelled cases"))
 
 
 def _keep_planes(label: Array, box: tuple[slice, ...], ignore: int, options: SparsifyOptions) -> tuple[Array, Planes]:

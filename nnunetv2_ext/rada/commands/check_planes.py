@@ -28,9 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report and write the picture."""
-    from nnunetv2_ext.rada.annotation.check import check, open_preprocessed
+    from nnunetv2_ext.rada.annotation.check import check
+    from nnunetv2_ext.rada.annotation.preprocessed import open_sparse
 
-    data = open_preprocessed(args.d, args.c, args.p)
+    data = open_sparse(args.d, args.c, args.p)
     folder = args.o or data.base / "nnunetv2_ext" / "rada"
     picture = folder / f"planes_{args.p}_{args.c}.png" if args.cases > 0 else None
     return 0 if check(data, picture, args.cases) else 1

@@ -41,7 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group-regex", metavar="REGEX", help="finds the subject in a case's name; subjects stay whole"
     )
-    parser.add_argument("--groups", type=Path, metavar="JSON", help='the same from a file {"case": "subject", ...}')
+    parser.add_argument(
+        "--groups",
+        type=Path,
+        metavar="FILE",
+        help='the same from a JSON file {"case": "subject", ...} or a CSV with the columns case,subject '
+        "(default: what dataset.json of the source records)",
+    )
+    parser.add_argument(
+        "--allow-split-subjects", action="store_true", help="subjects may be divided between training and test cases"
+    )
     parser.add_argument("--thicken-only", action="store_true", help="copy a sparse dataset and thicken its planes")
     parser.add_argument("-p", metavar="PLANS", help="plans of the source dataset that tell the target spacing")
     parser.add_argument(
@@ -54,15 +63,17 @@ def run(args: argparse.Namespace) -> int:
     if args.thicken_only == (args.labelled is not None):
         raise ValueError("give either --labelled N (dense dataset) or --thicken-only (sparse dataset)")
     from nnunetv2_ext.data.raw import open_raw
-    from nnunetv2_ext.rada.annotation.choose import subjects_of
+    from nnunetv2_ext.data.subjects import subjects_of_dataset
     from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify, thicken_dataset
 
     if args.thicken_only:
         thicken_dataset(args.d, args.o, args.p or "nnUNetPlans", args.c)
     else:
         labelled, axes = _number(args.labelled), _axes(args.planes)
-        subjects = subjects_of(open_raw(args.d).cases, args.group_regex, args.groups)
-        options = SparsifyOptions(labelled, axes, args.rule, args.seed, args.test_share, subjects, args.p, args.c)
+        raw = open_raw(args.d)
+        subjects = subjects_of_dataset(raw.json, raw.cases, args.group_regex, args.groups)
+        chosen = args.rule, args.seed, args.test_share, subjects, args.p, args.c, args.allow_split_subjects
+        options = SparsifyOptions(labelled, axes, *chosen)
         sparsify(args.d, args.o, options)
     which = f"-d {args.o} -c {args.c}"
     print(f"next: nnUNetv2_plan_and_preprocess {which}; nnUNetv2_ext check-planes {which}")

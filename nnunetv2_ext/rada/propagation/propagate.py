@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunetv2_ext.core.files import atomic_write, require_writable
+from nnunetv2_ext.data.cache import CaseCache
 from nnunetv2_ext.rada.annotation.cases import CaseSource
 from nnunetv2_ext.rada.propagation.registration import carry_over, clean, cores, correlation
 
@@ -25,7 +23,7 @@ Array = npt.NDArray[Any]
 
 NONE = 255  # in a distance volume: no pseudo-label
 MAX_DISTANCE, MIN_CORRELATION = 6, 0.5
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -147,17 +145,18 @@ def propagate_cases(
 
     settings = {"max_distance": max_distance, "min_correlation": MIN_CORRELATION, "ignore": ignore}
     settings |= {"version": VERSION, "SimpleITK": SimpleITK.Version_VersionString(), **key}
-    folder = require_writable(Path(root) / f"propagated_{_digest(settings)}")
+    cache = CaseCache(Path(root), "propagated", settings, ".b2nd", log)
     paths, computed = {}, 0
     for case in tqdm(cases, desc="propagating planes", unit="case"):
-        path = folder / f"{case.name}.b2nd"
-        state = _digest([[list(map(int, indices)) for indices in case.planes], case.state])
-        if _state_of(path) != state:
+        state = [[list(map(int, indices)) for indices in case.planes], case.state]
+        path = cache.read(case.name, state, _whole)
+        if path is None:
             sparse = case.load()
-            _write(path, propagate(sparse.image, sparse.label, case.planes, ignore, max_distance), state)
+            found = propagate(sparse.image, sparse.label, case.planes, ignore, max_distance)
+            path = cache.write(case.name, state, _packed(found))
             computed += 1
         paths[case.name] = path
-    log(f"pseudo-labels of {len(paths)} cases, {computed} of them computed now: {folder}")
+    log(f"pseudo-labels of {len(paths)} cases, {computed} of them computed now: {cache.folder}")
     return paths
 
 
@@ -173,26 +172,19 @@ def read_propagated(path: str | Path) -> Any:
     return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **mapped)
 
 
-def _write(path: Path, found: Propagated, state: str) -> None:
+def _packed(found: Propagated) -> bytes:
     import blosc2
 
     both = np.stack((found.labels, found.distances.astype(found.labels.dtype)))
     chunks = (2, 1, *(min(64, size) for size in both.shape[2:]))
     array = blosc2.asarray(both, chunks=chunks, cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1})
-    array.schunk.vlmeta["rada_state"] = state
-    frame = array.to_cframe()
-    atomic_write(path, lambda file: file.write(frame) and None)
+    array.schunk.vlmeta["version"] = VERSION  # stands at the end of the file
+    return array.to_cframe()
 
 
-def _state_of(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    try:
-        array = read_propagated(path)  # kept while its metadata are read: they do not keep it
-        return array.schunk.vlmeta["rada_state"]
-    except (RuntimeError, ValueError, KeyError, OSError):  # damaged or of another make: computed again
-        return None
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def _whole(path: Path) -> Path:
+    """The file itself; blosc2 raises if a part of it is missing."""
+    array = read_propagated(path)  # kept while its metadata are read: they do not keep it
+    if array.schunk.vlmeta["version"] != VERSION:
+        raise ValueError(f"{path} is of another version")
+    return path

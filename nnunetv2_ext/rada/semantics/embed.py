@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunetv2_ext.core.files import atomic_write, atomic_write_text, require_writable
-from nnunetv2_ext.rada.annotation.cases import CaseSource, plans_key
+from nnunetv2_ext.data.cache import CaseCache
+from nnunetv2_ext.data.preprocessed import plans_key
+from nnunetv2_ext.rada.annotation.cases import CaseSource
 from nnunetv2_ext.rada.requirements import require_alpha
 from nnunetv2_ext.rada.semantics.clip_encoder import RegionEncoder
 from nnunetv2_ext.rada.semantics.regions import embed_regions
@@ -24,7 +23,7 @@ from nnunetv2_ext.rada.semantics.slices import Region
 
 Log = Callable[[str], None]
 
-VERSION = 1  # of what is computed; a change makes old caches unread
+VERSION = 2  # of what is computed; a change makes old caches unread
 SMALL_GAP = 0.02
 
 
@@ -80,8 +79,8 @@ def embed_cases(
     if not sources:
         raise ValueError("there is no case with annotated planes to embed")
     key = {"version": VERSION, "region": region, **key}
-    folder = require_writable(Path(root) / _digest(key))
-    atomic_write_text(folder / "key.json", json.dumps(key, indent=2, sort_keys=True) + "\n")
+    kept = CaseCache(Path(root), "regions", key, ".safetensors", log)
+    texts = CaseCache(Path(root), "text", key, ".safetensors", log)
 
     @cache
     def encoder() -> RegionEncoder:
@@ -89,21 +88,19 @@ def embed_cases(
         require_alpha(region, made.reads_masks)
         return made
 
-    state = _digest(list(prompts))
-    path = folder / f"text_{state}.safetensors"
-    text = _read(path, state)
+    text = texts.read("prompts", list(prompts), _load)
     if text is None:
         text = {"text": encoder().encode_text(prompts)}
-        _write(path, state, text)
-    states = {source.name: _digest(_state(source, len(prompts))) for source in sources}
-    found = {name: _read(folder / f"{name}.safetensors", state) for name, state in states.items()}
+        texts.write("prompts", list(prompts), _packed(text))
+    states = {source.name: _state(source, len(prompts)) for source in sources}
+    found = {name: kept.read(name, state, _load) for name, state in states.items()}
     missing = [source for source in sources if found[source.name] is None]
     if missing:
         bar = tqdm(missing, desc="CLIP embeddings", unit="case")
         for name, tensors in embed_regions(bar, len(prompts), encoder(), region):
-            _write(folder / f"{name}.safetensors", states[name], tensors)
+            kept.write(name, states[name], _packed(tensors))
             found[name] = tensors
-    log(f"CLIP embeddings of {len(sources)} cases, {len(missing)} of them computed now: {folder}")
+    log(f"CLIP embeddings of {len(sources)} cases, {len(missing)} of them computed now: {kept.folder}")
     rows = [tensors for tensors in found.values() if tensors is not None]
     result = CaseEmbeddings(
         cases=tuple(source.name for source in sources),
@@ -153,36 +150,23 @@ def _state(source: CaseSource, number: int) -> dict[str, Any]:
     return {"planes": [list(map(int, indices)) for indices in source.planes], "classes": number, "state": source.state}
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def _load(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
 
 
-def _read(path: Path, state: str) -> dict[str, Tensor] | None:
-    """The tensors of a file, if it is there, whole, and of the wanted state."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("state") != state:
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (FileNotFoundError, SafetensorError):
-        return None
-
-
-def _write(path: Path, state: str, tensors: dict[str, Tensor]) -> None:
+def _packed(tensors: Mapping[str, Tensor]) -> bytes:
     from safetensors.torch import save
 
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"state": state})
-    atomic_write(path, lambda file: file.write(content) and None)
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def embedding_key(
     plans_name: str, configuration: Mapping[str, Any], identity: Mapping[str, str], channel: int
 ) -> dict[str, Any]:
     """What the vectors of preprocessed cases depend on: their plans, CLIP's weights, and the image channel it sees."""
-    # one precision only; in the key, so that existing files stay valid
-    return {**plans_key(plans_name, configuration), **identity, "channel": channel, "precision": "fp32"}
+    return {**plans_key(plans_name, configuration), **identity, "channel": channel}
 
 
 def resolve_region(region: str, has_alpha: bool, log: Log = print) -> Region:

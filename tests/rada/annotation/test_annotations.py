@@ -16,49 +16,48 @@ import SimpleITK as sitk
 from nnunetv2_ext.rada.annotation import annotations
 from nnunetv2_ext.rada.annotation.annotations import (
     Annotation,
-    cache_path,
     log_lines,
     require_annotations,
+    survey_cache,
     survey_cases,
     survey_label,
     warnings,
 )
-from nnunetv2_ext.rada.annotation.check import open_preprocessed
 from nnunetv2_ext.rada.annotation.lost import erased_annotations, lost_planes, require_planes_survived, unmatched
 from nnunetv2_ext.rada.annotation.planes import Planes, find_planes
-from nnunetv2_ext.rada.annotation.preprocessed import Preprocessed
+from nnunetv2_ext.rada.annotation.preprocessed import SparsePreprocessed, open_sparse
 from tests.conftest import TinyDataset
 
 IGNORE = 3
 
 
 @pytest.fixture
-def data(sparse_tiny: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Preprocessed]:
+def data(sparse_tiny: TinyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SparsePreprocessed]:
     """A copy of the preprocessed dataset that a test may spoil."""
     copy = tmp_path / "preprocessed"
     shutil.copytree(sparse_tiny.preprocessed, copy)
     for key, value in sparse_tiny.environment(tmp_path / "results").items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("nnUNet_preprocessed", str(copy))
-    yield open_preprocessed(sparse_tiny.dataset_id, "3d_fullres")
+    yield open_sparse(sparse_tiny.dataset_id, "3d_fullres")
 
 
 @pytest.fixture
-def labelled(data: Preprocessed) -> list[str]:
+def labelled(data: SparsePreprocessed) -> list[str]:
     return sorted(data.dataset_json["nnunetv2_ext"]["sparsify"]["labelled"])
 
 
-def all_cases(data: Preprocessed) -> list[str]:
+def all_cases(data: SparsePreprocessed) -> list[str]:
     return sorted(p.name.removesuffix("_seg.b2nd") for p in data.folder.glob("*_seg.b2nd"))
 
 
-def survey_all(data: Preprocessed) -> dict[str, Annotation]:
+def survey_all(data: SparsePreprocessed) -> dict[str, Annotation]:
     return data.survey()
 
 
-def test_planes_of_every_case_are_those_of_the_provenance(data: Preprocessed, labelled: list[str]) -> None:
+def test_planes_of_every_case_are_those_of_the_provenance(data: SparsePreprocessed, labelled: list[str]) -> None:
     """Nothing is cropped, transposed or resampled in this dataset, so the indices are the raw ones."""
-    found = survey_cases(data.folder, all_cases(data), data.ignore)
+    found = survey_cases(data, all_cases(data), data.ignore)
     planes = {case: annotation.planes for case, annotation in found.items()}
     recorded = data.dataset_json["nnunetv2_ext"]["sparsify"]["labelled"]
     assert {case for case, p in planes.items() if p} == set(labelled)
@@ -66,9 +65,9 @@ def test_planes_of_every_case_are_those_of_the_provenance(data: Preprocessed, la
         assert [list(i) for i in planes[case].indices] == recorded[case]["planes"]
 
 
-def test_cache_is_used_until_a_label_changes(data: Preprocessed, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases, cache = all_cases(data), cache_path(data.base, data.configuration.data_identifier)
-    cache.unlink(missing_ok=True)  # another test's training may have written it before the data were copied
+def test_cache_is_used_until_a_label_changes(data: SparsePreprocessed, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases, cache = all_cases(data), survey_cache(data, "planes", data.ignore)
+    shutil.rmtree(cache.folder, ignore_errors=True)  # another test's training may have written it before the copy
     listing = sorted(p.name for p in data.folder.iterdir())
     looked_at: list[int] = []
 
@@ -77,35 +76,36 @@ def test_cache_is_used_until_a_label_changes(data: Preprocessed, monkeypatch: py
         return survey_label(label, ignore)
 
     monkeypatch.setattr(annotations, "survey_label", counted)
-    first = survey_cases(data.folder, cases[:5], data.ignore, cache)
+    first = survey_cases(data, cases[:5], data.ignore, cache)
     assert len(looked_at) == 5
-    assert survey_cases(data.folder, cases, data.ignore, cache) == first | survey_cases(data.folder, cases[5:], IGNORE)
+    assert survey_cases(data, cases, data.ignore, cache) == first | survey_cases(data, cases[5:], IGNORE)
     assert len(looked_at) == len(cases) + len(cases[5:])
     looked_at.clear()
-    assert survey_cases(data.folder, cases[:5], data.ignore, cache) == first and not looked_at
+    assert survey_cases(data, cases[:5], data.ignore, cache) == first and not looked_at
     label = data.folder / f"{cases[0]}_seg.b2nd"
     shutil.copy(data.folder / f"{cases[1]}_seg.b2nd", label)
-    assert survey_cases(data.folder, cases, data.ignore, cache)[cases[0]] == first[cases[1]] and len(looked_at) == 1
-    survey_cases(data.folder, cases, data.ignore + 1, cache)
+    assert survey_cases(data, cases, data.ignore, cache)[cases[0]] == first[cases[1]] and len(looked_at) == 1
+    survey_cases(data, cases, data.ignore + 1, survey_cache(data, "planes", data.ignore + 1))
     assert len(looked_at) == 1 + len(cases)  # found under another ignore label
-    cache.write_text("{broken")
-    survey_cases(data.folder, cases, data.ignore, cache)
-    assert json.loads(cache.read_text())["cases"].keys() == set(cases)
+    (entry,) = cache.folder.glob(f"{cases[2]}.*.json")
+    entry.write_text("{broken")
+    survey_cases(data, cases, data.ignore, cache)
+    assert len(looked_at) == 2 + len(cases) and json.loads(entry.read_text())["values"]
     assert sorted(p.name for p in data.folder.iterdir()) == listing  # an extra file there would break nnU-Net
 
 
-def test_missing_case(data: Preprocessed) -> None:
+def test_missing_case(data: SparsePreprocessed) -> None:
     with pytest.raises(ValueError, match=r"nobody is not in .* preprocess the dataset again"):
-        survey_cases(data.folder, ["nobody"], data.ignore)
+        survey_cases(data, ["nobody"], data.ignore)
 
 
-def test_all_planes_survived(data: Preprocessed) -> None:
+def test_all_planes_survived(data: SparsePreprocessed) -> None:
     annotations = survey_all(data)
     assert lost_planes(data, annotations) == []
     require_planes_survived(data, annotations)
 
 
-def test_erased_plane_stops_with_case_slice_spacing_and_remedy(data: Preprocessed, labelled: list[str]) -> None:
+def test_erased_plane_stops_with_case_slice_spacing_and_remedy(data: SparsePreprocessed, labelled: list[str]) -> None:
     case = labelled[1]
     annotations = survey_all(data)
     planes = annotations[case].planes
@@ -119,7 +119,7 @@ def test_erased_plane_stops_with_case_slice_spacing_and_remedy(data: Preprocesse
     assert "sparsify -d 2 -o NEW_ID --thicken-only" in message
 
 
-def _spoil_label(data: Preprocessed, case: str, index: int) -> None:
+def _spoil_label(data: SparsePreprocessed, case: str, index: int) -> None:
     """Erase plane `index` of axis 1 from a preprocessed label."""
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
@@ -131,7 +131,7 @@ def _spoil_label(data: Preprocessed, case: str, index: int) -> None:
     nnUNetDatasetBlosc2.save_case(image, label, properties, str(data.folder / case))
 
 
-def test_plane_of_air_that_became_outside_is_not_lost(data: Preprocessed, labelled: list[str]) -> None:
+def test_plane_of_air_that_became_outside_is_not_lost(data: SparsePreprocessed, labelled: list[str]) -> None:
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
     case = labelled[0]
@@ -154,7 +154,9 @@ def test_plane_of_air_that_became_outside_is_not_lost(data: Preprocessed, labell
     assert lost_planes(data, annotations) == []
 
 
-def test_scribbles_and_classes_that_preprocessing_erased_are_named(data: Preprocessed, labelled: list[str]) -> None:
+def test_scribbles_and_classes_that_preprocessing_erased_are_named(
+    data: SparsePreprocessed, labelled: list[str]
+) -> None:
     """Two annotated cases without planes, one of which lost everything, and one with planes that lost a class."""
     annotations = survey_all(data)
     assert erased_annotations(data, annotations) == []
@@ -176,7 +178,7 @@ def test_scribbles_and_classes_that_preprocessing_erased_are_named(data: Preproc
     assert lost_planes(data, annotations) == []
 
 
-def test_transpose_crop_and_resampling_are_followed(data: Preprocessed, labelled: list[str]) -> None:
+def test_transpose_crop_and_resampling_are_followed(data: SparsePreprocessed, labelled: list[str]) -> None:
     """Raw planes of a transposed, cropped and coarser case, against positions computed by hand."""
     from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
 

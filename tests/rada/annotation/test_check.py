@@ -95,9 +95,9 @@ def test_ct_preprocessed_before_the_correction_is_warned_about(base: Path, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-d", "9"], "dataset 9"),
-        (["-d", "2", "-p", "absent"], "absent.json is missing: run nnUNetv2_plan_and_preprocess"),
-        (["-d", "2", "-c", "3d_lowres"], "not '3d_lowres'"),
+        (["-d", "9"], "there is no dataset 9 in"),
+        (["-d", "2", "-p", "absent"], "there are no plans absent in"),
+        (["-d", "2", "-c", "3d_lowres"], "no configuration '3d_lowres': -c takes"),
         (["-d", "2", "-c", "2d"], "configuration 2d is 2-D"),
     ],
 )

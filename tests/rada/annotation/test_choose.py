@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nnunetv2_ext.rada.annotation.choose import choose_planes, draw_cases, subjects_of
+from nnunetv2_ext.data.subjects import subjects_by_regex
+from nnunetv2_ext.rada.annotation.choose import choose_planes, draw_cases
 from nnunetv2_ext.rada.annotation.planes import Planes
 
 
@@ -69,7 +68,7 @@ def test_draws_are_seeded_nested_and_exact() -> None:
 
 
 def test_subjects_are_drawn_whole() -> None:
-    subjects = subjects_of(CASES, regex=r"^(s\d+)_")
+    subjects = subjects_by_regex(CASES, r"^(s\d+)_")
     drawn = draw_cases(CASES, 6, 0, subjects)
     assert len(drawn) == 6 and len({subjects[c] for c in drawn}) == 3
     with pytest.raises(ValueError, match=r"7 cases of whole subjects .* ask for fewer"):
@@ -78,35 +77,12 @@ def test_subjects_are_drawn_whole() -> None:
 
 def test_unusable_cases_and_their_subjects_are_passed_over() -> None:
     assert set(draw_cases(CASES, 10, 0, usable=lambda case: int(case.split("_")[1]) % 2 == 1)) == set(CASES[1::2])
-    subjects = subjects_of(CASES, regex=r"^(s\d+)_")
+    subjects = subjects_by_regex(CASES, r"^(s\d+)_")
     assert not any(c.startswith("s3_") for c in draw_cases(CASES, 18, 0, subjects, lambda case: case != "s3_6"))
     with pytest.raises(ValueError, match="only 10 of 20"):
         draw_cases(CASES, 11, 0, usable=lambda case: case in CASES[:10])
 
 
-def test_subjects_from_a_file_or_an_expression(tmp_path: Path) -> None:
-    file = tmp_path / "groups.json"
-    file.write_text(json.dumps(dict.fromkeys(CASES, "one")))
-    assert set(subjects_of(CASES, table=file).values()) == {"one"}
-    assert subjects_of(CASES) is None
-    assert subjects_of(CASES, regex=r"s\d+")["s3_7"] == "s3"
-
-
-@pytest.mark.parametrize(
-    ("regex", "content", "message"),
-    [
-        ("(", None, "no regular expression"),
-        ("^x", None, "gives no subject for 20 cases, e.g. s0_0"),
-        ("s", "{}", "not both"),
-        (None, "[]", "must hold one object"),
-        (None, "{", "cannot be read as JSON"),
-        (None, '{"s0_0": "a"}', "no subject for 19 cases, e.g. s0_1"),
-    ],
-)
-def test_unusable_groups_are_refused(tmp_path: Path, regex, content, message) -> None:
-    table = None
-    if content is not None:
-        table = tmp_path / "groups.json"
-        table.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        subjects_of(CASES, regex, table)
+def test_cases_without_foreground_are_not_a_matter_of_number() -> None:
+    with pytest.raises(ValueError, match=r"none of the 20 cases has foreground, .*check the labels"):
+        draw_cases(CASES, 1, 0, usable=lambda case: False)

@@ -18,9 +18,9 @@ from nnunetv2_ext.cli.dispatch import main
 from nnunetv2_ext.phantom import write_phantom_dataset
 from nnunetv2_ext.rada.annotation import sparsify as sparsify_module
 from nnunetv2_ext.rada.annotation.annotations import survey_cases
-from nnunetv2_ext.rada.annotation.check import open_preprocessed
 from nnunetv2_ext.rada.annotation.lost import lost_planes, require_planes_survived
 from nnunetv2_ext.rada.annotation.planes import find_planes, on_planes
+from nnunetv2_ext.rada.annotation.preprocessed import open_sparse
 from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify, thicken_dataset
 from tests.conftest import TinyDataset, run_command
 from tests.rada.sparse_data import add_lowres, plan_and_preprocess
@@ -196,9 +196,9 @@ def test_erased_planes_are_reported_and_thicken_only_is_the_remedy(mixed: Path, 
     lost = {}
     for dataset_id, name in ((3, "Dataset003_Phantom"), (4, "Dataset004_Phantom")):
         plan_and_preprocess(TinyDataset(mixed.parent, dataset_id, name))
-        data = open_preprocessed(dataset_id, "3d_fullres")
+        data = open_sparse(dataset_id, "3d_fullres")
         cases = cases_of(mixed / name / "labelsTr")
-        annotations = survey_cases(data.folder, cases, data.ignore)
+        annotations = survey_cases(data, cases, data.ignore)
         lost[dataset_id] = lost_planes(data, annotations)
         if dataset_id == 3:
             with pytest.raises(ValueError, match=r"fine_000: axis .* spacing 0\.4 -> 1 mm.*--thicken-only"):
@@ -330,6 +330,53 @@ def test_subjects_stay_whole(phantom, world: Path) -> None:
     assert [len(fold["val"]) for fold in splits] == [2, 2]
 
 
+def rename(source: Path, names: dict[str, str]) -> None:
+    """Cases of a raw dataset, images and labels."""
+    for folder in ("imagesTr", "labelsTr"):
+        for file in sorted((source / folder).iterdir()):
+            for old, new in names.items():
+                if file.name.startswith(old):
+                    file.rename(file.with_name(file.name.replace(old, new)))
+
+
+@pytest.fixture
+def paired(phantom) -> Path:
+    """Six cases of three patients, as their names say."""
+    source = phantom()
+    rename(source, {f"phantom_00{n}": f"pat{n // 2}_{'LR'[n % 2]}" for n in range(6)})
+    return source
+
+
+def test_a_test_set_that_divides_what_looks_like_pairs_is_refused(paired: Path, world: Path, capsys) -> None:
+    command = ["sparsify", "-d", "1", "--labelled", "2", "--test-share", "0.34", "-o"]
+    assert main([*command, "2"]) == 2
+    error = capsys.readouterr().err
+    assert "pat0_L and pat0_R look like one subject" in error and not (world / "Dataset002_Phantom").exists()
+    (expression,) = re.findall(r"subject: ('.*?') would make 3 subjects of 6 cases", error)
+    assert main([*command, "2", "--group-regex", shlex.split(expression)[0]]) == 0  # the remedy works
+    block = json.loads((world / "Dataset002_Phantom" / "dataset.json").read_text())["nnunetv2_ext"]["sparsify"]
+    assert len({case[:4] for case in block["test"]}) == 1 and len(block["test"]) == 2
+    assert main([*command, "3", "--allow-split-subjects"]) == 0
+    block = json.loads((world / "Dataset003_Phantom" / "dataset.json").read_text())["nnunetv2_ext"]["sparsify"]
+    assert len({case[:4] for case in block["test"]}) == 2
+
+
+def test_what_looks_like_pairs_is_pointed_out(paired: Path, capsys) -> None:
+    assert main(["sparsify", "-d", "1", "-o", "2", "--labelled", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "WARNING: pat0_L and pat0_R look like one subject" in out and "--group-regex" in out
+
+
+def test_recorded_subjects_of_the_source_are_kept(paired: Path, world: Path) -> None:
+    """As the record says, not as the names look."""
+    content = json.loads((paired / "dataset.json").read_text())
+    subjects = {f"pat{n}_{side}": side for n in range(3) for side in "LR"}
+    (paired / "dataset.json").write_text(json.dumps(content | {"nnunetv2_ext": {"subjects": subjects}}))
+    assert main(["sparsify", "-d", "1", "-o", "2", "--labelled", "3", "--test-share", "0.5"]) == 0
+    block = json.loads((world / "Dataset002_Phantom" / "dataset.json").read_text())["nnunetv2_ext"]["sparsify"]
+    assert len({subjects[case] for case in block["test"]}) == 1 and block["subjects"] == subjects
+
+
 # ---- what is refused: nothing may be left behind
 
 
@@ -367,7 +414,7 @@ def test_taken_id(phantom, world: Path, where: str) -> None:
 
 
 def test_missing_dataset(world: Path) -> None:
-    refused(world, "dataset 9 is not", 9, 2, SparsifyOptions(1))
+    refused(world, "there is no dataset 9 in", 9, 2, SparsifyOptions(1))
 
 
 def test_regions_and_sparse_data(phantom, world: Path) -> None:

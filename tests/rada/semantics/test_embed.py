@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nnunetv2_ext.data.preprocessed import Preprocessed
 from nnunetv2_ext.rada.annotation.cases import CaseSource, SparseCase, cache_root, case_sources
 from nnunetv2_ext.rada.annotation.planes import Planes
 from nnunetv2_ext.rada.semantics import embed, regions
@@ -212,9 +213,9 @@ def test_interrupted_run_goes_on(counter, monkeypatch):
 
 def test_damaged_file_is_computed_again(counter):
     first = counter.run()
-    (path,) = counter.root.glob("*/a.safetensors")
+    (path,) = counter.root.glob("regions_*/a.*.safetensors")
     path.write_bytes(path.read_bytes()[:-10])
-    (text,) = counter.root.glob("*/text_*.safetensors")
+    (text,) = counter.root.glob("text_*/*.safetensors")
     text.write_bytes(b"")
     again = counter.run()
     assert counter.loaded == ["a"]
@@ -224,7 +225,7 @@ def test_damaged_file_is_computed_again(counter):
 
 def test_key_is_kept_readable(counter):
     counter.run()
-    (path,) = counter.root.glob("*/key.json")
+    (path,) = counter.root.glob("regions_*/key.json")
     key = json.loads(path.read_text())
     assert key["region"] == "crop" and key["weights"].startswith("sha256:")
 
@@ -333,16 +334,18 @@ def test_a_small_gap_is_warned_about(between, background, warns):
     )
 
 
-class FakeDataset:
-    """nnU-Net's dataset as far as it is used."""
+class FakePreprocessed:
+    """A preprocessed configuration as far as it is used."""
 
     def __init__(self, folder: Path, cases):
-        self.source_folder, self.cases, self.loaded = str(folder), cases, []
+        self.folder, self.cases, self.loaded = folder, cases, []
 
-    def load_case(self, name):
+    file_state = Preprocessed.file_state
+
+    def read_case(self, name):
         self.loaded.append(name)
         case = self.cases[name]
-        return np.stack((case.image, -case.image)), case.label[None], None, {}
+        return np.stack((case.image, -case.image)), case.label[None], {}
 
 
 @pytest.fixture
@@ -355,7 +358,7 @@ def folder(tmp_path, counter):
     for name in cases:
         for ending in (".b2nd", "_seg.b2nd", ".pkl"):
             (configuration / f"{name}{ending}").write_text(name)
-    dataset = FakeDataset(configuration, cases)
+    dataset = FakePreprocessed(configuration, cases)
     planes = {"b": Planes(((5,), (6,), ())), "a": Planes(((5,), (6,), ())), "c": Planes(((), (), ()))}
     plans = {"data_identifier": "nnUNetPlans_3d_fullres", "spacing": [2.0, 1.0, 1.0], "batch_size": 2}
 

@@ -1,0 +1,98 @@
+"""What was computed for each case, kept on disk: one file a case, shared between processes, never required."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nnunetv2_ext.core.files import atomic_write, atomic_write_text, require_writable
+
+T = TypeVar("T")
+
+_UNWRITABLE: set[Path] = set()  # roots, in this process
+
+
+class CaseCache:
+    """Files ``ROOT/KIND_HASH/CASE.STATE.ending``: HASH of the parameters, STATE of what the case is computed from.
+
+    An entry is replaced in one step, so that several processes may compute the same one. What cannot be written (a
+    read-only folder, a full disk) goes to a temporary folder of this process, and the log says so once.
+
+    Args:
+        root: Outside of nnU-Net's configuration folders, where further files are errors.
+        kind: What is kept, as a file name.
+        parameters: What all entries depend on; JSON-serialisable, and kept readable in ``key.json``.
+        ending: Of the files.
+        log: Gets the line about a folder that cannot be written.
+    """
+
+    def __init__(
+        self, root: Path, kind: str, parameters: Mapping[str, Any], ending: str, log: Callable[[str], None] = print
+    ) -> None:
+        self.folder = Path(root) / f"{kind}_{digest(parameters)}"
+        self._parameters, self._ending, self._log = dict(parameters), ending, log
+
+    def read(self, case: str, state: Any, load: Callable[[Path], T]) -> T | None:
+        """``load(file)`` of an entry; None if there is none for this state, or `load` fails because it is damaged.
+
+        Args:
+            case: Its name.
+            state: What its entry is computed from (`Preprocessed.file_state`); JSON-serialisable.
+            load: Reads a file.
+        """
+        for folder in (self.folder, *([self._spare()] if self.folder.parent in _UNWRITABLE else [])):
+            file = folder / self._name(case, state)
+            if file.is_file():
+                with suppress(Exception):  # every format has its own errors for a damaged file
+                    return load(file)
+        return None
+
+    def write(self, case: str, state: Any, content: bytes) -> Path:
+        """Keep an entry, instead of older ones of the case; the file it is in now."""
+        root = self.folder.parent
+        if root not in _UNWRITABLE:
+            try:
+                return self._write(self.folder, case, state, content)
+            except (OSError, ValueError) as error:
+                _UNWRITABLE.add(root)
+                cause = error.strerror if isinstance(error, OSError) else str(error).partition(";")[0]
+                self._log(f"What is computed of the cases is computed again next time: not kept in {root} ({cause})")
+        return self._write(self._spare(), case, state, content)
+
+    def _write(self, folder: Path, case: str, state: Any, content: bytes) -> Path:
+        if not (folder / "key.json").is_file():
+            require_writable(folder)
+            key = json.dumps(self._parameters, indent=2, sort_keys=True)
+            atomic_write_text(folder / "key.json", key + "\n")
+        file = folder / self._name(case, state)
+        atomic_write(file, lambda out: out.write(content))
+        older = re.compile(rf"{re.escape(case)}\.[0-9a-f]{{16}}{re.escape(self._ending)}")
+        for other in folder.iterdir():
+            if other != file and older.fullmatch(other.name):
+                with suppress(OSError):  # another process was faster, or Windows has it open
+                    other.unlink()
+        return file
+
+    def _name(self, case: str, state: Any) -> str:
+        return f"{case}.{digest(state)}{self._ending}"
+
+    def _spare(self) -> Path:
+        return Path(_temporary_folder().name) / self.folder.name
+
+
+@cache
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    """Of this process, deleted at its end."""
+    return tempfile.TemporaryDirectory(prefix="nnunetv2_ext_cache_", ignore_cleanup_errors=True)
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits that stand for a JSON-serialisable value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,235 @@
+"""Finding datasets in nnU-Net's folders, and models: RESULTS/DatasetXXX_name/TRAINER__PLANS__CONFIGURATION/fold_N.
+
+The folders are those that nnU-Net's variables name at the time of the call.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"
+_SHOWN = 8  # names in a message
+_NEXT = {  # the command that makes a dataset appear in a folder
+    RAW: "correct the id or name, or nnUNet_raw",
+    PREPROCESSED: "run nnUNetv2_plan_and_preprocess -d {}",
+    RESULTS: "train it first with nnUNetv2_train",
+}
+
+
+def nnunet_folder(variable: str) -> Path:
+    """The folder that one of nnU-Net's variables names; ValueError if the variable is not set."""
+    value = os.environ.get(variable)
+    if not value:
+        raise ValueError(f"{variable} is not set; export {variable}=FOLDER as for nnUNetv2_train")
+    return Path(value)
+
+
+def find_dataset(dataset: int | str, *variables: str, holding: str = "", instead: str = "") -> Path:
+    """The folder of a dataset, by id or name, in the first of nnU-Net's folders that has it.
+
+    Args:
+        dataset: ``4``, ``"4"`` or ``"Dataset004_hippocampus"``.
+        variables: ``RAW``, ``PREPROCESSED``, ``RESULTS``; if there are several, those that are not set are passed over.
+        holding: a file that the folder must hold.
+        instead: what the user can do instead, for the error.
+
+    Raises:
+        ValueError: no variable is set, or no or several datasets have this id; says which there are.
+    """
+    there = [nnunet_folder(v) for v in variables] if len(variables) == 1 else _set_folders(variables)
+    for root in there:
+        matching = [p for p in _matching(root, dataset) if not holding or (p / holding).is_file()]
+        if len(matching) > 1:
+            names = ", ".join(p.name for p in matching)
+            raise ValueError(f"dataset {dataset} is ambiguous in {root}: {names}; give the full name")
+        if matching:
+            return matching[0]
+    places = " and ".join(f"{root} ({_datasets_in(root)})" for root in there)
+    if not there:
+        places = f"{' and '.join(variables)}, which are not set"
+    raise ValueError(f"there is no dataset {dataset} in {places}; {instead or _NEXT[variables[0]].format(dataset)}")
+
+
+def find_dataset_json(dataset: int | str) -> Path:
+    """dataset.json of a dataset in nnUNet_preprocessed or nnUNet_raw; ValueError as `find_dataset`."""
+    folder = find_dataset(dataset, PREPROCESSED, RAW, holding="dataset.json", instead="give -djfile FILE instead")
+    return folder / "dataset.json"
+
+
+def datasets_of_id(number: int) -> list[str]:
+    """Names of all datasets with this id among raw data, preprocessed data and results, sorted."""
+    return sorted({p.name for root in _set_folders((RAW, PREPROCESSED, RESULTS)) for p in _matching(root, number)})
+
+
+def dataset_name(dataset: int | str, roots: Sequence[Path]) -> str:
+    """``4`` to ``Dataset004_x``, from nnUNet_preprocessed, nnUNet_raw or the given results folders.
+
+    Raises:
+        ValueError: nowhere there.
+    """
+    try:
+        return find_dataset(dataset, PREPROCESSED, RAW, instead="correct -d").name
+    except ValueError:
+        found = sorted({p.name for root in roots for p in _matching(root, dataset)})
+        if len(found) == 1:
+            return found[0]
+        raise
+
+
+def _set_folders(variables: Sequence[str]) -> list[Path]:
+    return [Path(value) for variable in variables if (value := os.environ.get(variable))]
+
+
+def _matching(root: Path, dataset: int | str) -> list[Path]:
+    """Folders of this id (``Dataset004_...``) or name."""
+    name = str(dataset).strip()
+    if name.isdecimal():
+        prefix = f"Dataset{int(name):03d}"
+        return sorted(p for p in root.glob(f"{prefix}*") if p.is_dir() and p.name.partition("_")[0] == prefix)
+    exact = root / name
+    return [exact] if name.startswith("Dataset") and exact.parent == root and exact.is_dir() else []
+
+
+def _datasets_in(root: Path) -> str:
+    if not root.is_dir():
+        return "which does not exist"
+    names = sorted(p.name for p in root.glob("Dataset*") if p.is_dir())
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"it has {', '.join(names[:_SHOWN])}{more}" if names else "it has none"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A result folder.
+
+    Attributes:
+        folder: ``TRAINER__PLANS__CONFIGURATION``.
+        trainer, plans, configuration: the parts of its name.
+        root: the results folder that holds the dataset's folder.
+    """
+
+    folder: Path
+    trainer: str
+    plans: str
+    configuration: str
+
+    @property
+    def root(self) -> Path:
+        """The results folder (``nnUNet_results`` of that training)."""
+        return self.folder.parent.parent
+
+    @property
+    def dataset(self) -> str:
+        """The dataset's folder name."""
+        return self.folder.parent.name
+
+    def folds(self) -> list[str]:
+        """``0``, ``1``, ..., ``all``: those with a folder."""
+        names = (p.name.removeprefix("fold_") for p in self.folder.glob("fold_*") if p.is_dir())
+        return sorted(names, key=lambda f: (not f.isdigit(), int(f) if f.isdigit() else 0))
+
+
+def as_model(folder: Path) -> Model | None:
+    """The model in a folder if its name is of nnU-Net's form, else None."""
+    parts = folder.name.split("__")
+    return Model(folder, *parts) if len(parts) == 3 and folder.is_dir() else None
+
+
+def models_of(root: Path, dataset: str) -> list[Model]:
+    """All models of a dataset in a results folder, by name."""
+    folders = sorted((root / dataset).glob("*")) if (root / dataset).is_dir() else []
+    return [model for folder in folders if (model := as_model(folder)) is not None]
+
+
+def find_trainer(root: Path, dataset: str, trainer: str, plans: str, configuration: str) -> Model:
+    """The model of a trainer in a results folder.
+
+    Raises:
+        ValueError: there is none; says which trainers, plans or configurations there are instead.
+    """
+    there = models_of(root, dataset)
+    if not there:
+        raise ValueError(f"{root} has no results of {dataset} ({_datasets_in(root)}); --results names another folder")
+    same = [m for m in there if m.trainer == trainer]
+    if not same:
+        names = sorted({m.trainer for m in there})
+        near = difflib.get_close_matches(trainer, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"there are no results of {trainer} in {root / dataset}: {hint}It has {', '.join(names)}")
+    fitting = [m for m in same if m.configuration == configuration]
+    if not fitting:
+        names = sorted({m.configuration for m in same})
+        raise ValueError(
+            f"{trainer} has no results of {configuration} in {root / dataset}; -c takes {', '.join(names)}"
+        )
+    for model in fitting:
+        if model.plans == plans:
+            return model
+    names = sorted({m.plans for m in fitting})
+    raise ValueError(
+        f"{trainer} has no {configuration} results with the plans {plans} in {root / dataset}; "
+        f"-p takes {', '.join(names)}"
+    )
+
+
+def find_in(folder: Path, dataset: str | None, plans: str, configuration: str) -> tuple[Model, str | None]:
+    """The one model that a folder of ``--run`` stands for: a fold, a model or a results folder.
+
+    Returns:
+        The model, and the fold if the folder is one.
+
+    Raises:
+        ValueError: no such folder, nothing in it, or more than one model that would fit.
+    """
+    folder = folder.absolute()
+    if not folder.is_dir():
+        raise ValueError(f"--run: the folder {folder} does not exist")
+    for candidate, fold in ((folder, None), (folder.parent, folder.name.removeprefix("fold_"))):
+        model = as_model(candidate)
+        if model is not None and (fold is None or folder.name.startswith("fold_")):
+            return _require_fitting(model, plans, configuration), fold
+    datasets = [dataset] if dataset else sorted(p.name for p in folder.glob("Dataset*"))
+    there = [model for name in datasets for model in models_of(folder, name)]
+    fitting = [m for m in there if (m.plans, m.configuration) == (plans, configuration)]
+    if len(fitting) == 1:
+        return fitting[0], None
+    names = ", ".join(m.folder.name for m in fitting or there) or "none"
+    cause = "more than one model of" if fitting else "no model of"
+    raise ValueError(
+        f"--run: {folder} has {cause} {dataset or 'a dataset'} with plans {plans}, {configuration} (there: {names}); "
+        "give the folder TRAINER__PLANS__CONFIGURATION itself, or another -p or -c"
+    )
+
+
+def _require_fitting(model: Model, plans: str, configuration: str) -> Model:
+    if (model.plans, model.configuration) != (plans, configuration):
+        raise ValueError(
+            f"{model.folder} was trained with plans {model.plans}, {model.configuration}, not {plans}, "
+            f"{configuration}: one comparison is about one plan; give -p and -c that fit"
+        )
+    return model
+
+
+def find_checkpoint(folder: Path, fold: str, checkpoint: str = "checkpoint_final.pth") -> Path:
+    """A checkpoint of a model folder that is complete.
+
+    Raises:
+        ValueError: not a model folder, or no such fold or checkpoint; says which there are.
+    """
+    missing = [name for name in ("plans.json", "dataset.json") if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is not a trained model ({missing[0]} is missing): give the folder TRAINER__PLANS__CONFIGURATION "
+            "below nnUNet_results"
+        )
+    file = folder / f"fold_{fold}" / checkpoint
+    if not file.is_file():
+        there = sorted(p.relative_to(folder).as_posix() for p in folder.glob("fold_*/checkpoint_*.pth"))
+        raise ValueError(
+            f"{file} does not exist (there is {', '.join(there) or 'no checkpoint'}): give another -f or -chk"
+        )
+    return file
