@@ -13,8 +13,12 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+import psutil
+import torch
+
 from nnunetv2_ext.bench.candidates import Candidate
-from nnunetv2_ext.bench.plan import Target
+from nnunetv2_ext.bench.memory import is_out_of_memory, resident_peak
+from nnunetv2_ext.bench.subject import Subject, Target, dry_environment
 
 
 def resident_size(candidate: Candidate, target: Target, steps: int, kind: str) -> dict[str, int]:
@@ -42,21 +46,15 @@ def resident_size(candidate: Candidate, target: Target, steps: int, kind: str) -
 
 def run(candidate: Candidate, target: Target, steps: int, kind: str) -> dict[str, Any]:
     """The other side of ``resident_size``: its answer, or a ``failure`` and whether it ran ``out_of_memory``."""
-    import psutil
-    import torch
-
-    from nnunetv2_ext.bench import memory
-    from nnunetv2_ext.bench.subject import Subject, dry_environment
-
     if target.threads is not None:
         torch.set_num_threads(target.threads)
     with dry_environment():
         try:
             subject = Subject(candidate, target, (kind,))
             before = psutil.Process().memory_info().rss
-            return {"before": before, "peak": memory.resident_peak(lambda: subject.step(kind), steps)}
+            return {"before": before, "peak": resident_peak(lambda: subject.step(kind), steps)}
         except Exception as error:
-            return {"failure": one_line(error), "out_of_memory": memory.is_out_of_memory(error)}
+            return {"failure": one_line(error), "out_of_memory": is_out_of_memory(error)}
 
 
 def one_line(error: BaseException) -> str:

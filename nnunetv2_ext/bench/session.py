@@ -20,11 +20,12 @@ from nnunetv2_ext.bench import memory
 from nnunetv2_ext.bench.candidates import Candidate, check_settings, find_trainer, promise_of
 from nnunetv2_ext.bench.isolated import one_line, resident_size
 from nnunetv2_ext.bench.parts import measure_parts
-from nnunetv2_ext.bench.plan import Target, check
 from nnunetv2_ext.bench.result import PREDICT, Report, Result, Rounds
-from nnunetv2_ext.bench.subject import BATCHES, Subject, dry_environment
+from nnunetv2_ext.bench.subject import BATCHES, Subject, Target, dry_environment
 from nnunetv2_ext.core.compat import nnunet_version
+from nnunetv2_ext.core.devices import check_device
 from nnunetv2_ext.core.progress import progress_bar
+from nnunetv2_ext.data.preprocessed import open_preprocessed
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Session:
 
     def __init__(self, target: Target, candidates: Sequence[Candidate], options: Options | None = None) -> None:
         self.target, self.candidates, self.options = target, list(candidates), options or Options()
-        check(target)
+        open_preprocessed(target.dataset, target.configuration, target.plans_name)
+        check_device(target.device)
         self.device = torch.device(target.device)
         self.results = []
         for c in self.candidates:

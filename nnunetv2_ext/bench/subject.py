@@ -7,6 +7,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,35 @@ from torch import Tensor, nn
 
 from nnunetv2_ext.bench.candidates import Candidate, check_settings, find_trainer
 from nnunetv2_ext.bench.parts import other_networks
-from nnunetv2_ext.bench.plan import Target
 from nnunetv2_ext.bench.result import PREDICT
 from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.randomness import seed_everything
 from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE
+from nnunetv2_ext.data.preprocessed import open_preprocessed
 
 BATCHES = ("real", "synthetic")
 SEED = 20240705  # any fixed number: trainers then start with the same weights, their loaders draw the same patches
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the trainers run.
+
+    Attributes:
+        dataset: folder name, ``Dataset004_hippocampus``.
+        configuration: ``3d_fullres``.
+        plans_name: the plans file without ``.json``.
+        fold: a number, or ``all``.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        threads: of torch on the CPU; None leaves torch's own choice.
+    """
+
+    dataset: str
+    configuration: str
+    plans_name: str = "nnUNetPlans"
+    fold: int | str = 0
+    device: str = "cpu"
+    threads: int | None = None
 
 
 @contextlib.contextmanager
@@ -54,7 +76,7 @@ class Subject:
         others_bytes: in use on a CUDA device before this trainer was built; 0 elsewhere, where nothing counts them.
 
     Raises:
-        ValueError: settings for a trainer that takes none, or settings it refuses.
+        ValueError: settings for a trainer that takes none, or settings it refuses; data that are not there.
     """
 
     def __init__(self, candidate: Candidate, target: Target, kinds: tuple[str, ...] = BATCHES) -> None:
@@ -64,10 +86,10 @@ class Subject:
         on_gpu = device.type == "cuda"
         self.others_bytes = torch.cuda.memory_allocated(device) if on_gpu else 0
         seed_everything(SEED)
-        plans = target.plans()
-        plans["continue_training"] = False
+        data = open_preprocessed(target.dataset, target.configuration, target.plans_name)
+        plans = data.plans.plans | {"continue_training": False}
         with patch.dict(os.environ, {ENVIRONMENT_VARIABLE: candidate.settings} if candidate.settings else {}):
-            self.trainer: Any = cls(plans, target.configuration, target.fold, target.dataset_json(), device)
+            self.trainer: Any = cls(plans, target.configuration, target.fold, data.dataset_json, device)
             if on_gpu:  # nnUNetv2_train sets these before it trains
                 torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
             self.trainer.on_train_start()

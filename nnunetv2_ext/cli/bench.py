@@ -57,19 +57,21 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be 1 or more, but it is {args.threads}")
 
-    from nnunetv2_ext.bench import plan
+    import torch
+
     from nnunetv2_ext.bench.chart import draw
     from nnunetv2_ext.bench.report import as_text
     from nnunetv2_ext.bench.session import Options, Session
+    from nnunetv2_ext.bench.subject import Target
     from nnunetv2_ext.core.files import atomic_write_text
     from nnunetv2_ext.data.find import PREPROCESSED, find_dataset
 
-    target = plan.Target(
+    target = Target(
         dataset=find_dataset(args.d, PREPROCESSED).name,
         configuration=args.c,
         plans_name=args.p,
         fold=int(args.f) if args.f != "all" else "all",
-        device=args.device or plan.default_device(),
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         threads=args.threads,
     )
     options = Options(

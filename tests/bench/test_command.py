@@ -9,8 +9,7 @@ import torch
 
 from nnunetv2_ext.bench import isolated, session
 from nnunetv2_ext.bench.candidates import Candidate
-from nnunetv2_ext.bench.plan import Target
-from nnunetv2_ext.bench.subject import Subject
+from nnunetv2_ext.bench.subject import Subject, Target
 from nnunetv2_ext.cli import dispatch
 from nnunetv2_ext.core.outside import methods
 

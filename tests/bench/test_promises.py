@@ -17,8 +17,8 @@ import torch
 
 from nnunetv2_ext import installed_trainers
 from nnunetv2_ext.bench.candidates import Candidate, find_trainer, parse_candidates, promise_of
-from nnunetv2_ext.bench.plan import Target
 from nnunetv2_ext.bench.session import Options, Session
+from nnunetv2_ext.bench.subject import Target
 from nnunetv2_ext.core.outside import Promise, methods
 from nnunetv2_ext.jras.settings import JRASSettings
 from tests.conftest import TinyDataset

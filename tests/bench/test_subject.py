@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from nnunetv2_ext.bench.candidates import Candidate
-from nnunetv2_ext.bench.plan import Target
-from nnunetv2_ext.bench.subject import Subject, dry_environment, synthetic_batch
+from nnunetv2_ext.bench.subject import Subject, Target, dry_environment, synthetic_batch
 
 
 def test_synthetic_batches_have_the_shapes_and_only_valid_labels() -> None:
