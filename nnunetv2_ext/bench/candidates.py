@@ -128,7 +128,7 @@ def find_trainer(name: str) -> type:
         if "Could not find requested nnunet trainer" not in str(error):
             raise
     except AssertionError as error:
-        raise ValueError(f"{name} is no trainer: {error}") from error
+        raise ValueError(f"{name} is not a trainer: {error}") from error
     known = {*installed_trainers(), *_names_below(nnUNetTrainer)}
     near = difflib.get_close_matches(name, sorted(n for n in known if n.startswith(BASELINE)), n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""

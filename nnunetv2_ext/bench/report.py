@@ -13,7 +13,6 @@ MEMORY_NAMES = {
     "saved_tensors": "tensors saved for backward, peak",
     "resident_peak": "resident size of its own process, peak",
 }
-Row = list[str]
 
 
 def as_text(report: Report) -> str:
@@ -140,7 +139,7 @@ def _failures(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _cells(value: Spread | None, digits: int, unit: str = "") -> Row:
+def _cells(value: Spread | None, digits: int, unit: str = "") -> list[str]:
     if value is None:
         return ["", ""]
     median, low, high = (f"{v:.{digits}f}" for v in value)
@@ -151,7 +150,7 @@ def _promised(ratio: float | None) -> str:
     return "" if ratio is None else f"<= {ratio:g}"
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[list[str]]) -> str:
     """Columns of equal width, the first to the left and the others to the right; empty if there is only the head."""
     if len(rows) == 1:
         return ""

@@ -76,6 +76,7 @@ class Session:
             check_settings(c, trainer)
             self.results.append(Result(c.label, c.trainer, c.settings, promise_of(c, trainer)))
         self.subjects: dict[int, Subject] = {}
+        self._memory_steps = max(2, self.options.steps_per_round)  # the second is the first with the optimiser's state
         self._bar = progress_bar(None, enabled=False)
 
     def run(self) -> Report:
@@ -122,11 +123,8 @@ class Session:
             self._bar.update(1, now=f"{result.label}: {what}")
 
     def _measure_resident(self, index: int) -> None:
-        sizes = resident_size(self.candidates[index], self.target, self._memory_steps(), self.options.batches[0])
+        sizes = resident_size(self.candidates[index], self.target, self._memory_steps, self.options.batches[0])
         self.results[index].memory |= {f"resident_{name}": size for name, size in sizes.items()}
-
-    def _memory_steps(self) -> int:
-        return max(2, self.options.steps_per_round)  # the second step is the first with the optimiser's state
 
     def _build(self, index: int) -> None:
         memory.release()
@@ -137,7 +135,7 @@ class Session:
         with subject.turn(self.options.batches[0]) as step:
             step()  # compiles, and lets cudnn try its algorithms, some of which need much memory
             if self.device.type == "cuda":
-                peak = memory.cuda_peak(step, self._memory_steps(), self.device, subject.others_bytes)
+                peak = memory.cuda_peak(step, self._memory_steps, self.device, subject.others_bytes)
                 result.memory["allocator_peak"] = peak
             else:
                 result.memory["saved_tensors"] = memory.saved_tensor_peak(step, self.options.steps_per_round)

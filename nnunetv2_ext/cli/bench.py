@@ -62,25 +62,15 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_ext.bench.chart import draw
     from nnunetv2_ext.bench.report import as_text
     from nnunetv2_ext.bench.session import Options, Session
-    from nnunetv2_ext.bench.subject import Target
+    from nnunetv2_ext.bench.subject import BATCHES, Target
     from nnunetv2_ext.core.files import atomic_write_text
     from nnunetv2_ext.data.find import PREPROCESSED, find_dataset
 
-    target = Target(
-        dataset=find_dataset(args.d, PREPROCESSED).name,
-        configuration=args.c,
-        plans_name=args.p,
-        fold=int(args.f) if args.f != "all" else "all",
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        threads=args.threads,
-    )
-    options = Options(
-        rounds=args.rounds,
-        steps_per_round=args.steps_per_round,
-        warm_up=args.warm_up,
-        batches=("real", "synthetic") if args.batches == "both" else (args.batches,),
-        resident=not args.no_resident,
-    )
+    fold = int(args.f) if args.f != "all" else "all"
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = Target(find_dataset(args.d, PREPROCESSED).name, args.c, args.p, fold, device, args.threads)
+    kinds = BATCHES if args.batches == "both" else (args.batches,)
+    options = Options(args.rounds, args.steps_per_round, args.warm_up, kinds, not args.no_resident)
     report = Session(target, candidates, options).run()
     print(as_text(report))
     if args.json is not None:

@@ -26,12 +26,6 @@ class EMATeacher:
 
     Raises:
         ValueError: the student is wrapped.
-
-    Example:
-        >>> student = nn.Conv3d(1, 2, 1)
-        >>> teacher = EMATeacher(student)
-        >>> logits = teacher(torch.zeros(2, 1, 4, 4, 4))     # (B, C, X, Y, Z), no gradient
-        >>> teacher.update(student, momentum(step=0, total_steps=1000))
     """
 
     def __init__(self, student: nn.Module) -> None:
