@@ -84,21 +84,23 @@ def _diagnose(trainer: MedContextTraining, student: torch.nn.Module, sample: Bat
     parameters = [p for p in student.parameters() if p.requires_grad]
     with _autocast(trainer):
         output = trainer.forward(sample, student)
-        clean = _top(output).detach()
+        clean = top_resolution(output).detach()
         # not under DDP: nnU-Net's batch Dice talks to the other ranks, who may not be here
         compare = trainer.teacher is not None and s.supervised_weight > 0 and not trainer.is_ddp
         supervised = 0.0
         if compare:
             supervised = _gradient_norm(s.supervised_weight * trainer.loss(output, sample.target), parameters, trainer)
         del output
-    with torch.no_grad():
-        # .forward: the compiled call would build another graph for a batch of one
-        teacher = None if trainer.teacher is None else _logits(trainer, sample, trainer.teacher.module.forward)
+    teacher = None
+    if trainer.teacher is not None:
+        with torch.no_grad(), _autocast(trainer):
+            # .forward: the compiled call would build another graph for a batch of one
+            teacher = top_resolution(trainer.forward(sample, trainer.teacher.module.forward))
     # a block of its own: after a no_grad forward of the same network in the same autocast block, older torch finds its
     # weights cast without gradient (pytorch/pytorch#112583)
     with _autocast(trainer):
         output = trainer.forward(sample.with_data(trainer.hide(sample.data, mask)), student)
-        masked = _top(output)
+        masked = top_resolution(output)
         ratio = share = float("nan")
         if teacher is not None:
             share = float(disagreement(teacher, masked.detach(), labels.has_regions))
@@ -119,11 +121,6 @@ def _diagnose(trainer: MedContextTraining, student: torch.nn.Module, sample: Bat
     )
 
 
-def _logits(trainer: MedContextTraining, sample: Batch, network: Any) -> Tensor:
-    with _autocast(trainer):
-        return _top(trainer.forward(sample, network))
-
-
 def _autocast(trainer: MedContextTraining) -> AbstractContextManager[Any]:
     """As in training: CUDA only."""
     return torch.autocast("cuda") if trainer.device.type == "cuda" else nullcontext()
@@ -140,5 +137,6 @@ def _gradient_norm(loss: Tensor, parameters: list[torch.nn.Parameter], trainer: 
     return float(torch.linalg.vector_norm(torch.stack(norms))) / scale if norms else 0.0
 
 
-def _top(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+def top_resolution(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """Of a network's output, which is a list with deep supervision."""
     return output[0] if isinstance(output, (list, tuple)) else output

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, unwrap
 from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
-from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose
+from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose, top_resolution
 from nnunetv2_ext.medcontext.panel import draw_panel
 from nnunetv2_ext.medcontext.settings import MedContextSettings
 from nnunetv2_ext.parts.consistency import consistency_loss, valid_mask
@@ -62,13 +62,8 @@ class MedContextTraining(MethodTrainer):
     @property
     def mask_block(self) -> tuple[int, ...]:
         """Edge of a hidden block in voxels, per axis."""
-        configuration = self.configuration_manager
-        return resolve_block(
-            self.medcontext.mask_block,
-            configuration.patch_size,
-            configuration.pool_op_kernel_sizes,
-            self.medcontext.tube,
-        )
+        s, plan = self.medcontext, self.configuration_manager
+        return resolve_block(s.mask_block, plan.patch_size, plan.pool_op_kernel_sizes, s.tube)
 
     # ---- the teacher -------------------------------------------------------------------------------------------------
     def initialize(self) -> None:
@@ -81,15 +76,6 @@ class MedContextTraining(MethodTrainer):
                 "ResidualEncoderUNet)"
             )
         super().initialize()
-        self._report_mask()
-        if self.medcontext.preset == "paper_code":
-            self.print_to_log_file(
-                "WARNING: medcontext.preset=paper_code repeats the released code's numbers for ablation: "
-                "its consistency is close to zero and its teacher is almost the student."
-            )
-        self._build_teacher()
-
-    def _report_mask(self) -> None:
         s, patch = self.medcontext, self.configuration_manager.patch_size
         cells, hidden = cell_counts(patch, self.mask_block, s.mask_ratio, s.tube, s.mask_rounding)
         self.print_to_log_file(
@@ -99,9 +85,12 @@ class MedContextTraining(MethodTrainer):
             self.print_to_log_file(
                 "WARNING: that is no mask, or nothing but mask; set medcontext.mask_block to smaller blocks."
             )
-
-    def _build_teacher(self) -> None:
-        if self.medcontext.beta > 0:
+        if s.preset == "paper_code":
+            self.print_to_log_file(
+                "WARNING: medcontext.preset=paper_code repeats the released code's numbers for ablation: "
+                "its consistency is close to zero and its teacher is almost the student."
+            )
+        if s.beta > 0:
             self.teacher = EMATeacher(unwrap(self.network))
             if self._do_i_compile():
                 self.teacher.compile()
@@ -162,18 +151,9 @@ class MedContextTraining(MethodTrainer):
 
     def draw_mask(self, shape: Sequence[int]) -> Tensor:
         """A mask for data of ``shape`` (B, C, *S): bool (B, 1, *S), True = hidden."""
-        s = self.medcontext
-        return block_mask(
-            shape[0],
-            shape[2:],
-            self.mask_block,
-            self.mask_ratio(self.global_step),
-            self.generator,
-            self.device,
-            s.tube,
-            s.mask_per_sample,
-            s.mask_rounding,
-        )
+        s, ratio = self.medcontext, self.mask_ratio(self.global_step)
+        how = (s.tube, s.mask_per_sample, s.mask_rounding)
+        return block_mask(shape[0], shape[2:], self.mask_block, ratio, self.generator, self.device, *how)
 
     def hide(self, data: Tensor, mask: Tensor) -> Tensor:
         """m(x): ``data`` (B, C, *S) with the masked voxels filled; the loader's tensor is left as it is."""
@@ -189,9 +169,8 @@ class MedContextTraining(MethodTrainer):
         with torch.set_grad_enabled(self.masked_weight > 0):  # of weight 0 it is only logged
             terms = {"masked_supervised": Term(self.loss(output, batch.target), self.masked_weight)}
         if seen is not None:
-            top = output[0] if isinstance(output, (list, tuple)) else output
             weight = s.beta * ramp(self.global_step, self.total_steps, s.ramp_fraction)
-            terms["consistency"] = Term(self.consistency(seen, top, valid), weight)
+            terms["consistency"] = Term(self.consistency(seen, top_resolution(output), valid), weight)
         return terms
 
     def valid_voxels(self, batch: Batch) -> Tensor | None:
@@ -230,14 +209,9 @@ class MedContextTraining(MethodTrainer):
         if self.last_batch is None or self.medcontext.masked_fraction == 0:
             return
         result = self._diagnosis or diagnose(self, self.on_device(self.last_batch))
-        draw_panel(
-            result,
-            path,
-            f"{type(self).__name__}, epoch {self.current_epoch - 1}",
-            self.dataset_json,
-            self.label_manager,
-            self.configuration_manager.spacing[-len(self.configuration_manager.patch_size) :],
-        )
+        title = f"{type(self).__name__}, epoch {self.current_epoch - 1}"
+        plan = self.configuration_manager
+        draw_panel(result, path, title, self.dataset_json, self.label_manager, plan.spacing[-len(plan.patch_size) :])
 
     # ---- checkpoint --------------------------------------------------------------------------------------------------
     def method_state(self) -> dict[str, Any]:
