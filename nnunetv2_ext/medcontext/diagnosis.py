@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.labelmaps import logits_to_labels, target_to_labels
-from nnunetv2_ext.core.step import Batch
+from nnunetv2_ext.core.step import Batch, top_resolution
 from nnunetv2_ext.parts.consistency import disagreement
 from nnunetv2_ext.parts.ramps import ramp
 
@@ -135,8 +135,3 @@ def _gradient_norm(loss: Tensor, parameters: list[torch.nn.Parameter], trainer: 
     gradients = torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True)
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if g is not None]
     return float(torch.linalg.vector_norm(torch.stack(norms))) / scale if norms else 0.0
-
-
-def top_resolution(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """Of a network's output, which is a list with deep supervision."""
-    return output[0] if isinstance(output, (list, tuple)) else output

@@ -19,19 +19,18 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, unwrap
-from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
-from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose, top_resolution
+from nnunetv2_ext.core.checkpoint import EXTENSION_KEY
+from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term, top_resolution
+from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose
 from nnunetv2_ext.medcontext.panel import draw_panel
 from nnunetv2_ext.medcontext.settings import MedContextSettings
 from nnunetv2_ext.parts.consistency import consistency_loss, valid_mask
 from nnunetv2_ext.parts.masking import apply_mask, block_mask, cell_counts, resolve_block
 from nnunetv2_ext.parts.ramps import momentum, ramp, released_momentum
-from nnunetv2_ext.parts.teacher import EMATeacher
-from nnunetv2_ext.parts.trainer import MethodTrainer
+from nnunetv2_ext.parts.teacher_training import KEY, TeacherTraining
 
 
-class MedContextTraining(MethodTrainer):
+class MedContextTraining(TeacherTraining):
     """Adds a masked pass with a moving-average teacher in front of nnU-Net's supervised pass.
 
     The network that is trained, validated, saved and predicted with is the student, nnU-Net's own; the teacher is an
@@ -40,8 +39,6 @@ class MedContextTraining(MethodTrainer):
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"medcontext": MedContextSettings}
 
-    teacher: EMATeacher | None = None  # -> initialize; none without consistency
-    _teacher_is_loaded = False
     _diagnosis: Diagnosis | None = None
 
     @property
@@ -53,11 +50,6 @@ class MedContextTraining(MethodTrainer):
     def num_image_channels(self) -> int:
         """Input channels that hold image; the rest is the one-hot result of a previous stage."""
         return len(self.configuration_manager.normalization_schemes)
-
-    @property
-    def total_steps(self) -> int:
-        """T, over which ramp and momentum run."""
-        return self.num_epochs * self.num_iterations_per_epoch
 
     @property
     def mask_block(self) -> tuple[int, ...]:
@@ -90,21 +82,11 @@ class MedContextTraining(MethodTrainer):
                 "WARNING: medcontext.preset=paper_code repeats the released code's numbers for ablation: "
                 "its consistency is close to zero and its teacher is almost the student."
             )
-        if s.beta > 0:
-            self.teacher = EMATeacher(unwrap(self.network))
-            if self._do_i_compile():
-                self.teacher.compile()
 
-    def on_train_start(self) -> None:
-        """After nnU-Net's: ``-pretrained_weights`` were loaded since initialize, so a fresh teacher is copied now."""
-        super().on_train_start()
-        if self.teacher is not None and not self._teacher_is_loaded:
-            self.teacher.copy_from(unwrap(self.network))
-
-    def on_train_end(self) -> None:
-        """After the final checkpoint the teacher is no longer needed; validation gets its memory."""
-        super().on_train_end()
-        self.teacher = None
+    @property
+    def wants_teacher(self) -> bool:
+        """Without consistency there is nothing to teach."""
+        return self.medcontext.beta > 0
 
     def teacher_momentum(self, step: int) -> float:
         """m(t) of the update after global step ``step``."""
@@ -112,12 +94,6 @@ class MedContextTraining(MethodTrainer):
         if s.ema_schedule == "released":
             return released_momentum(step % self.num_iterations_per_epoch, s.ema_base)
         return momentum(step, self.total_steps, s.ema_base, s.ema_final)
-
-    def after_step(self) -> None:
-        """The moving average follows the student, also on steps without a masked pass or skipped by the scaler."""
-        super().after_step()
-        if self.teacher is not None:
-            self.teacher.update(unwrap(self.network), self.teacher_momentum(self.global_step))
 
     # ---- the masked pass ---------------------------------------------------------------------------------------------
     def loss_passes(self, batch: Batch) -> Passes:
@@ -214,30 +190,9 @@ class MedContextTraining(MethodTrainer):
         draw_panel(result, path, title, self.dataset_json, self.label_manager, plan.spacing[-len(plan.patch_size) :])
 
     # ---- checkpoint --------------------------------------------------------------------------------------------------
-    def method_state(self) -> dict[str, Any]:
-        """Adds the teacher. Its step is the trainer's global_step; T follows from the settings."""
-        state = super().method_state()
-        if self.teacher is not None:
-            state["medcontext"] = {"teacher": self.teacher.state_dict(), "total_steps": self.total_steps}
-        return state
-
     def load_method_state(self, states: dict[str, Any]) -> None:
-        """Takes the teacher from the checkpoint; without one (plain nnU-Net) it starts as a copy of the student."""
-        super().load_method_state(states)
-        if self.teacher is None:  # beta is 0, or it was freed by on_train_end and --val_best loads a checkpoint
-            return
-        state = states.get("medcontext")
-        if state is None:
-            self.teacher.copy_from(unwrap(self.network))
-            self.print_to_log_file("The checkpoint has no MedContext teacher; it starts as a copy of the network.")
-        else:
-            self.teacher.load_state_dict(state["teacher"])
-            if state["total_steps"] != self.total_steps:
-                self.print_to_log_file(
-                    f"The training's length changes from {state['total_steps']} to {self.total_steps} steps; "
-                    "ramp and momentum follow."
-                )
-        self._teacher_is_loaded = True
+        """Checkpoints of version 0.1 have the teacher under the method's name."""
+        super().load_method_state({KEY: states["medcontext"], **states} if "medcontext" in states else states)
 
     @classmethod
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
@@ -246,7 +201,8 @@ class MedContextTraining(MethodTrainer):
             raise ValueError(f"{cls.__name__} has no {weights!r} weights to export; it has: student, teacher")
         if weights == "student":
             return super().export_weights(checkpoint, weights)
-        state = checkpoint.get(EXTENSION_KEY, {}).get("methods", {}).get("medcontext")
+        states = checkpoint.get(EXTENSION_KEY, {}).get("methods", {})
+        state = states.get(KEY, states.get("medcontext"))
         if state is None:
             raise ValueError(
                 "this checkpoint has no teacher (medcontext.beta was 0, or plain nnU-Net wrote it); "
