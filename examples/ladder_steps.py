@@ -25,8 +25,7 @@ def measure(task: dict[str, Any], prepare_network: Callable[[Any], None] | None 
     import torch
 
     from nnunetv2_ext.bench.candidates import Candidate
-    from nnunetv2_ext.bench.plan import Target
-    from nnunetv2_ext.bench.subject import Subject, dry_environment
+    from nnunetv2_ext.bench.subject import Subject, Target, dry_environment
     from nnunetv2_ext.data.find import PREPROCESSED, find_dataset
 
     if task["threads"]:

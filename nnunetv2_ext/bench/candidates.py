@@ -50,27 +50,31 @@ def parse_candidates(trainers: Sequence[str], settings: Sequence[str] = ()) -> l
     """
     common: dict[str, str] = {}
     for entry in settings:
-        name, separator, value = entry.partition("=")
-        if not separator or not value or not name.isidentifier():
+        name, _, value = entry.partition("=")
+        if not value or not name.isidentifier():
             raise ValueError(
                 f"--settings {entry!r} is not of the form TRAINER=SETTINGS; write for example "
                 '--settings nnUNetTrainerExt="batch_size=4"'
             )
-        common[name] = f"{common[name]} {value}" if name in common else value
+        common[name] = f"{common.get(name, '')} {value}".strip()
     if BASELINE in common:
         raise ValueError(f"--settings: plain {BASELINE} takes no settings; only the trainers of nnunetv2-ext do")
     candidates = [Candidate(BASELINE)]
     for entry in trainers:
         name, _, own = entry.partition(":")
-        candidate = Candidate(name, _join(name, common.get(name, ""), own.strip()))
+        given = [text for text in (common.get(name, ""), own.strip()) if text]
+        if len(given) > 1 and not all("=" in text for text in given):
+            raise ValueError(
+                f"a settings file of {name} cannot be joined with other settings; write all of them into the file"
+            )
+        candidate = Candidate(name, " ".join(given))
         if candidate == candidates[0]:
             continue
         if candidate in candidates:
             raise ValueError(f"-tr names {entry!r} twice with the same settings; give each its own after a colon")
         candidates.append(candidate)
-    for name in common:
-        if name not in {c.trainer for c in candidates}:
-            raise ValueError(f"--settings names {name}, which is not among the trainers of -tr; add it there")
+    for name in sorted(common.keys() - {c.trainer for c in candidates}):
+        raise ValueError(f"--settings names {name}, which is not among the trainers of -tr; add it there")
     return candidates
 
 
@@ -101,14 +105,6 @@ def _settings(cls: Any, text: str | None) -> dict[str, Any]:
     return flatten(resolve(cls.settings_model(), trainer_defaults=cls.default_settings, environment=text).settings)
 
 
-def _join(name: str, common: str, own: str) -> str:
-    if common and own and ("=" not in common or "=" not in own):
-        raise ValueError(
-            f"a settings file of {name} cannot be joined with other settings; write all of them into the file"
-        )
-    return f"{common} {own}".strip()
-
-
 def find_trainer(name: str) -> type:
     """The class that ``nnUNetv2_train -tr NAME`` would use.
 
@@ -122,6 +118,7 @@ def find_trainer(name: str) -> type:
             raise ValueError(
                 f"{name} cannot be imported ({error}); install what is missing, nnUNetv2_ext doctor says more"
             ) from error
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
@@ -131,21 +128,17 @@ def find_trainer(name: str) -> type:
         if "Could not find requested nnunet trainer" not in str(error):
             raise
     except AssertionError as error:
-        raise ValueError(f"{name} is no trainer: {error}") from error
-    near = difflib.get_close_matches(name, known_trainers(), n=2, cutoff=0.5)
+        raise ValueError(f"{name} is not a trainer: {error}") from error
+    known = {*installed_trainers(), *_names_below(nnUNetTrainer)}
+    near = difflib.get_close_matches(name, sorted(n for n in known if n.startswith(BASELINE)), n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
         f"there is no trainer {name!r}; {hint}nnUNetv2_ext doctor lists ours and where nnU-Net looks for others"
     )
 
 
-def known_trainers() -> list[str]:
-    """Names of all trainers that are imported by now, and of ours."""
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-    def below(cls: type[nnUNetTrainer]) -> Iterator[str]:
-        for subclass in cls.__subclasses__():
-            yield subclass.__name__
-            yield from below(subclass)
-
-    return sorted({BASELINE, *installed_trainers(), *(n for n in below(nnUNetTrainer) if n.startswith(BASELINE))})
+def _names_below(cls: Any) -> Iterator[str]:
+    """Of ``cls`` and its subclasses that are imported by now."""
+    yield cls.__name__
+    for subclass in cls.__subclasses__():
+        yield from _names_below(subclass)

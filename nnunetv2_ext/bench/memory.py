@@ -13,71 +13,46 @@ import torch
 from torch import Tensor
 
 
-class SavedTensors:
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     """Context manager that follows how many bytes autograd keeps for backward passes.
 
     A storage counts once however often it is saved. Parameters do not count: they are there anyway.
 
     Attributes:
         peak: the highest number of bytes held at one time.
-
-    Example:
-        >>> with SavedTensors() as saved:
-        ...     loss = model(x).mean()
-        ...     loss.backward()
-        >>> saved.peak
     """
 
     def __init__(self) -> None:
-        self.peak = 0
-        self._held = 0
+        super().__init__(self._pack, lambda kept: kept.tensor if isinstance(kept, _Kept) else kept)
+        self.peak = self._held = 0
         self._users: Counter[int] = Counter()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
 
-    def __enter__(self) -> SavedTensors:
-        self._hooks.__enter__()
-        return self
+    def _pack(self, tensor: Tensor) -> Tensor | _Kept:
+        return tensor if tensor.is_leaf and tensor.requires_grad else _Kept(tensor, self)
 
-    def __exit__(self, *exception: object) -> None:
-        self._hooks.__exit__(*exception)
-
-    def _pack(self, tensor: Tensor) -> _Kept:
-        return _Kept(tensor, None if tensor.is_leaf and tensor.requires_grad else self)
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        """``storage`` has one more user."""
-        self._users[storage.data_ptr()] += 1
-        if self._users[storage.data_ptr()] == 1:
-            self._held += storage.nbytes()
+    def count(self, storage: torch.UntypedStorage, change: int) -> None:
+        """``storage`` has one user more (1) or one less (-1)."""
+        self._users[storage.data_ptr()] += change
+        if self._users[storage.data_ptr()] == max(change, 0):  # the first came, or the last went
+            self._held += change * storage.nbytes()
             self.peak = max(self.peak, self._held)
-
-    def remove(self, storage: torch.UntypedStorage) -> None:
-        """``storage`` has one user less."""
-        self._users[storage.data_ptr()] -= 1
-        if self._users[storage.data_ptr()] == 0:
-            self._held -= storage.nbytes()
 
 
 class _Kept:
     """A saved tensor that reports its own end, when autograd lets go of it."""
 
-    __slots__ = ("_counter", "_storage", "tensor")
-
-    def __init__(self, tensor: Tensor, counter: SavedTensors | None) -> None:
-        self.tensor = tensor
-        self._counter = counter
-        self._storage = tensor.untyped_storage()
-        if counter is not None:
-            counter.add(self._storage)
+    def __init__(self, tensor: Tensor, counter: SavedTensors) -> None:
+        self.tensor, self._counter, self._storage = tensor, counter, tensor.untyped_storage()
+        counter.count(self._storage, 1)
 
     def __del__(self) -> None:
-        if self._counter is not None:
-            self._counter.remove(self._storage)
+        self._counter.count(self._storage, -1)
 
 
 def saved_tensor_peak(step: Callable[[], object], number: int) -> int:
     """Bytes that autograd holds at most during ``number`` steps."""
-    with SavedTensors() as saved:
+    saved = SavedTensors()
+    with saved:
         for _ in range(number):
             step()
     return saved.peak
@@ -93,16 +68,10 @@ def cuda_peak(step: Callable[[], object], number: int, device: torch.device, oth
     return torch.cuda.max_memory_allocated(device) - others
 
 
-def allocated(device: torch.device) -> int:
-    """Bytes in use on a CUDA device; 0 elsewhere, where nothing counts them."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def release(device: torch.device) -> None:
+def release() -> None:
     """Give back what nothing refers to any more."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing where there is no CUDA
 
 
 def resident_peak(step: Callable[[], object], number: int) -> int:

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -33,44 +34,34 @@ class Timeline:
     """Cuts in time, each with the part that begins there."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._cuts: list[tuple[Any, str]] = []
+        self._on_gpu = device.type == "cuda"
+        self.cuts: list[tuple[Any, str]] = []
         self._running: list[str] = [OTHER]
 
     def enter(self, part: str) -> None:
         """``part`` begins."""
         self._running.append(part)
-        self._cut()
+        self.cut()
 
     def leave(self) -> None:
         """The part that began last ends, the one around it goes on."""
         self._running.pop()
-        self._cut()
+        self.cut()
 
-    def start(self) -> None:
-        """The first cut, those before are forgotten: everything up to the next one is ``other``."""
-        self._cuts.clear()
-        self._cut()
-
-    def stop(self) -> None:
-        """The last cut."""
-        self._cut()
-
-    def _cut(self) -> None:
-        if self._device.type == "cuda":
-            moment: Any = torch.cuda.Event(enable_timing=True)
+    def cut(self) -> None:
+        """Now begins what is running."""
+        moment: Any = torch.cuda.Event(enable_timing=True) if self._on_gpu else time.perf_counter()
+        if self._on_gpu:
             moment.record()
-        else:
-            moment = time.perf_counter()
-        self._cuts.append((moment, self._running[-1]))
+        self.cuts.append((moment, self._running[-1]))
 
     def seconds(self) -> dict[str, float]:
         """Time of each part between the first and the last cut."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._on_gpu:
+            torch.cuda.synchronize()
         total: dict[str, float] = defaultdict(float)
-        for (begin, part), (end, _) in zip(self._cuts[:-1], self._cuts[1:], strict=True):
-            total[part] += begin.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - begin
+        for (begin, part), (end, _) in pairwise(self.cuts):
+            total[part] += begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin
         return dict(total)
 
 
@@ -79,14 +70,14 @@ def measure_parts(trainer: Any, batch: dict[str, Any], steps: int) -> dict[str, 
     timeline = Timeline(trainer.device)
     with _cuts_at_calls(trainer, timeline):
         trainer.train_step(batch)  # compiled code that calls a method of ``bench_parts`` is compiled anew
-        timeline.start()
+        timeline.cuts.clear()
+        timeline.cut()
         for _ in range(steps):
             trainer.train_step(batch)
-        timeline.stop()
+        timeline.cut()
     seconds = timeline.seconds()
-    first, last = (FORWARD, LOSS, BACKWARD), (OPTIMISER, AFTER, OTHER)
-    order = [*first, *(part for part in seconds if part not in first + last), *last]
-    return {part: seconds[part] / steps for part in order if part in seconds}
+    place = {FORWARD: 0, LOSS: 1, BACKWARD: 2, OPTIMISER: 4, AFTER: 5, OTHER: 6}  # further parts before the optimiser
+    return {part: seconds[part] / steps for part in sorted(seconds, key=lambda part: place.get(part, 3))}
 
 
 def other_networks(trainer: Any) -> dict[str, nn.Module]:
@@ -103,29 +94,26 @@ def other_networks(trainer: Any) -> dict[str, nn.Module]:
 
 @contextmanager
 def _cuts_at_calls(trainer: Any, timeline: Timeline) -> Iterator[None]:
+    modules = {FORWARD: trainer.network, **other_networks(trainer)}
+    calls = [
+        (torch.autograd, ("backward", "grad"), BACKWARD),
+        (nn.utils, ("clip_grad_norm_",), OPTIMISER),
+        (trainer.optimizer, ("zero_grad", "step"), OPTIMISER),
+        (trainer.grad_scaler, ("unscale_", "step", "update"), OPTIMISER),
+    ]
+    if isinstance(trainer.loss, nn.Module):
+        modules[LOSS] = trainer.loss
+    else:
+        calls.append((trainer, ("loss",), LOSS))
+    for part, paths in _method_parts(trainer).items():
+        calls += [(_owner(trainer, path), (path.rpartition(".")[2],), part) for path in paths]
     with ExitStack() as stack:
-        stack.enter_context(_module_calls(trainer.network, FORWARD, timeline))
-        for name, module in other_networks(trainer).items():
-            stack.enter_context(_module_calls(module, name, timeline))
-        if isinstance(trainer.loss, nn.Module):
-            stack.enter_context(_module_calls(trainer.loss, LOSS, timeline))
-        else:
-            stack.enter_context(patch.object(trainer, "loss", _timed(trainer.loss, LOSS, timeline)))
-        for owner, names, part in (
-            (torch.autograd, ("backward", "grad"), BACKWARD),
-            (nn.utils, ("clip_grad_norm_",), OPTIMISER),
-            (trainer.optimizer, ("zero_grad", "step"), OPTIMISER),
-            (trainer.grad_scaler, ("unscale_", "step", "update"), OPTIMISER),
-            *(
-                (_owner(trainer, path), (path.rpartition(".")[2],), part)
-                for part, paths in _method_parts(trainer).items()
-                for path in paths
-            ),
-        ):
+        for part, module in modules.items():
+            stack.enter_context(_module_calls(module, part, timeline))
+        for owner, names, part in calls:
             for name in names:
                 if hasattr(owner, name):
-                    timed = _timed(getattr(owner, name), part, timeline)
-                    stack.enter_context(patch.object(owner, name, timed))
+                    stack.enter_context(patch.object(owner, name, _timed(getattr(owner, name), part, timeline)))
         yield
 
 
@@ -141,8 +129,7 @@ def _owner(trainer: Any, path: str) -> Any:
     owner = trainer
     for name in path.split(".")[:-1]:
         owner = getattr(owner, name, None)
-        if isinstance(owner, nn.Module):
-            owner = unwrap(owner)
+        owner = unwrap(owner) if isinstance(owner, nn.Module) else owner
     return owner
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from nnunetv2_ext.bench.clock import Times
+import torch
+
 from nnunetv2_ext.core.outside import Promise
+
+PREDICT = "predict"
 
 
 class Spread(NamedTuple):
@@ -26,15 +30,31 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 @dataclass
 class Rounds:
-    """Seconds per call in each round, in the order of the rounds."""
+    """Seconds per call in each round, in the order of the rounds.
+
+    Attributes:
+        wall: what a clock on the wall shows, the device's work included.
+        cpu: processor time of this process over all its threads. On a machine shared with other work it is the
+            steadier of the two.
+    """
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
-    def add(self, times: Times) -> None:
-        """One more round."""
-        self.wall.append(times.wall)
-        self.cpu.append(times.cpu)
+    def measure(self, call: Callable[[], object], number: int, device: torch.device) -> None:
+        """One more round: the mean over ``number`` calls run in one go.
+
+        One mean and no list: the calls of a round may differ on purpose (a masked pass in every second step), and
+        without a wait between them the CPU runs ahead of a GPU as it does in training.
+        """
+        wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+        wait()
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(number):
+            call()
+        wait()
+        self.wall.append((time.perf_counter() - wall) / number)
+        self.cpu.append((time.process_time() - cpu) / number)
 
 
 @dataclass
@@ -64,6 +84,10 @@ class Result:
     memory: dict[str, int] = field(default_factory=dict)
     failure: str | None = None
 
+    def rounds(self, what: str) -> Rounds:
+        """Of a training step on a batch kind, or of ``PREDICT``; empty if there are none."""
+        return self.predict if what == PREDICT else self.steps.get(what, Rounds())
+
 
 @dataclass
 class Report:
@@ -77,43 +101,45 @@ class Report:
     def baseline(self) -> Result:
         return self.results[0]
 
-    def step_ratio(self, result: Result, kind: str, clock: str = "wall") -> Spread | None:
-        """Step time over plain nnUNetTrainer's, paired by round. ``clock``: ``wall`` or ``cpu``."""
-        if kind not in result.steps or kind not in self.baseline.steps:
-            return None
-        return paired(getattr(result.steps[kind], clock), getattr(self.baseline.steps[kind], clock))
+    @property
+    def measured(self) -> list[Result]:
+        """Results that have figures."""
+        return [r for r in self.results if r.failure is None]
 
-    def predict_ratio(self, result: Result, clock: str = "wall") -> Spread | None:
-        """Predict time over plain nnUNetTrainer's, paired by round."""
-        return paired(getattr(result.predict, clock), getattr(self.baseline.predict, clock))
+    def ratio(self, result: Result, what: str, clock: str = "wall") -> Spread | None:
+        """Time over plain nnUNetTrainer's, round by round: what slows a whole round down cancels.
+
+        None unless both have all rounds.
+
+        Args:
+            result: whose.
+            what: as of `Result.rounds`.
+            clock: ``wall`` or ``cpu``.
+        """
+        ours, plain = (getattr(r.rounds(what), clock) for r in (result, self.baseline))
+        return spread([a / b for a, b in zip(ours, plain) if b > 0]) if len(ours) == len(plain) else None
 
     def memory_ratio(self, result: Result, measure: str) -> float | None:
         """One of the memory figures over plain nnUNetTrainer's."""
         ours, plain = result.memory.get(measure), self.baseline.memory.get(measure)
         return ours / plain if ours and plain else None
 
+    def part_names(self) -> list[str]:
+        """Parts of a step in the order in which they first occur, ``other`` last."""
+        return sorted(dict.fromkeys(name for r in self.results for name in r.parts), key="other".__eq__)
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, the ratios included, in plain values."""
+
+        def ratios(result: Result, what: str) -> dict[str, Any]:
+            found = {clock: self.ratio(result, what, clock) for clock in ("wall", "cpu")}
+            return {clock: ratio and ratio._asdict() for clock, ratio in found.items()}
+
         content = asdict(self)
         for result, plain in zip(self.results, content["results"], strict=True):
-            kinds = [k for k in result.steps if self.step_ratio(result, k)]
             plain["ratios"] = {
-                "step": {k: {c: _plain(self.step_ratio(result, k, c)) for c in ("wall", "cpu")} for k in kinds},
-                "predict": {c: _plain(self.predict_ratio(result, c)) for c in ("wall", "cpu")},
+                "step": {kind: ratios(result, kind) for kind in result.steps if self.ratio(result, kind)},
+                "predict": ratios(result, PREDICT),
                 "memory": {m: self.memory_ratio(result, m) for m in result.memory},
             }
         return content
-
-
-def paired(ours: Sequence[float], plain: Sequence[float]) -> Spread | None:
-    """Median and spread of the ratios round by round: what slows a whole round down cancels.
-
-    None unless both have all rounds.
-    """
-    if len(ours) != len(plain):
-        return None
-    return spread([a / b for a, b in zip(ours, plain, strict=True) if b > 0])
-
-
-def _plain(value: Spread | None) -> dict[str, float] | None:
-    return None if value is None else value._asdict()

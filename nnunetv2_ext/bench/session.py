@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import gc
+import os
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from nnunetv2_ext import __version__
 from nnunetv2_ext.bench import memory
-from nnunetv2_ext.bench.batches import KINDS
 from nnunetv2_ext.bench.candidates import Candidate, check_settings, find_trainer, promise_of
-from nnunetv2_ext.bench.clock import time_block
-from nnunetv2_ext.bench.isolated import StepError, one_line, resident_size
-from nnunetv2_ext.bench.machine import describe_machine
+from nnunetv2_ext.bench.isolated import one_line, resident_size
 from nnunetv2_ext.bench.parts import measure_parts
-from nnunetv2_ext.bench.plan import Target, check
-from nnunetv2_ext.bench.result import Report, Result, Rounds
-from nnunetv2_ext.bench.subject import Subject, dry_environment
+from nnunetv2_ext.bench.result import PREDICT, Report, Result, Rounds
+from nnunetv2_ext.bench.subject import BATCHES, Subject, Target, dry_environment
+from nnunetv2_ext.core.compat import nnunet_version
+from nnunetv2_ext.core.devices import check_device
 from nnunetv2_ext.core.progress import progress_bar
+from nnunetv2_ext.data.preprocessed import open_preprocessed
 
 
 @dataclass(frozen=True)
@@ -31,14 +37,14 @@ class Options:
         steps_per_round: training steps, and patches predicted, per turn. A trainer whose steps differ
             (a pass in every fourth) needs a multiple of its period.
         warm_up: steps before the first round, not counted.
-        batches: of ``batches.KINDS``.
+        batches: of ``subject.BATCHES``.
         resident: also measure the resident size in a process of its own (CPU only).
     """
 
     rounds: int = 5
     steps_per_round: int = 4
     warm_up: int = 2
-    batches: tuple[str, ...] = KINDS
+    batches: tuple[str, ...] = BATCHES
     resident: bool = True
 
     def __post_init__(self) -> None:
@@ -60,26 +66,27 @@ class Session:
     """
 
     def __init__(self, target: Target, candidates: Sequence[Candidate], options: Options | None = None) -> None:
-        self.target, self.candidates = target, list(candidates)
-        self.options = options or Options()
-        check(target)
+        self.target, self.candidates, self.options = target, list(candidates), options or Options()
+        open_preprocessed(target.dataset, target.configuration, target.plans_name)
+        check_device(target.device)
+        self.device = torch.device(target.device)
         self.results = []
         for c in self.candidates:
             trainer = find_trainer(c.trainer)
             check_settings(c, trainer)
             self.results.append(Result(c.label, c.trainer, c.settings, promise_of(c, trainer)))
         self.subjects: dict[int, Subject] = {}
+        self._memory_steps = max(2, self.options.steps_per_round)  # the second is the first with the optimiser's state
         self._bar = progress_bar(None, enabled=False)
 
     def run(self) -> Report:
         """Measure everything; shows a progress bar on a terminal."""
         o = self.options
-        # before anything runs, so that the load is that of others
-        machine = describe_machine(torch.device(self.target.device), self.target.threads)
+        machine = machine_facts(self.device, self.target.threads)  # first, so that the load is that of others
         threads = torch.get_num_threads()
         if self.target.threads is not None:
             torch.set_num_threads(self.target.threads)
-        measure_resident = o.resident and self.target.device == "cpu"
+        measure_resident = o.resident and self.device.type == "cpu"
         turns = measure_resident + 3 + o.rounds * (len(o.batches) + 1)
         try:
             with progress_bar(turns * len(self.candidates), "bench") as self._bar, dry_environment():
@@ -87,16 +94,13 @@ class Session:
                     self._each("resident size", self._measure_resident, running=False)
                 self._each("building, memory", self._build, running=False)
                 self._each("warm-up", self._warm_up)
-                for kind in o.batches:
+                for what in (*o.batches, PREDICT):
                     for number in range(o.rounds):
-                        do = partial(self._time_steps, kind=kind)
-                        self._each(f"{kind} {number + 1}", do, number % 2 == 1)
-                for number in range(o.rounds):
-                    self._each(f"predict {number + 1}", self._time_predict, number % 2 == 1)
+                        self._each(f"{what} {number + 1}", partial(self._time, what=what), number % 2 == 1)
                 self._each("parts", self._time_parts)
         finally:
             self.subjects.clear()
-            memory.release(torch.device(self.target.device))
+            memory.release()
             torch.set_num_threads(threads)
         return Report(machine, {**asdict(self.target), **asdict(o)}, self.results)
 
@@ -104,81 +108,88 @@ class Session:
         """``do`` for every trainer that is still in; every other round backwards, so that a steady drift cancels."""
         order = range(len(self.candidates))
         for index in reversed(order) if backwards else order:
-            result = self.results[index]
+            result, failure = self.results[index], None
             if result.failure is None and (index in self.subjects or not running):
-                failure = self._attempt(do, index)
-                if failure is not None:
-                    # only now: while the exception lived, its traceback kept the trainer's memory
-                    self._drop(index, *failure)
+                try:
+                    do(index)
+                except Exception as error:  # what a trainer refuses of this dataset as well: it stops only that trainer
+                    failure = one_line(error), memory.is_out_of_memory(error)
+            if failure is not None:  # only now: while the exception lived, its traceback kept the trainer's memory
+                beside = len(self.subjects) - (index in self.subjects)
+                note = f" ({beside} other trainers were on the device)" if beside and self.device.type != "cpu" else ""
+                result.failure = f"out of memory{note}: {failure[0]}" if failure[1] else failure[0]
+                self.subjects.pop(index, None)
+                memory.release()
             self._bar.update(1, now=f"{result.label}: {what}")
 
-    def _attempt(self, do: Callable[[int], None], index: int) -> tuple[str, bool] | None:
-        """None, or why it failed and whether memory ran out."""
-        try:
-            do(index)
-        except StepError as error:
-            return str(error), error.out_of_memory
-        except Exception as error:  # what a trainer refuses of this dataset as well: it stops only that trainer
-            return one_line(error), memory.is_out_of_memory(error)
-        return None
-
-    def _drop(self, index: int, reason: str, out_of_memory: bool) -> None:
-        beside = len(self.subjects) - (index in self.subjects)
-        note = f" ({beside} other trainers were on the device)" if beside and self.target.device != "cpu" else ""
-        self.results[index].failure = f"out of memory{note}: {reason}" if out_of_memory else reason
-        self.subjects.pop(index, None)
-        memory.release(torch.device(self.target.device))
-
     def _measure_resident(self, index: int) -> None:
-        sizes = resident_size(self.candidates[index], self.target, self._memory_steps(), self.options.batches[0])
+        sizes = resident_size(self.candidates[index], self.target, self._memory_steps, self.options.batches[0])
         self.results[index].memory |= {f"resident_{name}": size for name, size in sizes.items()}
 
-    def _memory_steps(self) -> int:
-        return max(2, self.options.steps_per_round)  # the second step is the first with the optimiser's state
-
     def _build(self, index: int) -> None:
-        memory.release(torch.device(self.target.device))
+        memory.release()
         subject = Subject(self.candidates[index], self.target, self.options.batches)
         self.subjects[index] = subject
-        result, kind = self.results[index], self.options.batches[0]
+        result = self.results[index]
         result.facts = subject.facts()
-        device = subject.trainer.device
-        with subject.turn():
-            subject.step(kind)  # compiles, and lets cudnn try its algorithms, some of which need much memory
-            if device.type == "cuda":
-                result.memory["allocator_peak"] = memory.cuda_peak(
-                    lambda: subject.step(kind), self._memory_steps(), device, subject.others_bytes()
-                )
+        with subject.turn(self.options.batches[0]) as step:
+            step()  # compiles, and lets cudnn try its algorithms, some of which need much memory
+            if self.device.type == "cuda":
+                peak = memory.cuda_peak(step, self._memory_steps, self.device, subject.others_bytes)
+                result.memory["allocator_peak"] = peak
             else:
-                result.memory["saved_tensors"] = memory.saved_tensor_peak(
-                    lambda: subject.step(kind), self.options.steps_per_round
-                )
+                result.memory["saved_tensors"] = memory.saved_tensor_peak(step, self.options.steps_per_round)
 
     def _warm_up(self, index: int) -> None:
-        subject = self.subjects[index]
-        with subject.turn():
-            for kind in self.options.batches:
+        for what in (*self.options.batches, PREDICT):
+            with self.subjects[index].turn(what) as call:
                 for _ in range(self.options.warm_up):
-                    subject.step(kind)
-            with subject.predicting():
-                for _ in range(self.options.warm_up):
-                    subject.predict()
+                    call()
 
-    def _time_steps(self, index: int, kind: str) -> None:
-        subject = self.subjects[index]
-        with subject.turn():
-            times = time_block(lambda: subject.step(kind), self.options.steps_per_round, subject.trainer.device)
-        self.results[index].steps.setdefault(kind, Rounds()).add(times)
-
-    def _time_predict(self, index: int) -> None:
-        subject = self.subjects[index]
-        with subject.turn(), subject.predicting():
-            times = time_block(subject.predict, self.options.steps_per_round, subject.trainer.device)
-        self.results[index].predict.add(times)
+    def _time(self, index: int, what: str) -> None:
+        result = self.results[index]
+        rounds = result.predict if what == PREDICT else result.steps.setdefault(what, Rounds())
+        with self.subjects[index].turn(what) as call:
+            rounds.measure(call, self.options.steps_per_round, self.device)
 
     def _time_parts(self, index: int) -> None:
-        subject = self.subjects[index]
+        subject, kind = self.subjects[index], self.options.batches[0]
         gc.collect()
-        with subject.turn():
-            batch = subject.batches[self.options.batches[0]]
+        with subject.turn(kind):
+            batch = subject.batches[kind]
             self.results[index].parts = measure_parts(subject.trainer, batch, self.options.steps_per_round)
+
+
+def machine_facts(device: torch.device, threads: int | None) -> dict[str, Any]:
+    """Device, versions and switches that the figures depend on, as plain values."""
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(0) if device.type == "cuda" else _processor(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "nnunetv2": nnunet_version(),
+        "nnunetv2_ext": __version__,
+        "cpus": os.cpu_count(),
+        "threads": threads or torch.get_num_threads(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "nnUNet_compile": os.environ.get("nnUNet_compile"),
+    }
+    if device.type == "cuda":
+        facts |= {
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "gpu_memory": torch.cuda.get_device_properties(0).total_memory,
+            "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+            "tf32_cudnn": torch.backends.cudnn.allow_tf32,
+        }
+    return facts
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -6,19 +6,47 @@ import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nnunetv2_ext.bench import batches, memory
 from nnunetv2_ext.bench.candidates import Candidate, check_settings, find_trainer
 from nnunetv2_ext.bench.parts import other_networks
-from nnunetv2_ext.bench.plan import Target
+from nnunetv2_ext.bench.result import PREDICT
 from nnunetv2_ext.core.checkpoint import unwrap
+from nnunetv2_ext.core.randomness import seed_everything
 from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE
+from nnunetv2_ext.data.preprocessed import open_preprocessed
+
+BATCHES = ("real", "synthetic")
+SEED = 20240705  # any fixed number: trainers then start with the same weights, their loaders draw the same patches
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the trainers run.
+
+    Attributes:
+        dataset: folder name, ``Dataset004_hippocampus``.
+        configuration: ``3d_fullres``.
+        plans_name: the plans file without ``.json``.
+        fold: a number, or ``all``.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        threads: of torch on the CPU; None leaves torch's own choice.
+    """
+
+    dataset: str
+    configuration: str
+    plans_name: str = "nnUNetPlans"
+    fold: int | str = 0
+    device: str = "cpu"
+    threads: int | None = None
 
 
 @contextlib.contextmanager
@@ -30,23 +58,8 @@ def dry_environment() -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix="nnunetv2_ext_bench_", ignore_cleanup_errors=True) as folder:
         changed = {"nnUNet_results": folder, "nnUNet_n_proc_DA": "0"}
-        with environment(changed), contextlib.redirect_stdout(io.StringIO()):
+        with patch.dict(os.environ, changed), contextlib.redirect_stdout(io.StringIO()):
             yield Path(folder)
-
-
-@contextlib.contextmanager
-def environment(changed: dict[str, str]) -> Iterator[None]:
-    """Environment variables for a while."""
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 class Subject:
@@ -55,41 +68,42 @@ class Subject:
     Args:
         candidate: trainer and settings.
         target: dataset, plans, device.
-        kinds: batches to prepare, of ``batches.KINDS``.
+        kinds: batches to prepare, of ``BATCHES``: one of its own loader, or synthetic of the same shape.
 
     Attributes:
         trainer: as nnU-Net would train it.
-        batches: by kind.
+        batches: by kind, on the CPU and pinned for a GPU as nnU-Net's loaders do it.
+        others_bytes: in use on a CUDA device before this trainer was built; 0 elsewhere, where nothing counts them.
 
     Raises:
-        ValueError: settings for a trainer that takes none, or settings it refuses.
+        ValueError: settings for a trainer that takes none, or settings it refuses; data that are not there.
     """
 
-    def __init__(self, candidate: Candidate, target: Target, kinds: tuple[str, ...] = batches.KINDS) -> None:
+    def __init__(self, candidate: Candidate, target: Target, kinds: tuple[str, ...] = BATCHES) -> None:
         cls = find_trainer(candidate.trainer)
         check_settings(candidate, cls)
         device = torch.device(target.device)
-        self.candidate = candidate
-        self._allocated_before = memory.allocated(device)
-        batches.seed_everything()
-        plans = target.plans()
-        plans["continue_training"] = False
-        with environment({ENVIRONMENT_VARIABLE: candidate.settings} if candidate.settings else {}):
-            self.trainer: Any = cls(plans, target.configuration, target.fold, target.dataset_json(), device)
-            if device.type == "cuda":  # nnUNetv2_train sets these before it trains
+        on_gpu = device.type == "cuda"
+        self.others_bytes = torch.cuda.memory_allocated(device) if on_gpu else 0
+        seed_everything(SEED)
+        data = open_preprocessed(target.dataset, target.configuration, target.plans_name)
+        plans = data.plans.plans | {"continue_training": False}
+        with patch.dict(os.environ, {ENVIRONMENT_VARIABLE: candidate.settings} if candidate.settings else {}):
+            self.trainer: Any = cls(plans, target.configuration, target.fold, data.dataset_json, device)
+            if on_gpu:  # nnUNetv2_train sets these before it trains
                 torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
             self.trainer.on_train_start()
         self._cudnn = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
         self.trainer.current_epoch = self.trainer.num_epochs // 2  # an ordinary step: warm-ups and ramps are over
         self.trainer.on_epoch_start()
         self.trainer.on_train_epoch_start()
-        real = batches.real_batch(self.trainer)
-        labels = self.trainer.label_manager
-        num_labels = len(labels.all_labels)
-        self.batches = {k: real if k == "real" else batches.synthetic_batch(real, num_labels) for k in kinds}
-        self.batch_size = len(real["data"])
-        patch = torch.randn(1, *real["data"].shape[1:])
-        self._patch = patch.to(self.trainer.device)
+        seed_everything(SEED)
+        real = next(self.trainer.dataloader_train)
+        num_labels = len(self.trainer.label_manager.all_labels)
+        self.batches = {k: real if k == "real" else synthetic_batch(real, num_labels) for k in kinds}
+        if on_gpu:
+            self.batches = {k: _map(batch, Tensor.pin_memory) for k, batch in self.batches.items()}
+        self._patch = torch.randn(1, *real["data"].shape[1:]).to(self.trainer.device)
 
     def step(self, kind: str) -> None:
         """One training step on the fixed batch."""
@@ -102,58 +116,75 @@ class Subject:
             self.trainer.network(self._patch)
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """While it is this trainer's turn, cudnn's switches, which are global, stand as it left them."""
-        before = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = self._cudnn
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+    def turn(self, what: str) -> Iterator[Callable[[], None]]:
+        """While it is this trainer's turn; gives `step` on a batch kind, or `predict` for ``PREDICT``.
 
-    @contextlib.contextmanager
-    def predicting(self) -> Iterator[None]:
-        """The network as it is for prediction: eval mode, one output resolution."""
-        network = self.trainer.network
+        cudnn's switches, which are global, stand as this trainer left them. For prediction the network is in eval mode
+        and has one output resolution.
+        """
+        network, cudnn, predicts = self.trainer.network, torch.backends.cudnn, what == PREDICT
+        before = (cudnn.deterministic, cudnn.benchmark)
         # as it is, not as the trainer's attribute says: one that makes its own targets may switch the loader's off
         decoder = getattr(unwrap(network), "decoder", None)
         deep_supervision = bool(getattr(decoder, "deep_supervision", self.trainer.enable_deep_supervision))
-        network.eval()
-        self.trainer.set_deep_supervision_enabled(False)
+        cudnn.deterministic, cudnn.benchmark = self._cudnn
+        if predicts:
+            network.eval()
+            self.trainer.set_deep_supervision_enabled(False)
         try:
-            yield
+            yield self.predict if predicts else partial(self.step, what)
         finally:
-            self.trainer.set_deep_supervision_enabled(deep_supervision)
-            network.train()
-
-    def own_bytes(self) -> int:
-        """Bytes this trainer occupies on a CUDA device between steps."""
-        return memory.allocated(self.trainer.device) - self._allocated_before
-
-    def others_bytes(self) -> int:
-        """Bytes that were in use on the device before this trainer was built."""
-        return self._allocated_before
+            if predicts:
+                self.trainer.set_deep_supervision_enabled(deep_supervision)
+                network.train()
+            cudnn.deterministic, cudnn.benchmark = before
 
     def facts(self) -> dict[str, Any]:
         """What a reader must know to judge the figures."""
-        network = self.trainer.network
-        first = next(network.parameters())
+        network, data = self.trainer.network, next(iter(self.batches.values()))["data"]
         gpu = self.trainer.device.type == "cuda"
         return {
-            "batch_size": self.batch_size,
+            "batch_size": len(data),
             "patch_size": [int(n) for n in self.trainer.configuration_manager.patch_size],
-            "data_shape": list(next(iter(self.batches.values()))["data"].shape),
+            "data_shape": list(data.shape),
             "parameters": sum(p.numel() for p in unwrap(network).parameters()),
-            "weights_dtype": str(first.dtype).removeprefix("torch."),
+            "weights_dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
             "autocast_dtype": str(torch.get_autocast_dtype("cuda")).removeprefix("torch.") if gpu else None,
             "grad_scaler": self.trainer.grad_scaler is not None,
-            "compiled": is_compiled(network),
-            "other_networks": {n: is_compiled(m) for n, m in other_networks(self.trainer).items()},
+            "compiled": _is_compiled(network),
+            "other_networks": {n: _is_compiled(m) for n, m in other_networks(self.trainer).items()},
             "deep_supervision": bool(self.trainer.enable_deep_supervision),
             "cudnn_benchmark": bool(self._cudnn[1]) if gpu else None,
         }
 
 
-def is_compiled(network: nn.Module) -> bool:
+def synthetic_batch(batch: Mapping[str, Any], num_labels: int) -> dict[str, Any]:
+    """A batch of the shapes and types of ``batch``: noise as ``data``, random labels as ``target``, the rest kept.
+
+    Args:
+        batch: of the trainer's loader.
+        num_labels: labels 0..num_labels-1 are drawn where the target holds labels; targets of regions get 0 and 1.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+
+    def labels(like: Tensor) -> Tensor:
+        # regions are stacked along the channels
+        highest = 2 if like.dtype == torch.bool or like.shape[1] > 1 else num_labels
+        return torch.randint(highest, like.shape, generator=generator).to(like.dtype)
+
+    data = torch.randn(batch["data"].shape, generator=generator).to(batch["data"].dtype)
+    return {**batch, "data": data, "target": _map(batch["target"], labels)}
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Every tensor of a dictionary or of nested lists through ``function``."""
+    if isinstance(value, dict):
+        return {key: _map(v, function) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_map(v, function) for v in value]
+    return function(value) if isinstance(value, Tensor) else value
+
+
+def _is_compiled(network: nn.Module) -> bool:
     """Whether calls of ``network`` run through torch.compile."""
     return hasattr(network, "_orig_mod") or getattr(network, "_compiled_call_impl", None) is not None

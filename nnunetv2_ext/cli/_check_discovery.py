@@ -10,17 +10,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from nnunetv2_ext._register import (
-    EXT_VARIABLE,
-    OPT_OUT_VARIABLE,
-    SHIM_FOLDER,
-    auto_register_enabled,
-    installed_trainers,
-)
-from nnunetv2_ext.cli._check_software import nnunet_folder
+from nnunetv2_ext import installed_trainers
+from nnunetv2_ext._register import EXT_VARIABLE, OPT_OUT_VARIABLE, SHIM_FOLDER, auto_register_enabled
+from nnunetv2_ext.cli._check_software import child_error, nnunet_folder
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 
 BY_HAND = f"export {EXT_VARIABLE}={SHIM_FOLDER}   (or, in Python: import nnunetv2_ext; nnunetv2_ext.register())"
+# imports all modules of a folder, as nnU-Net's search does
+_SEARCH = """\
+import sys
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class as find
+find(sys.argv[1], "no such class", None, sys.argv[1], cleanup_imports_from_base_folder=True)
+"""
 
 
 def startup() -> Iterator[Finding]:
@@ -35,12 +36,8 @@ def startup() -> Iterator[Finding]:
     if any(_same(p, SHIM_FOLDER) for p in child.stdout.strip().split(os.pathsep)):
         yield Finding(OK, "registration", f"automatic, by {startup_file() or 'PYTHONPATH or sitecustomize'}")
     else:
-        yield Finding(
-            WARN,
-            "registration",
-            "Python does not run our start-up file (pip install --target, or an incomplete installation)",
-            f"install with a plain 'pip install', or {BY_HAND}",
-        )
+        what = "Python does not run our start-up file (pip install --target, or an incomplete installation)"
+        yield Finding(WARN, "registration", what, f"install with a plain 'pip install', or {BY_HAND}")
 
 
 def startup_file() -> Path | None:
@@ -51,24 +48,20 @@ def startup_file() -> Path | None:
 
 def folders() -> Iterator[Finding]:
     """Each folder of ``nnUNet_extTrainer`` in the order in which nnU-Net searches them."""
-    entries = [p for p in os.environ.get(EXT_VARIABLE, "").split(os.pathsep) if p.strip()]
+    entries = _entries()
     ours = [_same(p, SHIM_FOLDER) for p in entries]
     if not any(ours):
         yield Finding(FAIL, EXT_VARIABLE, f"our folder is not in it (it is {entries})", BY_HAND)
-    for position, (entry, is_ours) in enumerate(zip(entries, ours), start=1):
+    for position, entry in enumerate(entries, start=1):
         subject = f"{EXT_VARIABLE} {position}"
-        if is_ours:
+        if ours[position - 1]:
             yield Finding(OK, subject, f"{entry} (ours)")
         elif not os.path.isdir(entry):
             yield Finding(WARN, subject, f"{entry} does not exist; nnU-Net skips it", f"correct {EXT_VARIABLE}")
-        elif error := _search_error(entry):
-            blocks_ours = any(ours[position:])
-            yield Finding(
-                FAIL if blocks_ours else WARN,
-                subject,
-                f"{entry} cannot be searched ({error}); nnU-Net stops there and reads no later folder",
-                f"repair that file, or take the folder out of {EXT_VARIABLE}",
-            )
+        elif error := child_error(_SEARCH, entry):
+            detail = f"{entry} cannot be searched ({error}); nnU-Net stops there and reads no later folder"
+            remedy = f"repair that file, or take the folder out of {EXT_VARIABLE}"
+            yield Finding(FAIL if any(ours[position:]) else WARN, subject, detail, remedy)
         else:
             yield Finding(OK, subject, f"{entry} (yours)")
 
@@ -77,9 +70,8 @@ def trainers() -> Iterator[Finding]:
     """Look up each of our trainers with nnU-Net's own function, as train and predict do, and pickle it."""
     names = installed_trainers()
     if not names:
-        yield Finding(
-            FAIL, "trainers", "none is installed", "reinstall nnunetv2-ext: pip install --force-reinstall --no-deps ."
-        )
+        remedy = "reinstall nnunetv2-ext: pip install --force-reinstall --no-deps ."
+        yield Finding(FAIL, "trainers", "none is installed", remedy)
     for name, module in names.items():
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -102,37 +94,20 @@ def trainers() -> Iterator[Finding]:
 
 def stale_copies() -> Iterator[Finding]:
     """Files elsewhere that define a class of one of our names and may run in its place."""
-    places = [
-        Path(p) for p in os.environ.get(EXT_VARIABLE, "").split(os.pathsep) if p.strip() and not _same(p, SHIM_FOLDER)
-    ]
+    places = [Path(p) for p in _entries() if not _same(p, SHIM_FOLDER)]
     folder = nnunet_folder()
     if folder is not None:
         places.insert(0, folder / "training" / "nnUNetTrainer")
-    names = "|".join(map(re.escape, installed_trainers()))
-    if not names:
-        return
-    definition = re.compile(rf"^class ({names})\b", re.MULTILINE)
-    for place in places:
-        for file in sorted(place.rglob("*.py")):
-            for name in definition.findall(file.read_text(encoding="utf-8", errors="replace")):
-                yield Finding(WARN, "copy", f"{file} also defines {name}", "remove it: ours is used by name as it is")
+    # (?!) matches nothing
+    definition = re.compile(rf"^class ({'|'.join(map(re.escape, installed_trainers())) or '(?!)'})\b", re.MULTILINE)
+    for file in (file for place in places for file in sorted(place.rglob("*.py"))):
+        for name in definition.findall(file.read_text(encoding="utf-8", errors="replace")):
+            yield Finding(WARN, "copy", f"{file} also defines {name}", "remove it: ours is used by name as it is")
+
+
+def _entries() -> list[str]:
+    return [p for p in os.environ.get(EXT_VARIABLE, "").split(os.pathsep) if p.strip()]
 
 
 def _same(first: str, second: str) -> bool:
     return os.path.normcase(os.path.abspath(first.strip())) == os.path.normcase(os.path.abspath(second))
-
-
-def _search_error(folder: str) -> str:
-    """What goes wrong when nnU-Net imports all modules of ``folder``; empty if nothing does.
-
-    In a process of its own, because importing a user's files may do anything, exiting included.
-    """
-    code = (
-        "import sys; from nnunetv2.utilities.find_class_by_name import recursive_find_python_class as find; "
-        "find(sys.argv[1], 'no such class', None, sys.argv[1], cleanup_imports_from_base_folder=True); "
-        "print('searched')"
-    )
-    child = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=120)
-    if child.stdout.rstrip().endswith("searched"):
-        return ""
-    return (child.stderr.strip().splitlines() or [f"Python exits with status {child.returncode}"])[-1]

@@ -11,9 +11,8 @@ from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 
 GIB = 2**30
 LITTLE_RAM = 16 * GIB  # nnU-Net states 32 GB for training; below half of that background workers are killed
-LITTLE_RAM_PER_WORKER = (
-    2 * GIB
-)  # measured order of magnitude for 3d patches: a worker holds a few cases' crops and imports torch
+# measured order of magnitude for 3d patches: a worker holds a few cases' crops and imports torch
+LITTLE_RAM_PER_WORKER = 2 * GIB
 LITTLE_SHM = 2 * GIB  # containers get 64 MiB unless told otherwise; batches of 3d patches travel through it
 
 NNUNET_FOLDERS = {
@@ -33,12 +32,13 @@ def devices() -> Iterator[Finding]:
     elif torch.backends.mps.is_available():
         yield Finding(OK, "mps", "Apple GPU; pass -device mps to nnU-Net's commands")
     else:
-        remedy = "train with -device cpu"
+        what, remedy = (
+            "CPU only: full-size training takes weeks, small runs and prediction work",
+            "train with -device cpu",
+        )
         if torch.version.cuda:
             remedy += "; if there is an NVIDIA GPU, its driver does not answer: see nvidia-smi"
-        yield Finding(
-            WARN, "device", "CPU only: full-size training takes weeks, small runs and prediction work", remedy
-        )
+        yield Finding(WARN, "device", what, remedy)
 
 
 def memory() -> Iterator[Finding]:
@@ -71,12 +71,8 @@ def shared_memory() -> Iterator[Finding]:
     usage = shutil.disk_usage("/dev/shm")
     text = f"{usage.total / GIB:.1f} GiB, {usage.free / GIB:.1f} GiB of it free"
     if usage.free < LITTLE_SHM:
-        yield Finding(
-            WARN,
-            "/dev/shm",
-            f"{text}; background workers may die",
-            "start the container with --shm-size=8g or --ipc=host",
-        )
+        remedy = "start the container with --shm-size=8g or --ipc=host"
+        yield Finding(WARN, "/dev/shm", f"{text}; background workers may die", remedy)
     else:
         yield Finding(OK, "/dev/shm", text)
 
@@ -84,45 +80,31 @@ def shared_memory() -> Iterator[Finding]:
 def workers() -> Iterator[Finding]:
     """CPUs, and how many augmentation processes nnU-Net will start on them."""
     usable, present = usable_cpus(), os.cpu_count() or 1
-    text = f"{usable} usable" + (f" of {present}" if usable != present else "")
-    yield Finding(OK, "CPUs", text)
-    value = os.environ.get("nnUNet_n_proc_DA")
-    if value is not None and not _is_count(value):
-        yield Finding(
-            FAIL,
-            "nnUNet_n_proc_DA",
-            f"is {value!r}; it must be a whole number >= 0",
-            f"export nnUNet_n_proc_DA={usable}",
-        )
+    yield Finding(OK, "CPUs", f"{usable} usable" + (f" of {present}" if usable != present else ""))
+    name = "nnUNet_n_proc_DA"
+    value = os.environ.get(name)
+    if value is not None and not value.strip().isdecimal():
+        yield Finding(FAIL, name, f"is {value!r}; it must be a whole number >= 0", f"export {name}={usable}")
         return
     from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-    number = get_allowed_n_proc_DA()
+    number, affordable = get_allowed_n_proc_DA(), max(1, ram()[0] // LITTLE_RAM_PER_WORKER)
     source = "not set" if value is None else value
     text = f"{source}: {number} worker processes for training and {max(1, number // 2)} for validation, per GPU"
     if number == 0:
-        yield Finding(
-            WARN,
-            "nnUNet_n_proc_DA",
-            "0: data are loaded in the main process (slow; right for debugging), but planning fails with it",
-            "export nnUNet_n_proc_DA=1 for nnUNetv2_plan_and_preprocess",
-        )
+        text = "0: data are loaded in the main process (slow; right for debugging), but planning fails with it"
+        yield Finding(WARN, name, text, f"export {name}=1 for nnUNetv2_plan_and_preprocess")
     elif number > usable:
-        yield Finding(
-            WARN, "nnUNet_n_proc_DA", f"{text}, on {usable} CPUs", f"export nnUNet_n_proc_DA={max(1, usable)}"
-        )
-    elif ram()[0] < number * LITTLE_RAM_PER_WORKER:
-        fewer = max(1, ram()[0] // LITTLE_RAM_PER_WORKER)
-        yield Finding(WARN, "nnUNet_n_proc_DA", f"{text}: many for this RAM", f"export nnUNet_n_proc_DA={fewer}")
+        yield Finding(WARN, name, f"{text}, on {usable} CPUs", f"export {name}={usable}")
+    elif number > affordable:
+        yield Finding(WARN, name, f"{text}: many for this RAM", f"export {name}={affordable}")
     else:
-        yield Finding(OK, "nnUNet_n_proc_DA", text)
+        yield Finding(OK, name, text)
 
 
 def usable_cpus() -> int:
     """CPUs that this process may use: a scheduler such as SLURM gives fewer than ``os.cpu_count()`` says."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def nnunet_folders() -> Iterator[Finding]:
@@ -142,8 +124,7 @@ def nnunet_folders() -> Iterator[Finding]:
             status = WARN if variable == "nnUNet_raw" else FAIL
             yield Finding(status, variable, f"{value} is not writable", f"chmod u+w {value}, or another folder")
         else:
-            free = shutil.disk_usage(value).free / GIB
-            yield Finding(OK, variable, f"{value}, {free:.0f} GiB free")
+            yield Finding(OK, variable, f"{value}, {shutil.disk_usage(value).free / GIB:.0f} GiB free")
 
 
 def _as_a_shell_reads(value: str) -> str:
@@ -157,11 +138,4 @@ def _is_writable(folder: str) -> bool:
         with tempfile.TemporaryFile(dir=folder):
             return True
     except OSError:
-        return False
-
-
-def _is_count(text: str) -> bool:
-    try:
-        return int(text) >= 0
-    except ValueError:
         return False

@@ -24,20 +24,18 @@ def environment() -> Iterator[Finding]:
     except ValueError as error:
         yield Finding(FAIL, ENVIRONMENT_VARIABLE, str(error), remedy)
         return
-    takers: list[str] = []
-    refusals: list[str] = []
+    takers, refusals = [], []
     for name in installed_trainers():
         try:
             resolve(load_trainer(name).settings_model(), environment=text)
             takers.append(name)
-        except ImportError:  # a finding of the section on trainers
-            continue
+        except ImportError:
+            pass  # a finding of the section on trainers
         except ValueError as error:
             refusals.append(str(error))
     if takers:
-        yield Finding(
-            WARN, ENVIRONMENT_VARIABLE, f"{text!r} is what every training of {', '.join(takers)} will take", remedy
-        )
+        detail = f"{text!r} is what every training of {', '.join(takers)} will take"
+        yield Finding(WARN, ENVIRONMENT_VARIABLE, detail, remedy)
     else:
         # a trainer that knows all keys says what is wrong with their values
         says = sorted(refusals, key=lambda text: text.startswith("unknown setting"))[0]

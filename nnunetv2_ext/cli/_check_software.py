@@ -34,23 +34,16 @@ def nnunet() -> Iterator[Finding]:
         return
     folder = nnunet_folder()
     if folder is None:
-        yield Finding(
-            FAIL,
-            "nnunetv2",
-            "its metadata is there but it cannot be imported",
-            "pip install --force-reinstall nnunetv2",
-        )
+        detail, remedy = "its metadata is there but it cannot be imported", "pip install --force-reinstall nnunetv2"
+        yield Finding(FAIL, "nnunetv2", detail, remedy)
         return
-    kind = "editable, " if _is_editable("nnunetv2") else ""
+    origin = json.loads(distribution("nnunetv2").read_text("direct_url.json") or "{}")
+    kind = "editable, " if origin.get("dir_info", {}).get("editable", False) else ""
     yield Finding(OK, "nnunetv2", f"{nnunet_version()} (needs {SUPPORTED}), {kind}{folder}")
     here = Path.cwd() / "nnunetv2"
     if (here / "paths.py").is_file() and here.resolve() != folder.resolve():
-        yield Finding(
-            WARN,
-            "nnunetv2",
-            "the nnU-Net in this working directory is not the one that runs; edits to it have no effect",
-            f"pip install -e {Path.cwd()}   (if you meant to use it)",
-        )
+        detail = "the nnU-Net in this working directory is not the one that runs; edits to it have no effect"
+        yield Finding(WARN, "nnunetv2", detail, f"pip install -e {Path.cwd()}   (if you meant to use it)")
 
 
 def nnunet_folder() -> Path | None:
@@ -96,7 +89,7 @@ def _requirement(requirement: Requirement, elsewhere: list[str], method: str) ->
         yield Finding(WARN, name, f"{' and '.join([name, *rivals])} overwrite each other's files", remedy)
     elif not requirement.specifier.contains(version, prereleases=True):
         yield Finding(WARN, name, f"{version} is installed; {method} needs {requirement.specifier}", remedy)
-    elif error := _import_error(name):
+    elif error := child_error("".join(f"import {module}\n" for module in sorted(_modules(name)))):
         remedy = install.replace("install", "install --force-reinstall", 1)
         yield Finding(WARN, name, f"{version} is installed and cannot be imported: {error}; {method} needs it", remedy)
     else:
@@ -115,15 +108,13 @@ def _modules(name: str) -> set[str]:
     return {f.parts[0] for f in distribution(name).files or () if len(f.parts) == 2 and f.name == "__init__.py"}
 
 
-def _import_error(name: str) -> str:
-    """Why its packages do not load, empty if they do; in its own process, as a clash of OpenMP libraries ends it."""
-    code = "".join(f"import {module}\n" for module in sorted(_modules(name)))
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    if not child.returncode:
+def child_error(code: str, *arguments: str) -> str:
+    """The last line that a new Python says when it runs ``code``; empty if all goes well.
+
+    In a process of its own: what is imported may do anything, and a clash of OpenMP libraries ends it.
+    """
+    command = [sys.executable, "-c", f"{code}\nprint('done')", *arguments]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if child.stdout.rstrip().endswith("done"):
         return ""
     return (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
-
-
-def _is_editable(name: str) -> bool:
-    text = distribution(name).read_text("direct_url.json")
-    return text is not None and bool(json.loads(text).get("dir_info", {}).get("editable", False))

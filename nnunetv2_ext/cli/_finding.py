@@ -1,12 +1,11 @@
 """One line of what ``nnUNetv2_ext doctor`` found."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """``status`` is OK, WARN (works, not as well as it could) or FAIL (a command will fail).
 
     ``remedy`` is what to type or change; empty if nothing is wrong.

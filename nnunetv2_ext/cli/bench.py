@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_ext.bench.candidates import parse_candidates
 
@@ -21,44 +22,28 @@ Exit status: 0, or 1 if a trainer failed (the others are still reported).
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of a preprocessed dataset")
-    parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="e.g. 3d_fullres")
-    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name (default: %(default)s)")
-    parser.add_argument("-f", default="0", metavar="FOLD", help="fold, a number or all (default: %(default)s)")
-    parser.add_argument(
-        "-tr",
-        nargs="+",
-        default=[],
-        metavar="TRAINER",
-        help="trainers beside plain nnUNetTrainer, which is always measured; TRAINER:SETTINGS for one with settings, "
-        "also several times",
-    )
-    parser.add_argument(
-        "--settings",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="TRAINER=SETTINGS",
-        help="nnUNet_ext_settings of one trainer: key=value pairs or a YAML file",
-    )
-    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda if there is a GPU, else cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each trainer (default: %(default)s)")
-    parser.add_argument("--steps-per-round", type=int, default=4, help="steps in each turn (default: %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps that do not count (default: %(default)s)")
-    parser.add_argument(
-        "--batches",
-        choices=("both", "real", "synthetic"),
-        default="both",
-        help="one batch of the dataset, or noise and random labels of the same shape (default: %(default)s)",
-    )
-    parser.add_argument("--threads", type=int, help="torch's CPU threads; 1 gives the steadiest CPU times")
-    parser.add_argument(
-        "--no-resident",
-        action="store_true",
-        help="on the CPU, do not start a process per trainer for its resident size",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart (PNG)")
+
+    def add(option: str, text: str, **how: Any) -> None:
+        parser.add_argument(option, help=text, **how)
+
+    add("-d", "id or name of a preprocessed dataset", required=True, metavar="DATASET")
+    add("-c", "e.g. 3d_fullres", required=True, metavar="CONFIGURATION")
+    add("-p", "plans name (default: %(default)s)", default="nnUNetPlans", metavar="PLANS")
+    add("-f", "fold, a number or all (default: %(default)s)", default="0", metavar="FOLD")
+    add("-tr", "trainers beside plain nnUNetTrainer, which is always measured; TRAINER:SETTINGS for one with settings, "
+        "also several times", nargs="+", default=[], metavar="TRAINER")  # fmt: skip
+    add("--settings", "nnUNet_ext_settings of one trainer: key=value pairs or a YAML file", nargs="+", action="extend",
+        default=[], metavar="TRAINER=SETTINGS")  # fmt: skip
+    add("-device", "default: cuda if there is a GPU, else cpu", choices=("cpu", "cuda", "mps"))
+    add("--rounds", "turns of each trainer (default: %(default)s)", type=int, default=5)
+    add("--steps-per-round", "steps in each turn (default: %(default)s)", type=int, default=4)
+    add("--warm-up", "steps that do not count (default: %(default)s)", type=int, default=2)
+    add("--batches", "one batch of the dataset, or noise and random labels of the same shape (default: %(default)s)",
+        choices=("both", "real", "synthetic"), default="both")  # fmt: skip
+    add("--threads", "torch's CPU threads; 1 gives the steadiest CPU times", type=int)
+    add("--no-resident", "on the CPU, do not start a process per trainer for its resident size", action="store_true")
+    add("--json", "write everything that was measured", type=Path, metavar="FILE")
+    add("--plot", "write a bar chart (PNG)", type=Path, metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,28 +57,20 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be 1 or more, but it is {args.threads}")
 
-    from nnunetv2_ext.bench import plan
+    import torch
+
     from nnunetv2_ext.bench.chart import draw
     from nnunetv2_ext.bench.report import as_text
     from nnunetv2_ext.bench.session import Options, Session
+    from nnunetv2_ext.bench.subject import BATCHES, Target
     from nnunetv2_ext.core.files import atomic_write_text
     from nnunetv2_ext.data.find import PREPROCESSED, find_dataset
 
-    target = plan.Target(
-        dataset=find_dataset(args.d, PREPROCESSED).name,
-        configuration=args.c,
-        plans_name=args.p,
-        fold=int(args.f) if args.f != "all" else "all",
-        device=args.device or plan.default_device(),
-        threads=args.threads,
-    )
-    options = Options(
-        rounds=args.rounds,
-        steps_per_round=args.steps_per_round,
-        warm_up=args.warm_up,
-        batches=("real", "synthetic") if args.batches == "both" else (args.batches,),
-        resident=not args.no_resident,
-    )
+    fold = int(args.f) if args.f != "all" else "all"
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = Target(find_dataset(args.d, PREPROCESSED).name, args.c, args.p, fold, device, args.threads)
+    kinds = BATCHES if args.batches == "both" else (args.batches,)
+    options = Options(args.rounds, args.steps_per_round, args.warm_up, kinds, not args.no_resident)
     report = Session(target, candidates, options).run()
     print(as_text(report))
     if args.json is not None:

@@ -16,24 +16,17 @@ from nnunetv2_ext import __version__
 from nnunetv2_ext.core.outside import Command, methods
 
 # in the order of the overview
-HOUSE: dict[str, Command] = {
-    "doctor": Command("nnunetv2_ext.cli.doctor", "check this installation and say how to fix what is wrong"),
-    "settings": Command("nnunetv2_ext.cli.settings", "list every setting of a trainer: type, default, meaning"),
-    "export": Command("nnunetv2_ext.cli.export", "write a model folder that plain nnU-Net can predict with"),
-    "bench": Command(
-        "nnunetv2_ext.cli.bench", "measure what trainers cost against plain nnUNetTrainer: step, prediction, memory"
-    ),
-    "evaluate": Command(
-        "nnunetv2_ext.cli.evaluate", "score predictions: Dice, HD95 and NSD in mm, per structure and case"
-    ),
-    "compare": Command(
-        "nnunetv2_ext.cli.compare",
-        "compare finished trainings: paired differences with intervals, plots, worst cases",
-    ),
-    "fix-fingerprint": Command(
-        "nnunetv2_ext.cli.fix_fingerprint",
-        "take CT intensities from annotated voxels only, in a dataset with an ignore label",
-    ),
+HOUSE = {
+    name: Command(f"nnunetv2_ext.cli.{name.replace('-', '_')}", summary)
+    for name, summary in {
+        "doctor": "check this installation and say how to fix what is wrong",
+        "settings": "list every setting of a trainer: type, default, meaning",
+        "export": "write a model folder that plain nnU-Net can predict with",
+        "bench": "measure what trainers cost against plain nnUNetTrainer: step, prediction, memory",
+        "evaluate": "score predictions: Dice, HD95 and NSD in mm, per structure and case",
+        "compare": "compare finished trainings: paired differences with intervals, plots, worst cases",
+        "fix-fingerprint": "take CT intensities from annotated voxels only, in a dataset with an ignore label",
+    }.items()
 }
 
 
@@ -44,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     the overview is printed.
     """
     typed, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    groups = _groups()
+    of_methods = {f"{m.name}: {m.summary}": m.commands for m in methods().values() if m.commands}
+    groups: dict[str, Mapping[str, Command]] = {"every trainer": HOUSE, **of_methods}
     if typed in ("-h", "--help"):
         print(_overview(groups))
         return 0
@@ -77,12 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # OSError: a full disk, a missing right
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-
-
-def _groups() -> dict[str, Mapping[str, Command]]:
-    """Commands by name, grouped as the overview shows them."""
-    of_methods = {f"{m.name}: {m.summary}": m.commands for m in methods().values() if m.commands}
-    return {"every trainer": HOUSE, **of_methods}
 
 
 def _overview(groups: Mapping[str, Mapping[str, Command]]) -> str:

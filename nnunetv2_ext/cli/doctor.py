@@ -2,14 +2,15 @@
 
 import argparse
 import json
-import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 
 from nnunetv2_ext import __version__
-from nnunetv2_ext.cli import _check_discovery, _check_machine, _check_settings, _check_software
+from nnunetv2_ext.cli import _check_discovery as discovery
+from nnunetv2_ext.cli import _check_machine as machine
+from nnunetv2_ext.cli import _check_settings as settings
+from nnunetv2_ext.cli import _check_software as software
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 
 Check = Callable[[], Iterable[Finding]]
@@ -18,16 +19,11 @@ EPILOG = "Exit status: 0 if nothing is marked FAIL, else 1."
 SUBJECT_WIDTH = 28  # of the column with what was checked; the longest trainer names fit
 
 SECTIONS: dict[str, tuple[Check, ...]] = {
-    "Software": (_check_software.python, _check_software.nnunet, _check_software.torch, _check_software.requirements),
-    "Trainers": (
-        _check_discovery.startup,
-        _check_discovery.folders,
-        _check_discovery.trainers,
-        _check_discovery.stale_copies,
-    ),
-    "Machine": (_check_machine.devices, _check_machine.memory, _check_machine.shared_memory, _check_machine.workers),
-    "Folders": (_check_machine.nnunet_folders,),
-    "Settings": (_check_settings.environment,),
+    "Software": (software.python, software.nnunet, software.torch, software.requirements),
+    "Trainers": (discovery.startup, discovery.folders, discovery.trainers, discovery.stale_copies),
+    "Machine": (machine.devices, machine.memory, machine.shared_memory, machine.workers),
+    "Folders": (machine.nnunet_folders,),
+    "Settings": (settings.environment,),
 }
 
 
@@ -45,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         say(title)
         for check in checks:
             for finding in findings_of(check):
-                found.append({"section": title, **asdict(finding)})
+                found.append({"section": title, **finding._asdict()})
                 say(render(finding))
         say()
     counts = Counter(finding["status"] for finding in found)
@@ -68,7 +64,5 @@ def findings_of(check: Check) -> list[Finding]:
 
 def render(finding: Finding) -> str:
     """The finding as text: status, subject and detail in columns, the remedy on its own line."""
-    text = f"  {finding.status:<4}  {finding.subject:<{SUBJECT_WIDTH}}  {finding.detail}"
-    if finding.remedy:
-        text += "\n" + textwrap.indent(finding.remedy, " " * (10 + SUBJECT_WIDTH) + "-> ", lambda line: True)
-    return text
+    remedy = "".join(f"\n{' ' * (10 + SUBJECT_WIDTH)}-> {line}" for line in finding.remedy.splitlines())
+    return f"  {finding.status:<4}  {finding.subject:<{SUBJECT_WIDTH}}  {finding.detail}{remedy}"

@@ -5,43 +5,33 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_ext.core.outside import methods
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("model_folder", type=Path, help="nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION")
-    parser.add_argument(
-        "output",
-        type=Path,
-        help="folder to write; must not exist. nnU-Net finds a model by -d and -tr if it is named "
-        "nnUNetTrainer__PLANS__CONFIGURATION",
-    )
-    parser.add_argument("--weights", default="student", help=_escaped(_weights_help()))
-    parser.add_argument(
-        "--best",
-        action="store_true",
-        help="also export checkpoint_best.pth of each fold; it was chosen by the trained network's pseudo Dice",
-    )
-    parser.set_defaults(edits=[])
-    edits = {name: edit for method in methods().values() for name, edit in method.export_edits.items()}
-    for name, edit in edits.items():
-        explained = _escaped(edit.description)
-        parser.add_argument(f"--{name}", dest="edits", action="append_const", const=name, help=explained)
 
+    def add(name: str, text: str, **how: Any) -> None:
+        parser.add_argument(name, help=text.replace("%", "%%"), **how)
 
-def _weights_help() -> str:
-    """``student (...), teacher (...), net1 or net2 (...)``: what one phrase explains stands together."""
+    add("model_folder", "nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION", type=Path)
+    add("output", "folder to write; must not exist. nnU-Net finds a model by -d and -tr if it is named "
+        "nnUNetTrainer__PLANS__CONFIGURATION", type=Path)  # fmt: skip
+    # what one phrase explains stands together: student (...), teacher (...), net1 or net2 (...)
     phrases = {"the trained network, default": ["student"]}
     for method in methods().values():
         for name, phrase in method.weights.items():
             phrases.setdefault(phrase, []).append(name)
-    return ", ".join(f"{' or '.join(names)} ({phrase})" for phrase, names in phrases.items())
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%%")
+    weights = ", ".join(f"{' or '.join(names)} ({phrase})" for phrase, names in phrases.items())
+    add("--weights", weights, default="student")
+    add("--best", "also export checkpoint_best.pth of each fold; it was chosen by the trained network's pseudo Dice",
+        action="store_true")  # fmt: skip
+    parser.set_defaults(edits=[])
+    for method in methods().values():
+        for name, edit in method.export_edits.items():
+            add(f"--{name}", edit.description, dest="edits", action="append_const", const=name)
 
 
 def run(args: argparse.Namespace) -> int:

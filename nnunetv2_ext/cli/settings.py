@@ -15,9 +15,8 @@ from nnunetv2_ext.core.outside import load_trainer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "trainer", nargs="?", help="trainer class, e.g. nnUNetTrainerExt; default: the keys of all trainers only"
-    )
+    what = "trainer class, e.g. nnUNetTrainerExt; default: the keys of all trainers only"
+    parser.add_argument("trainer", nargs="?", help=what)
     parser.add_argument("--json", action="store_true", help="print the keys as JSON")
 
 
@@ -90,14 +89,9 @@ def as_text(title: str, keys: dict[str, dict[str, Any]], presets: dict[str, dict
 
 def type_name(field: Any) -> str:
     """A short name of a pydantic field's type with its bounds, e.g. ``float, >= 0, <= 1``."""
-    text = " | ".join(dict.fromkeys(_type_names(field.annotation)))
-    bounds = [
-        f"{sign} {getattr(m, name)}"
-        for m in field.metadata
-        for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
-        if hasattr(m, name)
-    ]
-    return ", ".join([text, *bounds])
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in signs.items() if hasattr(m, name)]
+    return ", ".join([" | ".join(dict.fromkeys(_type_names(field.annotation))), *bounds])
 
 
 def _type_names(annotation: Any) -> list[str]:

@@ -5,7 +5,7 @@ Uses matplotlib's Figure objects and never pyplot: no window, no global state, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,13 @@ def label_colours(classes: Mapping[int, str]) -> dict[int, tuple[float, float, f
     return colours
 
 
-def take_slice(volume: Array, axis: int, index: int) -> Array:
+def take_slice(volume: Array, axis: int | None, index: int | None) -> Array:
     """Cut (X, Y, Z) at `index` of `axis`: 2-D (rows, columns), the later of the two remaining axes as rows.
 
-    Drawn by `draw_slice` with the origin at the lower left, so array axes grow to the right and upwards.
+    Drawn by `draw_slice` with the origin at the lower left, so array axes grow to the right and upwards. A 2-D image
+    has no axis to cut (None) and is turned alike.
     """
-    return np.take(volume, index, axis=axis).T
+    return volume.T if axis is None or index is None else np.take(volume, index, axis=axis).T
 
 
 def fullest_slice(label: Array, axis: int) -> int:
@@ -112,7 +113,18 @@ def draw_slice(
         axes.set_title(title, fontsize=9)
 
 
-def add_legend(figure: Figure, classes: Mapping[int, str]) -> Legend:
-    """Write one legend below the whole figure: a patch and the name of each class but the background."""
-    handles = [Patch(color=colour, label=classes[value]) for value, colour in label_colours(classes).items()]
-    return figure.legend(handles=handles, loc="outside lower center", ncols=min(6, max(1, len(handles))), frameon=False)
+def add_legend(
+    figure: Figure, classes: Mapping[int, str], present: Iterable[int] | None = None, further: Sequence[Patch] = ()
+) -> Legend:
+    """Write one legend below the whole figure: a patch and the name of each class but the background.
+
+    Args:
+        figure: Where to write.
+        classes: Label value -> name; it fixes the colours.
+        present: Values that are named; None: all of `classes`.
+        further: Written behind the classes.
+    """
+    shown = set(classes if present is None else present)
+    colours = {value: colour for value, colour in label_colours(classes).items() if value in shown}
+    handles = [*(Patch(color=colour, label=classes[value]) for value, colour in colours.items()), *further]
+    return figure.legend(handles=handles, loc="outside lower center", ncols=min(7, max(1, len(handles))), frameon=False)

@@ -33,8 +33,11 @@ class MethodHooks:
     default_settings: ClassVar[dict[str, Any]] = {}
     needs_foreground: ClassVar[bool] = True
 
-    # what the hooks find on the trainer
-    network: nn.Module
+    # what the hooks find on the trainer, besides nnU-Net's attributes
+    settings: Any  # common keys, and a block per method
+    generator: torch.Generator  # the methods' own random stream, on the device
+    global_step: int  # optimiser steps done, over all epochs
+    network: nn.Module  # maybe wrapped, see core.checkpoint.unwrap
     loss: nn.Module
     logger: Any  # nnU-Net's
     dataset_class: Any
@@ -46,7 +49,8 @@ class MethodHooks:
     def build_training_modules(self) -> dict[str, nn.Module]:
         """Modules that are trained beside the network and not needed to predict (heads, second networks), by name.
 
-        Called once, when ``self.network`` exists. The modules end in ``self.training_modules``: on the device, in the
+        Called once, when ``self.network`` exists; torch's random state is put back after it.
+        The modules end in ``self.training_modules``: on the device, in the
         optimiser and its zeroing, in the gradient clipping, averaged over DDP's ranks, compiled in place where nnU-Net
         compiles, switched between train and eval mode, saved and taken up again by ``--c``. They are never part of
         ``network_weights``, so prediction and export do not see them.
@@ -64,6 +68,8 @@ class MethodHooks:
             nnunet_arguments: those nnU-Net gives to its ``nnUNetDataLoader``, by name, transforms included.
 
         Further keys of a batch reach ``loss_passes`` in ``Batch.extras``. The loader is pickled to worker processes.
+        A loader of another class replaces what ``super()`` returns, so only one of two combined methods can bring one;
+        a stream beside it (data/unlabelled.py) wraps what ``super()`` returns.
         """
         return nnUNetDataLoader(dataset, **nnunet_arguments)
 
@@ -115,19 +121,28 @@ class MethodHooks:
         return self.logger.get_value("mean_fg_dice", step=-1)
 
     def epoch_figures(self) -> dict[str, float]:
-        """Figures of the finished epoch for the log, named ``method/figure``. Called with the training part done."""
+        """Figures of the finished epoch for the log, named ``method/figure``; on every rank, the first one's are kept.
+
+        Called with the training part done. A figure that fails is warned of and never ends a training.
+        """
         return {}
 
     def draw_panel(self, path: Path) -> None:
-        """Draw what the method does with ``last_batch`` to ``path`` (PNG). Global random state is put back after it."""
+        """Draw what the method does with ``last_batch`` to ``path`` (PNG), on the first rank only.
+
+        All random states are put back after it. A picture that fails is warned of and never ends a training.
+        """
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
     def method_state(self) -> dict[str, Any]:
-        """What the method needs to continue, by method name; tensors and plain values."""
+        """What the method needs to continue, by method name; tensors and plain values. The first rank's is saved."""
         return {}
 
     def load_method_state(self, states: dict[str, Any]) -> None:
-        """Counterpart of ``method_state``; the own name may be missing (plain nnU-Net's checkpoint)."""
+        """Counterpart of ``method_state``; the own name may be missing (plain nnU-Net's checkpoint).
+
+        Called after ``initialize`` and before ``on_train_start``, and only if a checkpoint is loaded.
+        """
 
     @classmethod
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:

@@ -215,6 +215,7 @@ def is_marked(field: FieldInfo, mark: str) -> bool:
 def without_local_paths(block: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     """A plans' block, nested or dotted, without the keys of ``model`` that are marked LOCAL_PATH."""
     local = {key for key, field in fields_by_key(model).items() if is_marked(field, "local_path")}
+    local |= {old for old, new in renamed_keys(model).items() if new in local}
     kept: dict[str, Any] = {}
     for key, value in block.items():
         if isinstance(value, Mapping):

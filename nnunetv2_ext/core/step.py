@@ -59,6 +59,16 @@ class Batch:
             )
         return self.extras[name]
 
+    def stream(self, name: str = "unlabelled") -> Batch:
+        """Another stream among ``extras`` as a batch of its own, without target.
+
+        Raises:
+            ValueError: the loader did not put it there.
+        """
+        other = dict(self.extra(name))
+        data, keys = other.pop("data"), tuple(str(key) for key in other.pop("keys"))
+        return Batch(data, [], keys, other, self.owner)
+
     @property
     def top_target(self) -> Tensor:
         """The target at the resolution of the data, ``(B, 1 or regions, *S)``."""
@@ -90,6 +100,14 @@ def _rows(value: Any, rows: list[int]) -> Any:
     if isinstance(value, Mapping):
         return value
     return type(value)(value[i] for i in rows) if isinstance(value, (list, tuple)) else value[rows]
+
+
+def top_resolution(output: Any) -> Tensor:
+    """The logits ``(B, heads, *S)`` of what a network returned, with deep supervision those of the highest resolution.
+
+    Only a list is a list of resolutions; indexing a tensor would pick the first sample of the batch.
+    """
+    return output[0] if isinstance(output, (list, tuple)) else output
 
 
 class Term(NamedTuple):

@@ -42,7 +42,8 @@ class ExtTrainer(LoopTrainer):
     @cached_property
     def training_modules(self) -> dict[str, nn.Module]:  # type: ignore[override]
         """What ``build_training_modules`` returned, ready to train; built when the optimiser asks for it."""
-        modules = self.build_training_modules()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            modules = self.build_training_modules()
         require_own_parameters(modules, self.network, type(self).__name__)
         for name, module in modules.items():
             module = module.to(self.device)
@@ -50,6 +51,11 @@ class ExtTrainer(LoopTrainer):
             if self._do_i_compile():
                 modules[name].compile()  # in place: the names of its weights stay
         return modules
+
+    @property
+    def total_steps(self) -> int:
+        """T, the optimiser steps of the whole training."""
+        return self.num_epochs * self.num_iterations_per_epoch
 
     def configure_optimizers(self, *args: Any, **kwargs: Any) -> tuple[torch.optim.Optimizer, Any]:
         """nnU-Net's, or the base trainer's, with the training modules in a group of their own."""

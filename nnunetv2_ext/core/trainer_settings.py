@@ -140,11 +140,11 @@ class SettingsTrainer(MethodHooks, nnUNetTrainer):
         seed = self.settings.seed
         if seed is not None:
             randomness.seed_everything(seed + self.local_rank)
-        super().initialize()
-        self.generator = torch.Generator(self.device)
+        self.generator = torch.Generator(self.device)  # before nnU-Net's, which builds what may draw from it
         self.generator.manual_seed(
             ((torch.initial_seed() if seed is None else seed) + 7919 * (self.local_rank + 1)) % 2**63
         )
+        super().initialize()
 
     def on_train_start(self) -> None:
         """Check the other folds, print the settings, nnU-Net's own start, write the settings beside the checkpoints."""

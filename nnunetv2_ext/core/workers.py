@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
+import psutil
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -43,8 +45,10 @@ class EndsWithParent:
             self.loader.set_thread_id(thread_id)
 
     def _watch(self) -> None:
-        while os.getppid() == self._parent:
-            time.sleep(SECONDS)
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self._parent)  # not os.getppid(), which is another process under forkserver
+            while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(SECONDS)
         os._exit(1)  # the queue's lock may be held by the process that was killed: nothing can be handed over any more
 
 

@@ -8,13 +8,13 @@ ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunetv2_ext.jras.search import EXACT, Guides, Searcher, require_main_process, select_from_all, select_nearest
+from nnunetv2_ext.jras.search import require_main_process, select
 
 OUTSIDE = 255  # stored label of cells that are ignored or lie outside the image; belongs to no mask channel
 HALF_LIMIT = 6e4  # largest magnitude stored unscaled; fp16 ends at 65504
@@ -29,6 +29,24 @@ STORED_DTYPES = {
 PER_GUIDE = ("images", "labels", "keys", "groups")  # buffers with one row per guide
 
 
+class Guides(NamedTuple):
+    """What a query gets: K guides per sample; invalid slots hold id 0 and zeros.
+
+    Attributes:
+        ids: ``(B, K)`` int64, rows of the bank, never negative.
+        valid: ``(B, K)`` bool; the valid ones come first, nearest first.
+        images: ``(B, K, C, *L)`` fp32, in the network's intensities.
+        masks: ``(B, K, M, *L)`` fp32, 0 or 1 per mask channel.
+        keys: ``(B, K, D)`` fp32, the stored ones.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    images: Tensor
+    masks: Tensor
+    keys: Tensor
+
+
 class GuideBank(nn.Module):
     """Stores the guides and finds those of a query.
 
@@ -37,22 +55,12 @@ class GuideBank(nn.Module):
         num_heads: M, channels of a guide's mask: the segmentation heads, classes or regions.
         low_shape: L, cells per axis of a stored patch.
         key_dim: D.
-        index: faiss ``index_factory`` string; ``Flat`` is exact.
-        nprobe: see ``Searcher``.
-        ef_search: see ``Searcher``.
         dedup_cosine: guides whose inner product with the query exceeds this are not returned: a partial guard for
-            predicting training cases. The search is then exact, whatever ``index`` says. None: off.
+            predicting training cases. None: off.
 
     Attributes:
         is_empty: a plain bool that compiled code may branch on; reading a buffer's shape there would cost one
             compilation per bank size.
-        version: rises with every change of the content; caches by guide id are valid for one version.
-
-    Example:
-        >>> bank = GuideBank(image_channels=1, num_heads=3, low_shape=(8, 8, 8))
-        >>> bank.fill(images, labels, groups, lut)              # (N, 1, 8, 8, 8), (N, 8, 8, 8), (N,), (256, 3)
-        >>> bank.set_keys(embed(images))                        # (N, 128), L2-normalised
-        >>> guides = bank.lookup(queries, num_guides=4, groups=groups_of_the_batch)
     """
 
     images: Tensor
@@ -68,20 +76,13 @@ class GuideBank(nn.Module):
         num_heads: int,
         low_shape: Sequence[int],
         key_dim: int = 128,
-        index: str = EXACT,
-        nprobe: int | None = None,
-        ef_search: int | None = None,
         dedup_cosine: float | None = None,
     ) -> None:
         super().__init__()
-        self.image_channels, self.num_heads, self.key_dim = image_channels, num_heads, key_dim
         self.low_shape = tuple(int(n) for n in low_shape)
-        self.index, self.nprobe, self.ef_search, self.dedup_cosine = index, nprobe, ef_search, dedup_cosine
-        self.version = 0
+        self.key_dim, self.dedup_cosine = key_dim, dedup_cosine
         self.is_empty = True
-        self._searcher: Searcher | None = None
-        self._indexed: list[tuple[Tensor, int | None]] | None = None  # what _searcher was built from
-        self._largest_group = 0
+        self._counted: tuple[Tensor, int | None, int] | None = None  # groups, their version, size of the largest
         self.register_buffer("images", torch.zeros((0, image_channels, *self.low_shape), dtype=torch.float16))
         self.register_buffer("scale", torch.ones(image_channels))
         self.register_buffer("labels", torch.zeros((0, *self.low_shape), dtype=torch.uint8))
@@ -101,24 +102,8 @@ class GuideBank(nn.Module):
             labels: ``(N, *L)`` uint8, 255 = ignored or outside the image.
             groups: ``(N,)`` int64, see ``group_ids``.
             lut: ``(256, M)``, label value to mask channels, see ``mask_lut``.
-
-        Raises:
-            ValueError: shapes that do not fit this bank, or images that are not finite.
         """
-        shape = (len(groups), self.image_channels, *self.low_shape)
-        for name, got, wanted in (
-            ("images", images.shape, shape),
-            ("labels", labels.shape, (shape[0], *self.low_shape)),
-            ("lut", lut.shape, tuple(self.lut.shape)),
-        ):
-            if tuple(got) != wanted:
-                raise ValueError(f"the guide bank takes {name} of shape {wanted}, not {tuple(got)}")
-        largest = images.abs().amax(dim=(0, *range(2, images.ndim))).float() if len(images) else torch.zeros(shape[1])
-        if not torch.isfinite(largest).all():
-            raise ValueError(
-                f"channel {int((~torch.isfinite(largest)).nonzero()[0])} of the guide images holds values that are not "
-                "finite: check the preprocessed training cases"
-            )
+        largest = images.abs().amax(dim=(0, *range(2, images.ndim))).float()
         with torch.inference_mode(False), torch.no_grad():
             device = self.keys.device
             scale = torch.where(largest > HALF_LIMIT, largest / HALF_LIMIT, 1.0).to(device)
@@ -128,21 +113,15 @@ class GuideBank(nn.Module):
             self.labels = labels.to(device, torch.uint8, copy=True)
             self.groups = groups.to(device, torch.int64, copy=True)
             self.lut = lut.to(device, torch.uint8, copy=True)
-            self.keys = torch.zeros((shape[0], self.key_dim), device=device)
+            self.keys = torch.zeros((len(groups), self.key_dim), device=device)
         self._changed()
 
     def set_keys(self, keys: Tensor, cases: Sequence[str] | None = None) -> None:
-        """Store the guides' embeddings.
-
-        Args:
-            keys: ``(N, D)``, L2-normalised.
-            cases: case id of every guide, for the message.
+        """Store the guides' embeddings `(N, D)`, L2-normalised; `cases` are the guides' case ids, for the message.
 
         Raises:
-            ValueError: another shape, or an embedding that is not finite (the message names its case).
+            ValueError: an embedding that is not finite (the message names its case).
         """
-        if tuple(keys.shape) != (len(self), self.key_dim):
-            raise ValueError(f"the guide bank takes keys of shape {(len(self), self.key_dim)}, not {tuple(keys.shape)}")
         finite = torch.isfinite(keys).all(dim=1)
         if not finite.all():
             rows = (~finite).nonzero().flatten().tolist()
@@ -153,15 +132,6 @@ class GuideBank(nn.Module):
             )
         with torch.inference_mode(False), torch.no_grad():
             self.keys = keys.detach().to(self.keys.device, torch.float32, copy=True)
-        self._changed()
-
-    def clear(self) -> None:
-        """Empty the bank; the network is then the plain one."""
-        with torch.inference_mode(False), torch.no_grad():
-            for name in PER_GUIDE:
-                setattr(self, name, getattr(self, name)[:0].clone())
-            self.scale = torch.ones_like(self.scale)
-            self.lut = torch.zeros_like(self.lut)
         self._changed()
 
     def stored_images(self, ids: Tensor) -> Tensor:
@@ -189,9 +159,9 @@ class GuideBank(nn.Module):
     ) -> Guides:
         """The guides of each query, without gradient. Never compiled: then neither N nor the groups enter a graph.
 
-        With an exact index these are exactly the nearest guides of other groups: K + g are searched, g the size of the
-        largest group, and the query's own group is dropped. A query that is not finite gets valid guides of any kind,
-        so that its NaN reaches the loss instead of vanishing in the null guide.
+        These are exactly the nearest guides of other groups: K + g are searched, g the size of the largest group, and
+        the query's own group is dropped. A query that is not finite gets valid guides of any kind, so that its NaN
+        reaches the loss instead of vanishing in the null guide.
 
         Args:
             queries: ``(B, D)``, L2-normalised.
@@ -202,78 +172,35 @@ class GuideBank(nn.Module):
             generator: of the random draw.
 
         Raises:
-            ValueError: K < 1, shapes that do not fit, or a process forked from the one that filled the bank.
+            ValueError: the bank is empty, or the process was forked from the one that filled it.
         """
-        if num_guides < 1:
-            raise ValueError(
-                f"jras.num_guides={num_guides}: at least one guide is needed; jras.retriever=none trains without"
-            )
-        if queries.ndim != 2 or queries.shape[1] != self.key_dim:
-            raise ValueError(f"queries must have the shape (B, {self.key_dim}), not {tuple(queries.shape)}")
-        if groups is not None and groups.shape != queries.shape[:1]:
-            raise ValueError(f"{len(queries)} queries need as many groups, not {tuple(groups.shape)}")
+        if self.is_empty:
+            raise ValueError("guides were asked of an empty guide bank; fill it first")
         require_main_process()
-        queries = queries.float()
+        queries, k = queries.float(), min(num_guides, len(self))
         groups = None if groups is None else groups.to(queries.device)
-        ids, valid = self._select(queries, min(num_guides, len(self)), groups, random, generator)
-        missing = num_guides - ids.shape[1]
-        ids, valid = F.pad(ids, (0, missing)), F.pad(valid, (0, missing))
-        return self._gather(ids, valid)
-
-    def recall(self, queries: Tensor, k: int) -> float:
-        """Share of the k true nearest guides of queries ``(B, D)`` the index finds, 0..1; 1 if the bank is empty."""
-        return 1.0 if not len(self) else self._current_searcher().recall(queries.detach().float(), k)
-
-    @property
-    def backend(self) -> str:
-        """What searches: ``faiss-gpu``, ``faiss-cpu`` or ``torch``; ``none`` while the bank is empty."""
-        return self._current_searcher().backend if len(self) else "none"
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the content in bytes, as it grows a checkpoint."""
-        return sum(getattr(self, name).nbytes for name in STORED_DTYPES)
-
-    def _select(
-        self, queries: Tensor, k: int, groups: Tensor | None, random: bool, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        """Ids and validity, both ``(B, k)``; k <= N."""
-        if k == 0:
-            empty = torch.zeros((len(queries), 0), dtype=torch.int64, device=queries.device)
-            return empty, empty.bool()
-        if random or self.dedup_cosine is not None:
-            return select_from_all(queries, self.keys, k, self.groups, groups, self.dedup_cosine, random, generator)
-        return select_nearest(self._current_searcher(), queries, k, self.groups, groups, self._largest_group)
-
-    def _gather(self, ids: Tensor, valid: Tensor) -> Guides:
-        if not len(self):
-            rows = ((self.image_channels, *self.low_shape), (self.num_heads, *self.low_shape), (self.key_dim,))
-            return Guides(ids, valid, *(torch.zeros((*ids.shape, *row), device=ids.device) for row in rows))
+        largest = 0 if groups is None else self._largest_group()
+        dedup = self.dedup_cosine
+        chosen = select(queries, self.keys, k, self.groups, groups, largest, dedup, random, generator)
+        ids, valid = (F.pad(part, (0, num_guides - k)) for part in chosen)
 
         def blank(rows: Tensor) -> Tensor:
             return rows.masked_fill(~valid.view(*valid.shape, *[1] * (rows.ndim - 2)), 0.0)
 
         return Guides(ids, valid, blank(self.stored_images(ids)), blank(self.masks(ids)), blank(self.keys[ids]))
 
-    def _current_searcher(self) -> Searcher:
-        """The index over today's keys; it follows any writing to the buffers (a broadcast, a moving average)."""
-        # the tensors themselves are kept: an id could be reused. Inference tensors count no versions
-        state = [(t, None if t.is_inference() else t._version) for t in (self.keys, self.groups)]
-        known = self._indexed
-        if known is None or any(t is not old or v != seen for (t, v), (old, seen) in zip(state, known)):
-            with torch.inference_mode(False):
-                self._searcher = Searcher(self.keys, self.index, self.nprobe, self.ef_search)
-                self._largest_group = int(torch.unique(self.groups, return_counts=True)[1].max())
-            self._indexed = state
-        assert self._searcher is not None
-        return self._searcher
+    def _largest_group(self) -> int:
+        """Guides of the largest group, counted once; it follows any writing to the buffer (a broadcast, a copy)."""
+        # the tensor itself is kept: an id could be reused. Inference tensors count no versions
+        groups, version = self.groups, None if self.groups.is_inference() else self.groups._version
+        if self._counted is None or self._counted[0] is not groups or self._counted[1] != version:
+            self._counted = groups, version, int(torch.unique(groups, return_counts=True)[1].max())
+        return self._counted[2]
 
     def _changed(self) -> None:
-        self.version += 1
         self.is_empty = len(self) == 0
         if not self.is_empty:
             require_main_process()  # from now on forked children are refused, whether this bank is searched or not
-        self._searcher = self._indexed = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take the stored sizes before the values: a bank has as many guides as the file it comes from."""
@@ -301,9 +228,4 @@ class GuideBank(nn.Module):
             buffer = getattr(self, name)
             # flat: ``network.to(memory_format=...)`` means feature maps, and fails on the labels' number of axes
             setattr(self, name, fn(buffer.flatten()).view(buffer.shape).to(dtype))
-        self._searcher = self._indexed = None
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: without the index, which is built again when it is needed."""
-        return self.__dict__ | {"_searcher": None, "_indexed": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -12,17 +13,15 @@ from torch import Tensor, distributed, nn
 
 from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.step import Batch
-from nnunetv2_ext.core.stock import stock_shapes
+from nnunetv2_ext.core.stock import stock_network, stock_shapes
 from nnunetv2_ext.core.trainer_settings import method_settings_in
-from nnunetv2_ext.data.subjects import pairs_suggested, recorded_subjects, subjects_by_regex
+from nnunetv2_ext.data.subjects import pairs_suggested, subjects_of_dataset
 from nnunetv2_ext.jras.bank import OUTSIDE
-from nnunetv2_ext.jras.build import BankContent, draw_bank, read_patch
+from nnunetv2_ext.jras.build import BankContent, cut_patch, draw_bank, group_ids
 from nnunetv2_ext.jras.contrastive import flip
-from nnunetv2_ext.jras.groups import group_ids, new_group_key
+from nnunetv2_ext.jras.labels import mask_lut
 from nnunetv2_ext.jras.network import Exclusion, JRASNetwork, excluding
-from nnunetv2_ext.jras.search import check_index
 from nnunetv2_ext.jras.settings import JRASSettings
-from nnunetv2_ext.jras.size import checkpoint_growth
 from nnunetv2_ext.jras.strip import plain_weights
 from nnunetv2_ext.parts.trainer import MethodTrainer
 
@@ -40,7 +39,6 @@ class BankTraining(MethodTrainer):
 
     _datasets: tuple[Any, Any] | None = None  # training, validation -> get_tr_and_val_datasets
     _bank_state: dict[str, Any] | None = None  # group key, cases, coordinates, patch size and spacing of the guides
-    _recorded: dict[str, str] | None = None  # case to subject of dataset.json, once it was read
 
     @property
     def jras(self) -> JRASSettings:
@@ -70,13 +68,11 @@ class BankTraining(MethodTrainer):
         """
         settings = method_settings_in(plans_manager.plans, "jras", JRASSettings)
         channels = len(configuration_manager.normalization_schemes)
-        extra = channels + num_output_channels if settings.fusion == "concat" and settings.has_retrieval else 0
+        inputs = num_input_channels
+        if settings.has_retrieval and settings.fusion == "concat":
+            inputs += channels + num_output_channels
         backbone = super().build_network_architecture(
-            plans_manager,
-            configuration_manager,
-            num_input_channels + extra,
-            num_output_channels,
-            enable_deep_supervision,
+            plans_manager, configuration_manager, inputs, num_output_channels, enable_deep_supervision
         )
         if not settings.has_retrieval:
             return backbone
@@ -86,24 +82,6 @@ class BankTraining(MethodTrainer):
                 "stage for the encoder to read; use jras.retriever_encoder=conv"
             )
         return JRASNetwork(backbone, settings, channels, num_output_channels, configuration_manager.patch_size)
-
-    @property
-    def start_file(self) -> str | None:
-        """Also by its name of before `init_from` was common: `jras.init_from`.
-
-        Raises:
-            ValueError: both names are set, to different files.
-        """
-        common, own = super().start_file, self.jras.init_from
-        if None not in (common, own) and common != own:
-            raise ValueError(f"init_from={common} and jras.init_from={own}, its old name, differ: unset the latter")
-        return common or own
-
-    def initialize(self) -> None:
-        """nnU-Net's, after a check of what would only fail later."""
-        if self.jras.has_retrieval:
-            check_index(self.jras.index, self.jras.key_dim, self.jras.nprobe, self.jras.ef_search)
-        super().initialize()
 
     # ---- the bank ------------------------------------------------------------------------------------------------
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
@@ -135,12 +113,20 @@ class BankTraining(MethodTrainer):
         else:  # checkpoints of older versions did not know recorded subjects
             network.bank.groups = self.groups_of(self._bank_state["cases"])
         assert self._bank_state is not None
-        growth = checkpoint_growth(network, self.my_init_kwargs)
+        parameters = list(network.parameters())
+        plain = sum(p.numel() for p in stock_network(self.my_init_kwargs).parameters())
+        sizes = {  # in bytes, of fp32 and SGD with momentum
+            "modules": sum(p.nbytes for p in parameters) - 4 * plain,
+            "momentum": sum(p.nbytes for p in parameters if p.requires_grad) - 4 * plain,
+            "guides": sum(buffer.nbytes for buffer in network.bank.buffers()),
+        }
+        listed = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items())
         self.print_to_log_file(
-            f"J-RAS: {len(network.bank)} guides of {len(set(self._bank_state['cases']))} cases, index "
-            f"{self.jras.index} ({network.bank.backend}), {growth.parameters:,} further parameters. "
-            f"{growth.describe()} PRIVACY: every checkpoint and exported zip holds these image patches of training "
-            f"cases, {growth.guides / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model without them."
+            f"J-RAS: {len(network.bank)} guides of {len(set(self._bank_state['cases']))} cases, "
+            f"{sum(p.numel() for p in parameters) - plain:,} further parameters. Every checkpoint grows by "
+            f"{sum(sizes.values()) / 1e6:.1f} MB ({listed}). PRIVACY: every checkpoint and exported zip holds these "
+            f"image patches of training cases, {sizes['guides'] / 1e6:.1f} MB; `nnUNetv2_ext export` writes a model "
+            "without them."
         )
 
     def _warn_of_shared_subjects(self, cases: Sequence[str], validation: Sequence[str]) -> None:
@@ -155,8 +141,7 @@ class BankTraining(MethodTrainer):
         shared = [case for case in validation if known.get(case, case) in trained]
         if self.fold == "all" or shared:
             which = f"validation cases {', '.join(shared)} share a subject with training cases"
-            if self.fold == "all":
-                which = "fold all validates on training cases"
+            which = "fold all validates on training cases" if self.fold == "all" else which
             self.print_to_log_file(
                 f"WARNING: {which}. The predictor knows no case ids, so the final validation retrieves guides of the "
                 "very subjects it is scored on: THOSE SCORES ARE VOID. Scores during training exclude them."
@@ -169,9 +154,11 @@ class BankTraining(MethodTrainer):
         super().perform_actual_validation(save_probabilities)
 
     def _draw_bank(self, network: JRASNetwork, cases: Sequence[str]) -> None:
-        s = self.jras
+        s, axes = self.jras, self.inference_allowed_mirroring_axes or ()
         assert self._datasets is not None
-        key = self._from_first_rank(new_group_key())
+        key = [secrets.token_bytes(16)]  # stays in the training's own state, never among the weights
+        if self.is_ddp:
+            distributed.broadcast_object_list(key, 0)
         content = draw_bank(
             self._datasets[0],
             cases,
@@ -181,20 +168,19 @@ class BankTraining(MethodTrainer):
             s.fg_share,
             self.label_manager,
             seed=(self.settings.seed or 0) * 1000 + (999 if self.fold == "all" else int(self.fold)),
-            group_key=key,
             subjects=self._subjects(cases),
-            mirror_axes=(self.inference_allowed_mirroring_axes or ()) if s.mirror_guides else (),
+            mirror_axes=axes if s.mirror_guides else (),
         )
-        if content.all_background:
+        if not ((content.labels > 0) & (content.labels != OUTSIDE)).any():
             self.print_to_log_file(
                 "WARNING: no guide contains any foreground, so they can teach nothing about shape; "
                 "raise jras.fg_share or jras.bank_size."
             )
         self._describe_labels(content)
-        network.bank.fill(content.images, content.labels, content.groups, content.lut)
-        self._bank_state = {"group_key": key, "cases": content.cases, "coordinates": content.coordinates}
-        self._bank_state["mirrored"] = content.mirrored
-        self._bank_state |= self._geometry()
+        state = {"group_key": key[0], "cases": content.cases, "coordinates": content.coordinates}
+        self._bank_state = {**state, "mirrored": content.mirrored, **self._geometry()}
+        groups = self.groups_of(content.cases)
+        network.bank.fill(content.images, content.labels, groups, mask_lut(self.label_manager))
         self._refresh(network)
 
     def _describe_labels(self, content: BankContent) -> None:
@@ -213,24 +199,15 @@ class BankTraining(MethodTrainer):
             )
         self.print_to_log_file(f"{text}.")
 
-    def _from_first_rank(self, value: Any) -> Any:
-        values = [value]
-        if self.is_ddp:
-            distributed.broadcast_object_list(values, 0)
-        return values[0]
-
     def _refresh(self, network: JRASNetwork) -> None:
         """Embed all guides with today's retriever; each rank does its share."""
         N = len(network.bank)
         ranks = distributed.get_world_size() if self.is_ddp else 1
         share = -(-N // ranks)
-        first = min(N, self.local_rank * share)
+        first, last = (min(N, (self.local_rank + n) * share) for n in (0, 1))
+        whole = (self.configuration_manager.batch_size, self._read_guides) if self.jras.reads_bottleneck else ()
         with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
-            if self.jras.reads_bottleneck:
-                batch = self.configuration_manager.batch_size
-                keys = network.embed_bank(first, min(N, first + share), batch, self._read_guides)
-            else:
-                keys = network.embed_bank(first, min(N, first + share))
+            keys = network.embed_bank(first, last, *whole)
         if self.is_ddp:
             padded = keys.new_zeros((share, keys.shape[1]))
             padded[: len(keys)] = keys
@@ -244,7 +221,8 @@ class BankTraining(MethodTrainer):
         assert self._bank_state is not None and self._datasets is not None
         cases, corners = self._bank_state["cases"], self._bank_state["coordinates"]
         patch = self.configuration_manager.patch_size
-        images = [read_patch(self._datasets[0], cases[row], corners[row], patch)[0] for row in rows]
+        cases_read = (self._datasets[0].load_case(cases[row]) for row in rows)
+        images = [cut_patch(data, seg, corners[row], patch)[0] for row, (data, seg, *_) in zip(rows, cases_read)]
         patches = torch.stack(images).to(self.device, non_blocking=True)
         mirrored = self._bank_state.get("mirrored")  # checkpoints of older versions have none
         return patches if mirrored is None else flip(patches, mirrored[rows.start : rows.stop].to(patches.device))
@@ -258,13 +236,8 @@ class BankTraining(MethodTrainer):
         return groups.to(self.device, non_blocking=True)
 
     def _subjects(self, cases: Sequence[str]) -> dict[str, str] | None:
-        """By `jras.group_regex`, else by `group_regex`, else as dataset.json records them; None: nothing is known."""
-        for setting, regex in (("jras.group_regex", self.jras.group_regex), ("group_regex", self.settings.group_regex)):
-            if regex is not None:
-                return subjects_by_regex(cases, regex, setting)
-        if self._recorded is None:
-            self._recorded = recorded_subjects(self.dataset_json) or {}
-        return self._recorded or None
+        """As `group_regex` says, else as dataset.json records them; None: nothing is known."""
+        return subjects_of_dataset(self.dataset_json, cases, self.settings.group_regex)
 
     def _excluding(self, cases: Sequence[str], dropout: float = 0.0) -> AbstractContextManager[None]:
         if self._bank_state is None:
@@ -300,32 +273,24 @@ class BankTraining(MethodTrainer):
         state = states.get("jras")
         if state is None or self.retrieval_network is None:
             return
-        self._require_same_geometry(state)
+        now = self._geometry()
+        for name, value in now.items():
+            then = tuple(state.get(name, value))  # checkpoints of older versions do not say
+            if then != value:
+                was, now_is = (" x ".join(f"{n:g}" for n in numbers) for numbers in (then, value))
+                raise ValueError(
+                    f"the checkpoint's guides were drawn with {name.replace('_', ' ')} {was}, the plans now say "
+                    f"{now_is}: continue with the plans the training was started with, or start a new one without --c"
+                )
         names = ("group_key", "cases", "coordinates", "mirrored")
-        self._bank_state = {name: state[name] for name in names if name in state} | self._geometry()
+        self._bank_state = {name: state[name] for name in names if name in state} | now
 
     def _geometry(self) -> dict[str, tuple[float, ...]]:
         configuration = self.configuration_manager
-        return {
-            "patch_size": tuple(int(n) for n in configuration.patch_size),
-            "spacing": tuple(float(mm) for mm in configuration.spacing),
-        }
-
-    def _require_same_geometry(self, state: dict[str, Any]) -> None:
-        for name, now in self._geometry().items():
-            then = tuple(state.get(name, now))  # checkpoints of older versions do not say
-            if then != now:
-                raise ValueError(
-                    f"the checkpoint's guides were drawn with {name.replace('_', ' ')} {_times(then)}, the plans now "
-                    f"say {_times(now)}: continue with the plans the training was started with, or start a new one "
-                    "without --c"
-                )
+        spacing = tuple(float(mm) for mm in configuration.spacing)
+        return {"patch_size": tuple(int(n) for n in configuration.patch_size), "spacing": spacing}
 
     @classmethod
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
         """Plain nnU-Net's weights: the bank and what belongs to it are left behind."""
         return plain_weights(super().export_weights(checkpoint, weights), stock_shapes(checkpoint["init_args"]))
-
-
-def _times(numbers: Sequence[float]) -> str:
-    return " x ".join(f"{number:g}" for number in numbers)

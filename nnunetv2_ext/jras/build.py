@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
 from nnunetv2_ext.data.subjects import members_of
-from nnunetv2_ext.jras.bank import OUTSIDE
 from nnunetv2_ext.jras.contrastive import flip
-from nnunetv2_ext.jras.groups import group_ids
-from nnunetv2_ext.jras.labels import adaptive_pool, low_res_labels, mask_lut
+from nnunetv2_ext.jras.labels import adaptive_pool, low_res_labels
 
 _PADDING = -2  # marks voxels outside the image; -1 is what nnU-Net writes into empty space inside of it
 
@@ -28,25 +27,18 @@ class BankContent:
     Attributes:
         images: ``(N, C, *L)`` fp32, normalised intensities.
         labels: ``(N, *L)`` uint8, 255 = ignored or outside the image.
-        groups: ``(N,)`` int64, number of the case's subject.
-        lut: ``(256, M)`` uint8, label to mask channels.
         cases: N case ids.
         coordinates: ``(N, 3)`` int64, lowest voxel of the patch in the preprocessed case (2d: slice first); negative
             where the patch is larger than the image.
         centred: ``(N,)`` bool, drawn around a foreground voxel.
-        all_background: no stored label is foreground (fg_share 0, structures too thin for the cells, or too few
-            annotated planes): such guides say nothing about shape, and the trainer should warn.
         mirrored: ``(N, axes of L)`` bool, axes along which image and labels are mirrored.
     """
 
     images: Tensor
     labels: Tensor
-    groups: Tensor
-    lut: Tensor
     cases: tuple[str, ...]
     coordinates: np.ndarray
     centred: np.ndarray
-    all_background: bool
     mirrored: Tensor
 
 
@@ -60,6 +52,19 @@ class _Case:
     annotated: Any = None
 
 
+def group_ids(cases: Sequence[str], key: bytes, subjects: Mapping[str, str] | None = None) -> Tensor:
+    """The number of each case's subject, int64 ``(len(cases),)`` on the CPU: 8 bytes of keyed BLAKE2b.
+
+    Without the key, 16 random bytes that stay out of the weights, a published model does not tell whether a given case
+    was in it. Cases of one subject never guide each other; without ``subjects`` each case is its own.
+    """
+
+    def number(subject: str) -> int:
+        return int.from_bytes(hashlib.blake2b(subject.encode(), digest_size=8, key=key).digest(), "little", signed=True)
+
+    return torch.tensor([number((subjects or {}).get(case, case)) for case in cases], dtype=torch.int64)
+
+
 def draw_bank(
     dataset: Any,
     cases: Sequence[str],
@@ -69,7 +74,6 @@ def draw_bank(
     fg_share: float,
     label_manager: LabelManager,
     seed: int,
-    group_key: bytes,
     subjects: Mapping[str, str] | None = None,
     mirror_axes: Sequence[int] = (),
 ) -> BankContent:
@@ -81,51 +85,54 @@ def draw_bank(
     border, and reach outside only where the image is smaller.
 
     Args:
-        dataset: nnU-Net's dataset: ``identifiers`` and ``load_case``.
         cases: the fold's training cases; no other case is read.
         patch_size: P, 2 or 3 numbers; 2d configurations draw slices along the first axis.
         low_shape: L, cells per axis.
-        bank_size: N.
-        fg_share: 0..1.
-        label_manager: nnU-Net's.
-        seed: of the draw.
-        group_key: see ``group_ids``.
-        subjects: see ``group_ids``.
+        subjects: case to subject, see ``group_ids``.
         mirror_axes: axes of L along which training patches are mirrored. Every guide is stored in one of these
             orientations, all equally often: a mirrored patch finds no guide of its shape among unmirrored ones.
 
     Raises:
-        ValueError: nothing to retrieve from (one subject only, no annotated voxel), a case that is not in the dataset,
-            an image that is not finite, or a size or share out of range.
+        ValueError: nothing to retrieve from (one subject only, no annotated voxel), or an image that is not finite.
     """
-    if bank_size < 1 or not 0 <= fg_share <= 1:
-        raise ValueError(f"a bank needs bank_size >= 1 and 0 <= fg_share <= 1, not {bank_size} and {fg_share}")
     names = sorted(set(cases))
-    unknown = sorted(set(names) - set(dataset.identifiers))
-    if unknown:
-        raise ValueError(
-            f"the guide bank cannot be drawn from {', '.join(unknown)}: no such preprocessed training case"
-        )
     rng = np.random.default_rng(seed)
     offers = [_inspect(dataset, name, label_manager) for name in names]
     if label_manager.has_ignore_label:
         offers = [offer for offer in offers if offer.annotated is not None]
-    _require_two_subjects(names, [offer.name for offer in offers], subjects)
+    number = len(members_of([offer.name for offer in offers], subjects))
+    if number < 2:
+        raise ValueError(
+            f"{len(offers)} of the {len(names)} training case(s) of this fold have annotated voxels, and they are of "
+            f"{number} subject(s): a patch never gets guides of its own subject, so there is nothing to retrieve; "
+            "add cases, check how they are grouped into subjects (group_regex), or set jras.retriever=none"
+        )
     entries = _spread(offers, bank_size, rng)
     wanted = _assign_classes(entries, fg_share, rng)
-    images, labels, corners = _read_all(
-        dataset, entries, wanted, patch_size, low_shape, label_manager.ignore_label, rng
-    )
+    images, labels, corners = [], [], []
+    opened: tuple[str, Any] = ("", None)  # a case is opened once
+    for entry, chosen in zip(entries, wanted):
+        if opened[0] != entry.name:
+            opened = (entry.name, dataset.load_case(entry.name))
+        data, seg, _, properties = opened[1]
+        corners.append(_draw_corner(entry, chosen, properties["class_locations"], patch_size, rng))
+        image, label, ignored = cut_patch(data, seg, corners[-1], patch_size)
+        images.append(adaptive_pool(image[None], low_shape)[0])
+        if not torch.isfinite(images[-1]).all():
+            raise ValueError(
+                f"the preprocessed image of case {entry.name} holds values that are not finite; check the raw image "
+                "and preprocess again"
+            )
+        if label_manager.has_ignore_label:
+            ignored |= label == label_manager.ignore_label
+        labels.append(low_res_labels(label, low_shape, ignored))
     mirrored = _draw_orientations(len(entries), len(low_shape), mirror_axes, rng)
     return BankContent(
-        images=flip(images, mirrored),
-        labels=flip(labels[:, None], mirrored)[:, 0],
-        groups=group_ids([entry.name for entry in entries], group_key, subjects),
-        lut=mask_lut(label_manager),
+        images=flip(torch.stack(images), mirrored),
+        labels=flip(torch.stack(labels)[:, None], mirrored)[:, 0],
         cases=tuple(entry.name for entry in entries),
-        coordinates=corners,
+        coordinates=np.array(corners, dtype=np.int64),
         centred=np.array([chosen is not None for chosen in wanted]),
-        all_background=not bool(((labels > 0) & (labels != OUTSIDE)).any()),
         mirrored=mirrored,
     )
 
@@ -137,66 +144,6 @@ def _draw_orientations(number: int, axes: int, mirror_axes: Sequence[int], rng: 
     for bit, axis in enumerate(mirror_axes):
         mirrored[:, axis] = combination >> bit & 1
     return torch.from_numpy(mirrored)
-
-
-def read_patch(
-    dataset: Any, case: str, corner: Sequence[int], patch_size: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A drawn patch at full resolution, not augmented.
-
-    Args:
-        dataset: nnU-Net's dataset.
-        case: case id, from ``BankContent.cases``.
-        corner: 3 numbers, from ``BankContent.coordinates``.
-        patch_size: P.
-
-    Returns:
-        Image ``(C, *P)`` fp32, 0 outside; labels ``(*P)`` int16, negative = background or outside; outside, ``(*P)``
-        bool.
-    """
-    data, seg, _, _ = dataset.load_case(case)
-    return _crop(data, seg, corner, patch_size)
-
-
-def _read_all(
-    dataset: Any,
-    entries: list[_Case],
-    wanted: list[Any],
-    patch_size: Sequence[int],
-    low_shape: Sequence[int],
-    ignore_label: int | None,
-    rng: np.random.Generator,
-) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Images ``(N, C, *L)``, labels ``(N, *L)`` and corners ``(N, 3)``; a case is opened once."""
-    images, labels, corners = [], [], []
-    opened: tuple[str, Any] = ("", None)
-    for entry, chosen in zip(entries, wanted):
-        if opened[0] != entry.name:
-            opened = (entry.name, dataset.load_case(entry.name))
-        data, seg, _, properties = opened[1]
-        corner = _draw_corner(entry, chosen, properties["class_locations"], patch_size, rng)
-        image, label, outside = _crop(data, seg, corner, patch_size)
-        low = adaptive_pool(image[None], low_shape)[0]
-        if not torch.isfinite(low).all():
-            raise ValueError(
-                f"the preprocessed image of case {entry.name} holds values that are not finite; check the raw image "
-                "and preprocess again"
-            )
-        ignored = outside if ignore_label is None else outside | (label == ignore_label)
-        images.append(low)
-        labels.append(low_res_labels(label, low_shape, ignored))
-        corners.append(corner)
-    return torch.stack(images), torch.stack(labels), np.array(corners, dtype=np.int64)
-
-
-def _require_two_subjects(names: Sequence[str], usable: Sequence[str], subjects: Mapping[str, str] | None) -> None:
-    number = len(members_of(usable, subjects))
-    if number < 2:
-        raise ValueError(
-            f"{len(usable)} of the {len(names)} training case(s) of this fold have annotated voxels, and they are of "
-            f"{number} subject(s): a patch never gets guides of its own subject, so there is nothing to retrieve; "
-            "add cases, check how they are grouped into subjects (group_regex), or set jras.retriever=none"
-        )
 
 
 def _inspect(dataset: Any, name: str, label_manager: LabelManager) -> _Case:
@@ -218,11 +165,9 @@ def _spread(offers: list[_Case], bank_size: int, rng: np.random.Generator) -> li
 
 def _assign_classes(entries: list[_Case], fg_share: float, rng: np.random.Generator) -> list[Any]:
     """Per entry the class (or region) to centre on, or None."""
-    seen: dict[str, int] = {}
-    turn = []  # how many entries of the same case come before
-    for entry in entries:
-        turn.append(seen.get(entry.name, 0))
-        seen[entry.name] = turn[-1] + 1
+    turn: list[int] = []  # how many entries of the same case come before
+    for i, entry in enumerate(entries):
+        turn.append(turn[-1] + 1 if i and entries[i - 1].name == entry.name else 0)
     shuffled = rng.permutation(len(entries)).tolist()
     # round robin over the cases that have foreground, so that no case is all foreground while another has none
     eligible = sorted((i for i in shuffled if entries[i].classes), key=lambda i: turn[i])
@@ -234,9 +179,8 @@ def _assign_classes(entries: list[_Case], fg_share: float, rng: np.random.Genera
         classes = entries[i].classes
         fewest = min(counts[key] for key in classes)
         rarest = [key for key in classes if counts[key] == fewest]
-        best = rarest[rng.integers(len(rarest))]
-        counts[best] += 1
-        result[i] = best
+        result[i] = rarest[rng.integers(len(rarest))]
+        counts[result[i]] += 1
     return result
 
 
@@ -244,21 +188,42 @@ def _draw_corner(
     case: _Case, chosen: Any, locations: Any, patch_size: Sequence[int], rng: np.random.Generator
 ) -> tuple[int, ...]:
     """Lowest voxel of a patch: inside the image, or centred on it along axes where it is smaller than the patch."""
-    patch = _three(patch_size)
-    low = [min(0, -((p - n) // 2)) for p, n in zip(patch, case.shape)]
-    high = [max(n - p, lo) for p, n, lo in zip(patch, case.shape, low)]
     key = case.annotated if chosen is None else chosen
-    if key is None:
-        return tuple(int(rng.integers(lo, hi + 1)) for lo, hi in zip(low, high))
-    voxel = locations[key][rng.integers(len(locations[key]))][1:]  # the first entry is the channel
-    return tuple(int(min(max(v - p // 2, lo), hi)) for v, p, lo, hi in zip(voxel, patch, low, high))
+    if key is not None:
+        voxel = locations[key][rng.integers(len(locations[key]))][1:]  # the first entry is the channel
+        return corner_around(voxel, case.shape, patch_size)
+    ranges = _corners(case.shape, patch_size)
+    return tuple(int(rng.integers(low, high + 1)) for low, high in ranges)
 
 
-def _crop(data: Any, seg: Any, corner: Sequence[int], patch_size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def corner_around(voxel: Sequence[int], shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:
+    """Lowest voxel of the patch around a voxel: moved inside the image of ``shape``, or centred on that."""
+    parts = zip(voxel, _three(patch_size), _corners(shape, patch_size))
+    return tuple(int(min(max(v - p // 2, low), high)) for v, p, (low, high) in parts)
+
+
+def _corners(shape: Sequence[int], patch_size: Sequence[int]) -> list[tuple[int, int]]:
+    """Per axis the lowest and highest place of a patch's corner; equal where the image is smaller than the patch."""
+    lows = [min(0, -((p - n) // 2)) for p, n in zip(_three(patch_size), shape)]
+    return [(low, max(n - p, low)) for p, n, low in zip(_three(patch_size), shape, lows)]
+
+
+def cut_patch(data: Any, seg: Any, corner: Sequence[int], patch_size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """A patch of a preprocessed case at full resolution, not augmented.
+
+    Args:
+        data: ``(C, Z, Y, X)``.
+        seg: ``(1, Z, Y, X)``.
+        corner: 3 numbers, as in ``BankContent.coordinates``.
+        patch_size: P.
+
+    Returns:
+        Image ``(C, *P)`` fp32, 0 outside; labels ``(*P)`` int16, negative = background or outside; outside, ``(*P)``
+        bool.
+    """
     box = [[int(c), int(c) + p] for c, p in zip(corner, _three(patch_size))]
     image = torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(data, box, 0))).float()
-    padded = crop_and_pad_nd(seg, box, _PADDING, cast_cropped_to=np.int16)
-    label = torch.from_numpy(np.ascontiguousarray(padded[0]))
+    label = torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(seg, box, _PADDING, cast_cropped_to=np.int16)[0]))
     if len(patch_size) == 2:
         image, label = image[:, 0], label[0]
     return image, label, label == _PADDING

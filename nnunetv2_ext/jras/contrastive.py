@@ -3,8 +3,7 @@
     L_con = CE(softmax(S / 0.1), softmax(q . k / tau)) + NT-Xent(view 1, view 2)
 
 The paper's abstract names "alternating contrastive and supervised learning" and gives no formula; this one is ours.
-NT-Xent is
-SimCLR's (https://arxiv.org/abs/2002.05709).
+NT-Xent is SimCLR's (https://arxiv.org/abs/2002.05709).
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
 from nnunetv2_ext.jras.labels import MIN_FOREGROUND, adaptive_pool
@@ -32,42 +32,22 @@ class Masks(NamedTuple):
     share: Tensor
     annotated: Tensor
 
-    def rows(self, index: Tensor | slice) -> Masks:
-        """Those of some patches."""
-        return Masks(self.share[index], self.annotated[index])
-
-    def __add__(self, other: Masks) -> Masks:  # type: ignore[override]
-        """All of both."""
-        return Masks(torch.cat((self.share, other.share)), torch.cat((self.annotated, other.annotated)))
-
 
 def pool_masks(masks: Tensor, annotated: Tensor) -> Masks:
-    """Pool masks to at most 8 cells per axis.
-
-    Args:
-        masks: `(n, M, *L)`, 0 or 1, zero where not annotated; foreground channels only.
-        annotated: `(n, *L)` bool, false where ignored or outside of the image.
-    """
+    """Pool foreground masks `(n, M, *L)`, 0 or 1, to at most 8 cells per axis; `annotated` is `(n, *L)` bool."""
     shape = [min(MAX_CELLS, n) for n in annotated.shape[1:]]
     known = adaptive_pool(annotated[:, None].float(), shape)
     share = adaptive_pool(masks.float() * annotated[:, None], shape) / known.clamp(min=1e-6)
     return Masks(share, known[:, 0])
 
 
-def masks_of_target(
-    target: Tensor, low_shape: tuple[int, ...], heads: int, has_regions: bool, ignore_label: int | None
-) -> Masks:
-    """Masks of a batch, downsampled by the rule of the bank's labels (see `low_res_labels`), without a wait for the
-    device.
+def masks_of_target(target: Tensor, low_shape: tuple[int, ...], labels: LabelManager) -> Masks:
+    """Masks of a batch, downsampled to L by the rule of the bank's labels (`low_res_labels`), without a wait.
 
-    Args:
-        target: `(B, 1, *P)` label values, or `(B, regions, *P)` with the ignore map as a further last channel.
-        low_shape: L.
-        heads: M, segmentation heads: classes with the background, or regions.
-        has_regions: which of the two.
-        ignore_label: label value of the ignored voxels; None if the dataset has none.
+    `target` is `(B, 1, *P)` label values, or `(B, regions, *P)` with the ignore map as a further last channel.
     """
-    if has_regions:
+    heads, ignore_label = labels.num_segmentation_heads, labels.ignore_label
+    if labels.has_regions:
         ignored = target[:, heads] > 0 if ignore_label is not None else torch.zeros_like(target[:, 0], dtype=torch.bool)
         foreground = [(target[:, m] > 0) & ~ignored for m in range(heads)]
     else:
@@ -76,7 +56,7 @@ def masks_of_target(
     # one channel at a time: all of a hundred classes at full resolution would not fit
     shares = torch.cat([adaptive_pool(mask[:, None].float(), low_shape) for mask in foreground], 1)
     annotated = adaptive_pool(ignored[:, None].float(), low_shape)[:, 0] <= 0.5
-    if has_regions:
+    if labels.has_regions:
         masks = shares >= MIN_FOREGROUND
     else:
         winner = F.one_hot(shares.argmax(1), shares.shape[1]).movedim(-1, 1).bool()
@@ -105,11 +85,8 @@ def mask_overlap(a: Masks, b: Masks) -> Tensor:
 def overlap_loss(similarities: Tensor, overlap: Tensor, allowed: Tensor, tau: float) -> Tensor:
     """CE(softmax(S / 0.1), softmax(q . k / tau)), mean over the queries.
 
-    Args:
-        similarities: cosines `(n, candidates)`.
-        overlap: S, same shape.
-        allowed: bool, same shape: false for candidates of the query's own subject; at least one per row is true.
-        tau: temperature.
+    Cosines q . k, S and `allowed` are `(queries, candidates)`; `allowed` is false for candidates of the query's own
+    subject, and true for at least one of each row.
     """
     target = torch.where(allowed, overlap / TARGET_TEMPERATURE, -torch.inf).softmax(1)
     logarithm = torch.where(allowed, similarities / tau, -torch.inf).log_softmax(1)
@@ -133,11 +110,6 @@ def flip(x: Tensor, flips: Tensor) -> Tensor:
         chosen = flips[:, axis].reshape(-1, *(1,) * (x.ndim - 1))
         x = torch.where(chosen, x.flip(axis + 2), x)
     return x
-
-
-def draw_flips(n: int, axes: int, generator: torch.Generator) -> Tensor:
-    """Bool `(n, axes)`, half of them true."""
-    return torch.rand(n, axes, generator=generator, device=generator.device) < 0.5
 
 
 def perturb(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,66 +12,34 @@ _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 
-def downsampling(low_shape: Sequence[int], number: int) -> list[tuple[int, ...]]:
-    """Strides of `number` convolutions in a row on a patch of `low_shape`: 2 along an axis while at least 2 cells are
-    left of it.
+def conv_blocks(
+    channels: int, low_shape: Sequence[int], widths: Sequence[int], normalise_last: bool = True
+) -> list[nn.Module]:
+    """3x3(x3) convolutions, each with instance norm and leaky ReLU; all but the first halve patches of `low_shape`.
 
-    Instance norm needs more than one cell, and a single one would say nothing about where things are.
-
-    >>> downsampling((32, 8), 3)
-    [(2, 2), (2, 2), (2, 1)]
+    An axis is halved while at least 2 cells are left of it: instance norm needs more than one cell, and a single one
+    would say nothing about where things are.
     """
-    size, strides = list(low_shape), []
-    for _ in range(number):
-        stride = tuple(2 if -(-n // 2) >= 2 else 1 for n in size)
+    dim, size, blocks = len(low_shape), list(low_shape), list[nn.Module]()
+    for number, (inputs, outputs) in enumerate(zip((channels, *widths), widths), 1):
+        stride = tuple(2 if number > 1 and -(-n // 2) >= 2 else 1 for n in size)
         size = [-(-n // s) for n, s in zip(size, stride)]
-        strides.append(stride)
-    return strides
-
-
-def conv_block(in_channels: int, out_channels: int, stride: Sequence[int], normalise: bool = True) -> nn.Sequential:
-    """3x3(x3) convolution, instance norm and leaky ReLU in the dimension of `stride`."""
-    dim = len(stride)
-    layers: list[nn.Module] = [
-        _CONV[dim](in_channels, out_channels, 3, stride=tuple(stride), padding=1, bias=not normalise)  # type: ignore[arg-type]
-    ]
-    if normalise:
-        layers.append(_NORM[dim](out_channels, affine=True))
-    layers.append(nn.LeakyReLU(0.01, inplace=True))
-    return nn.Sequential(*layers)
+        normalise = normalise_last or number < len(widths)
+        layers: list[nn.Module] = [_CONV[dim](inputs, outputs, 3, stride=stride, padding=1, bias=not normalise)]  # type: ignore[arg-type]
+        layers += [_NORM[dim](outputs, affine=True)] if normalise else []
+        blocks.append(nn.Sequential(*layers, nn.LeakyReLU(0.01, inplace=True)))
+    return blocks
 
 
 class Retriever(nn.Module):
-    """R: embeds low-resolution patches on the unit sphere.
-
-    Args:
-        channels: C, image channels.
-        low_shape: L, cells per axis; fixes where the strides are.
-        widths: channels of the convolutions; all but the first halve the patch.
-        key_dim: D.
-
-    Example:
-        >>> retriever = Retriever(1, (10, 14, 10))
-        >>> keys = retriever(torch.zeros(5, 1, 10, 14, 10))      # (5, 128), L2-normalised, fp32
-    """
+    """R: embeds low-resolution patches on the unit sphere; `low_shape` fixes where the strides of `conv_blocks` are."""
 
     def __init__(
-        self,
-        channels: int,
-        low_shape: Sequence[int],
-        widths: Sequence[int] = (32, 64, 128, 128),
-        key_dim: int = 128,
+        self, channels: int, low_shape: Sequence[int], widths: Sequence[int] = (32, 64, 128, 128), key_dim: int = 128
     ) -> None:
         super().__init__()
-        strides = [(1,) * len(low_shape), *downsampling(low_shape, len(widths) - 1)]
-        inputs = [channels, *widths[:-1]]
         # the last one without norm: behind an instance norm every channel's mean is nearly the same for all patches
-        self.blocks = nn.Sequential(
-            *(
-                conv_block(i, o, s, normalise=number < len(widths))
-                for number, (i, o, s) in enumerate(zip(inputs, widths, strides), 1)
-            )
-        )
+        self.blocks = nn.Sequential(*conv_blocks(channels, low_shape, widths, normalise_last=False))
         self.project = nn.Linear(widths[-1], key_dim)
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -82,12 +50,7 @@ class Retriever(nn.Module):
 
 
 class BottleneckRetriever(nn.Module):
-    """R for `retriever_encoder=bottleneck`: embeds patches by the segmentation network's deepest features.
-
-    Args:
-        channels: of the bottleneck.
-        key_dim: D.
-    """
+    """R for `retriever_encoder=bottleneck`: embeds patches by the segmentation network's deepest features."""
 
     def __init__(self, channels: int, key_dim: int = 128) -> None:
         super().__init__()
@@ -102,30 +65,16 @@ class BottleneckRetriever(nn.Module):
 
 
 class GuideEncoder(nn.Module):
-    """G: reads guides, image and mask together.
-
-    Args:
-        channels: C + M, image channels and mask channels.
-        low_shape: L.
-        widths: channels of the convolutions; all but the first halve the guide.
-
-    Attributes:
-        fine_channels: channels of u.
-        coarse_channels: channels of v.
-    """
+    """G: reads guides, image and mask together; `channels` is C + M."""
 
     def __init__(self, channels: int, low_shape: Sequence[int], widths: Sequence[int] = (32, 64, 128, 128)) -> None:
         super().__init__()
-        strides = [(1,) * len(low_shape), *downsampling(low_shape, len(widths) - 1)]
-        inputs = [channels, *widths[:-1]]
-        self.blocks = nn.ModuleList(conv_block(i, o, s) for i, o, s in zip(inputs, widths, strides))
-        self.fine_channels, self.coarse_channels = widths[-2], widths[-1]
+        self.blocks = nn.ModuleList(conv_blocks(channels, low_shape, widths))
 
     def forward(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of guides `(n, C, *L)` with masks `(n, M, *L)`.
+        """Features of guides `(n, C, *L)` with masks `(n, M, *L)`: u, before the last halving, and v, after it.
 
-        Returns:
-            u `(n, fine_channels, *)`, before the last halving, and v `(n, coarse_channels, *)`, after it.
+        They are `(n, widths[-2], *)` and `(n, widths[-1], *)`.
         """
         x = torch.cat((images, masks), 1)
         for block in self.blocks[:-1]:

@@ -29,8 +29,8 @@ def safe_log(weights: Tensor) -> Tensor:
 class AttentionFusion(nn.Module):
     """Lets the two deepest feature maps look at the guides.
 
-        logits[x, (j, t)] = (Wq f_x) . (Wk v_jt) / sqrt(d) + log w_j - log T      null: learned key, value 0, + log
-        w_null
+        logits[x, (j, t)] = (Wq f_x) . (Wk v_jt) / sqrt(d) + log w_j - log T
+        null: learned key, value 0, + log w_null
         f' = f + gate_f Wo(sum softmax Wv v)
         h' = h + gate_h Po(sum_j w_j act(Pc [h, resize(u_j)]))
 
@@ -38,10 +38,8 @@ class AttentionFusion(nn.Module):
     times.
 
     Args:
-        deep_channels: channels of f, the bottleneck.
-        skip_channels: channels of h, the skip above it.
-        fine_channels: channels of u.
-        coarse_channels: channels of v.
+        deep_channels, skip_channels: of f, the bottleneck, and of h, the skip above it.
+        fine_channels, coarse_channels: of u and v.
         dim: 2 or 3.
         width: channels of queries, keys and values over all heads.
         heads: divides `width`.
@@ -72,18 +70,13 @@ class AttentionFusion(nn.Module):
         self.skip_gate = nn.Parameter(torch.tensor(INITIAL_GATE))
 
     def forward(self, f: Tensor, h: Tensor, u: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """f' and h'.
+        """f' and h', shaped as f `(B, deep_channels, *)` and h `(B, skip_channels, *)`.
 
-        Args:
-            f: `(B, deep_channels, *sb)`.
-            h: `(B, skip_channels, *sh)`.
-            u: `(B, K, fine_channels, *)`.
-            v: `(B, K, coarse_channels, *)`.
-            weights: `(B, K + 1)` fp32, rows sum to 1, the null guide's last.
+        u is `(B, K, fine_channels, *)`, v `(B, K, coarse_channels, *)`; weights `(B, K + 1)` fp32 sum to 1, the null
+        guide's last.
         """
-        return f + self.deep_gate * self._from_tokens(f, v, weights), h + self.skip_gate * self._from_maps(
-            h, u, weights[:, :-1]
-        )
+        deep, skip = self._from_tokens(f, v, weights), self._from_maps(h, u, weights[:, :-1])
+        return f + self.deep_gate * deep, h + self.skip_gate * skip
 
     def tokens(self, v: Tensor) -> Tensor:
         """`(B, K, C, *)` to `(B, K, T, C)`: at most 4 cells per axis."""
@@ -121,21 +114,13 @@ class AttentionFusion(nn.Module):
 
 
 def concat_guides(x: Tensor, images: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
-    """The input with the weighted guide below it: `(B, C_in + C + M, *P)`.
+    """The input `(B, C_in, *P)` with the weighted guide below it: `(B, C_in + C + M, *P)`.
 
-    Args:
-        x: `(B, C_in, *P)`.
-        images: `(B, K, C, *L)`.
-        masks: `(B, K, M, *L)`, one-hot, never integer labels: the mean of labels 0 and 2 would look like 1.
-        weights: `(B, K + 1)`, the null guide's last; it adds zero.
+    Images are `(B, K, C, *L)`, weights `(B, K + 1)`, the null guide's last, which adds zero. Masks `(B, K, M, *L)` are
+    one-hot, never integer labels: the mean of labels 0 and 2 would look like 1.
     """
     guides = torch.cat((images, masks), 2)
     share = weights[:, :-1].to(guides.dtype).reshape(*guides.shape[:2], *(1,) * (guides.ndim - 2))
     mean = (share * guides).sum(1)
     mean = F.interpolate(mean, x.shape[2:], mode=_LINEAR[x.ndim - 2], align_corners=False)
     return torch.cat((x, mean.to(x.dtype)), 1)
-
-
-def concat_nothing(x: Tensor, channels: int) -> Tensor:
-    """The input of `concat_guides` where all weight is on the null guide: `channels` channels of zeros."""
-    return torch.cat((x, x.new_zeros((x.shape[0], channels, *x.shape[2:]))), 1)

@@ -18,11 +18,7 @@ _ROUNDING = 1e-6  # pooling divides in fp32; the shares of two numbers of voxels
 
 
 def low_res_shape(patch_size: Sequence[int], store_stride: int = 4) -> tuple[int, ...]:
-    """L, cells per axis of a stored patch: ``max(min(P, 8), ceil(P / store_stride))``.
-
-    >>> low_res_shape((40, 56, 40))
-    (10, 14, 10)
-    """
+    """L, cells per axis of a stored patch: ``max(min(P, 8), ceil(P / store_stride))``."""
     return tuple(max(min(p, 8), -(-p // store_stride)) for p in patch_size)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunetv2_ext.core.checkpoint import read, unwrap
-from nnunetv2_ext.core.labelmaps import logits_to_labels
+from nnunetv2_ext.core.labelmaps import logits_to_labels, target_to_labels
 from nnunetv2_ext.data.case import Volume, read_image, read_label_map, require_same_grid
 from nnunetv2_ext.data.find import find_checkpoint
+from nnunetv2_ext.jras.build import corner_around, cut_patch
 from nnunetv2_ext.jras.network import JRASNetwork
 from nnunetv2_ext.jras.panel import GuideView, view_of_patch
 
@@ -66,63 +66,27 @@ def look_at_image(predictor: nnUNetPredictor, images: Sequence[Path], label: Pat
         seg = seg[None]
     preprocessor = configuration.preprocessor_class(verbose=False)
     image, seg, _ = preprocessor.run_case_npy(image, seg, properties, plans, configuration, predictor.dataset_json)
-    data = torch.from_numpy(np.ascontiguousarray(image))
-    logits = predictor.predict_sliding_window_return_logits(data).float().cpu()
-    corner, patch = middle_patch(logits_to_labels(logits, predictor.label_manager) > 0, configuration.patch_size)
-    x = crop(image, corner, patch)
-    truth = None if label is None else crop(np.asarray(seg), corner, patch)[0]
-    return _look(predictor, x, truth, images[0].name)
+    labels, device = predictor.label_manager, predictor.device
+    logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(np.ascontiguousarray(image)))
+    corner = middle_corner(logits_to_labels(logits.float(), labels) > 0, configuration.patch_size)
+    x, truth, _ = cut_patch(image, np.zeros_like(image[:1]) if seg is None else seg, corner, configuration.patch_size)
+    network, patch = unwrap(predictor.network), x[None].to(device)
+    assert isinstance(network, JRASNetwork)
+    with torch.inference_mode(), torch.autocast("cuda", enabled=device.type == "cuda"):
+        logits = network.eval()(patch)
+    truth, regions = truth.clamp(min=0)[None], labels.foreground_regions if labels.has_regions else []
+    target = torch.cat([torch.isin(truth, torch.tensor(region)) for region in regions]) if regions else truth
+    known = None if seg is None else target_to_labels(target, labels)
+    return view_of_patch(network, logits, patch, case, labels, known)
 
 
-def middle_patch(found: np.ndarray, patch_size: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Lowest voxel and shape, in three axes, of the patch around the middle of `found` (Z, Y, X), or of the image.
+def middle_corner(found: np.ndarray, patch_size: Sequence[int]) -> tuple[int, ...]:
+    """Lowest voxel (Z, Y, X) of the patch around the middle of `found`, or of the image; outside of a smaller image.
 
     A 2-D patch is the slice of axis 0 that holds most.
     """
-    flat = len(patch_size) == 2
-    patch = (1, *patch_size) if flat else tuple(patch_size)
     places = np.argwhere(found)
-    centre = np.array(found.shape) // 2 if not len(places) else places.mean(0).round().astype(int)
-    if flat and len(places):
-        slices = found.reshape(len(found), -1).sum(1)
-        centre[0] = slices.argmax()
-        centre[1:] = np.argwhere(found[centre[0]]).mean(0).round().astype(int)
-    corner = [
-        min(max(0, int(c) - p // 2), n - p) if n > p else -((p - n) // 2) for c, p, n in zip(centre, patch, found.shape)
-    ]
-    return tuple(corner), patch
-
-
-def crop(data: np.ndarray, corner: Sequence[int], patch: Sequence[int]) -> np.ndarray:
-    """The patch of (C, Z, Y, X), zero outside of the image."""
-    result = np.zeros((len(data), *patch), dtype=data.dtype)
-    inner = [
-        slice(max(0, -c), max(0, -c) + min(c + p, n) - max(0, c)) for c, p, n in zip(corner, patch, data.shape[1:])
-    ]
-    outer = [slice(max(0, c), min(c + p, n)) for c, p, n in zip(corner, patch, data.shape[1:])]
-    here, there = (slice(None), *inner), (slice(None), *outer)
-    result[here] = data[there]
-    return result
-
-
-def label_map(truth: np.ndarray, labels: LabelManager) -> np.ndarray:
-    """Labels as core/labelmaps.py numbers them: with regions, 1 + index of the last one that contains the voxel."""
-    if not labels.has_regions:
-        return truth
-    result = np.zeros_like(truth)
-    for number, region in enumerate(labels.foreground_regions, 1):
-        result[np.isin(truth, region)] = number
-    return result
-
-
-@torch.inference_mode()
-def _look(predictor: nnUNetPredictor, x: np.ndarray, truth: np.ndarray | None, name: str) -> GuideView:
-    network = unwrap(predictor.network)
-    assert isinstance(network, JRASNetwork)
-    flat = len(predictor.configuration_manager.patch_size) == 2
-    patch = torch.from_numpy(x[:, 0] if flat else x)[None].to(predictor.device)
-    with torch.autocast("cuda", enabled=predictor.device.type == "cuda"):
-        logits = network.eval()(patch)
-    if truth is not None:
-        truth = label_map(np.maximum(truth[0] if flat else truth, 0), predictor.label_manager)
-    return view_of_patch(network, logits, patch, name, predictor.label_manager, truth)
+    if len(patch_size) == 2 and len(places):
+        places = places[places[:, 0] == found.sum((1, 2)).argmax()]
+    centre = places.mean(0).round() if len(places) else np.array(found.shape) // 2
+    return corner_around(centre.astype(int).tolist(), found.shape, patch_size)

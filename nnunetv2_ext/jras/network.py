@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_ext.jras.bank import STORED_DTYPES, GuideBank, Guides
 from nnunetv2_ext.jras.encoder import BottleneckRetriever, GuideEncoder, Retriever
-from nnunetv2_ext.jras.fusion import AttentionFusion, concat_guides, concat_nothing
+from nnunetv2_ext.jras.fusion import AttentionFusion, concat_guides
 from nnunetv2_ext.jras.labels import adaptive_pool, low_res_shape
 from nnunetv2_ext.jras.settings import JRASSettings
 
@@ -35,8 +36,7 @@ class Exclusion:
     generator: torch.Generator | None = None
 
 
-# Not an attribute of the network: copies of it (a moving-average teacher) must respect it as well, whatever they are
-# wrapped in.
+# Not an attribute of the network: copies of it (a moving-average teacher) must respect it too, however they are wrapped
 _EXCLUSION: ContextVar[Exclusion | None] = ContextVar("jras_exclusion", default=None)
 
 
@@ -51,14 +51,8 @@ def excluding(exclusion: Exclusion) -> Iterator[None]:
 
 
 class Retrieval(NamedTuple):
-    """What the last forward retrieved, detached.
-
-    Attributes:
-        ids: `(B, K)` rows of the bank.
-        valid: `(B, K)` bool.
-        weights: `(B, K + 1)` fp32, the null guide's last.
-        similarities: `(B, K)` fp32, cosines; meaningless where not valid.
-        queries: `(B, D)` fp32.
+    """What the last forward retrieved, detached: ids (rows of the bank) and validity `(B, K)`, weights w `(B, K + 1)`
+    with the null guide's last, cosines `(B, K)`, meaningless where not valid, and queries `(B, D)`.
     """
 
     ids: Tensor
@@ -80,18 +74,16 @@ class JRASNetwork(nn.Module):
     Args:
         backbone: nnU-Net's own network with `encoder` (a list of skips) and `decoder`; for `fusion=concat` built with
             C + M more input channels.
-        settings: those marked structural.
+        settings: what is marked structural.
         image_channels: C; further input channels (of a cascade) are not retrieved by.
         heads: M, segmentation heads.
         patch_size: P.
 
     Attributes:
         stock_prefixes: where nnU-Net's own network sits (see parts/start.py).
-        backbone: as given.
         retriever: R.
         null_logit: b0, the cosine a guide must exceed to be preferred to none.
-        guide_encoder: G, for `fusion=attention`.
-        fusion: for `fusion=attention`.
+        guide_encoder, fusion: G and its use, for `fusion=attention`.
         bank: the guides.
         retriever_is_fixed: whether the weights w pass no gradient on (set by the trainer during the warm-up).
         last: what the last forward retrieved; None after one without guides.
@@ -126,34 +118,18 @@ class JRASNetwork(nn.Module):
         self.null_logit = nn.Parameter(torch.tensor(INITIAL_NULL_LOGIT))
         if settings.fusion == "attention":
             self.guide_encoder = GuideEncoder(image_channels + heads, self.low_shape, settings.guide_widths)
-            self.fusion = AttentionFusion(
-                channels[-1],
-                channels[-2],
-                self.guide_encoder.fine_channels,
-                self.guide_encoder.coarse_channels,
-                len(self.low_shape),
-            )
-        self.bank = GuideBank(
-            image_channels,
-            heads,
-            self.low_shape,
-            settings.key_dim,
-            settings.index,
-            settings.nprobe,
-            settings.ef_search,
-            settings.dedup_cosine,
-        )
+            fine, coarse = settings.guide_widths[-2:]
+            self.fusion = AttentionFusion(channels[-1], channels[-2], fine, coarse, len(self.low_shape))
+        self.bank = GuideBank(image_channels, heads, self.low_shape, settings.key_dim, settings.dedup_cosine)
         self.bank.shared_by_copies = True  # type: ignore[assignment]  # a moving-average teacher looks into this one
         self.retriever_is_fixed = False
         self.last: Retrieval | None = None
         if not settings.trains_retriever:  # before DDP wraps: it waits for every gradient it was promised
-            self.retriever.requires_grad_(False)
-            self.null_logit.requires_grad_(False)
-        # DDP broadcasts all buffers at every forward; a compiled network's carry a prefix. All ranks have the same
-        # bank.
-        self._ddp_params_and_buffers_to_ignore = [
-            prefix + name for prefix in ("", "_orig_mod.") for name in sorted(self.buffers_of_any_size)
-        ]
+            for parameter in self.retrieval_parameters():
+                parameter.requires_grad_(False)
+        # DDP broadcasts all buffers at every forward; all ranks have the same bank. A compiled network adds a prefix
+        names = sorted(self.buffers_of_any_size)
+        self._ddp_params_and_buffers_to_ignore = [*names, *(f"_orig_mod.{name}" for name in names)]
 
     # properties: as attributes their weights would be in the state twice
     @property
@@ -172,7 +148,7 @@ class JRASNetwork(nn.Module):
         return frozenset(f"bank.{name}" for name in STORED_DTYPES)
 
     def retrieval_parameters(self) -> list[nn.Parameter]:
-        """What the retriever consists of: R and b0."""
+        """Those of R, and b0."""
         return [*self.retriever.parameters(), self.null_logit]
 
     def low_resolution(self, x: Tensor) -> Tensor:
@@ -203,13 +179,12 @@ class JRASNetwork(nn.Module):
     def _without_guides(self, x: Tensor) -> Any:
         if self.training and torch.is_grad_enabled():
             raise ValueError(
-                "a J-RAS network cannot be trained with an empty guide bank: fill it first (the "
-                "trainer does so in on_train_start), or set "
-                "jras.retriever=none"
+                "a J-RAS network cannot be trained with an empty guide bank: fill it first (the trainer does so in "
+                "on_train_start), or set jras.retriever=none"
             )
         self.last = None
-        if self.settings.fusion == "concat":
-            return self.backbone(concat_nothing(x, self.image_channels + self.heads))
+        if self.settings.fusion == "concat":  # zeros below the image, as where all weight is on the null guide
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.image_channels + self.heads))
         return self.backbone(x)
 
     def _retrieve(self, queries: Tensor) -> tuple[Guides, Tensor]:
@@ -226,12 +201,7 @@ class JRASNetwork(nn.Module):
         return guides, weights
 
     def weights(self, similarities: Tensor, valid: Tensor) -> Tensor:
-        """w, `(B, K + 1)` fp32, rows sum to 1, the null guide's last; 0 where a guide is not valid.
-
-        Args:
-            similarities: cosines `(B, K)` fp32.
-            valid: `(B, K)` bool.
-        """
+        """w `(B, K + 1)` fp32 from cosines `(B, K)`: rows sum to 1, the null guide's last; 0 where not valid."""
         if self.settings.retriever == "random":
             number = valid.sum(1, keepdim=True)
             return torch.cat((valid / number.clamp(min=1), (number == 0).float()), 1).float()
@@ -252,9 +222,8 @@ class JRASNetwork(nn.Module):
         if is_random and generator is None:
             # a control that predicts the same patch in the same way, whatever was predicted before
             generator = torch.Generator(queries.device).manual_seed(int(queries.view(torch.int32).sum()) % 2**31)
-        guides = self.bank.lookup(
-            queries, self.settings.num_guides, exclusion.groups if exclusion else None, is_random, generator
-        )
+        groups = exclusion.groups if exclusion else None
+        guides = self.bank.lookup(queries, self.settings.num_guides, groups, is_random, generator)
         if exclusion is None or exclusion.dropout == 0:
             return guides
         kept = torch.rand(len(queries), 1, device=queries.device, generator=exclusion.generator) >= exclusion.dropout
@@ -266,32 +235,17 @@ class JRASNetwork(nn.Module):
 
     @torch.no_grad()
     def embed_bank(
-        self,
-        first: int = 0,
-        last: int | None = None,
-        batch: int = 64,
-        read: Callable[[range], Tensor] | None = None,
+        self, first: int = 0, last: int | None = None, batch: int = 64, read: Callable[[range], Tensor] | None = None
     ) -> Tensor:
         """Embeddings `(last - first, D)` of the guides in eval mode; modes, gradients, random state stay.
 
         Args:
-            first: row of the bank.
-            last: row after the last one; None: all.
+            first, last: rows of the bank, the latter not included; None: all.
             batch: guides embedded at a time.
-            read: the patches `embed` takes, for rows of the bank; None: the stored ones.
-
-        Raises:
-            ValueError: `retriever_encoder=bottleneck` without `read`.
+            read: the patches `embed` takes, for rows of the bank; None: the stored ones (not for `bottleneck`).
         """
-        if read is None:
-            if self.settings.reads_bottleneck:
-                raise ValueError(
-                    "jras.retriever_encoder=bottleneck embeds patches of full resolution, which the bank does not hold"
-                )
-
-            def read(rows: range) -> Tensor:
-                return self.bank.stored_images(torch.tensor(rows, device=self.bank.keys.device))
-
+        device = self.bank.keys.device
+        read = read or (lambda rows: self.bank.stored_images(torch.tensor(rows, device=device)))
         last = len(self.bank) if last is None else last
         modes = [(module, module.training) for module in (self.retriever, self.encoder)]
         try:

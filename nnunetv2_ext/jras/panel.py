@@ -6,21 +6,19 @@ It shows image patches of patients: as private as the training data.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib.style
 import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from nnunetv2_ext.core.figures import draw_slice, fullest_slice, label_colours, take_slice
+from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, take_slice
 from nnunetv2_ext.core.labelmaps import class_names, logits_to_labels, target_to_labels
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.jras.network import JRASNetwork
@@ -31,67 +29,52 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 
+class Guide(NamedTuple):
+    """A guide in a picture: its row of the bank, weight w, cosine, first channel `(*L)` and label map `(*L)`."""
+
+    row: int
+    weight: float
+    cosine: float
+    image: Array
+    labels: Array
+
+
 @dataclass(frozen=True)
 class GuideView:
     """One patch and what it retrieved, on the CPU; label maps numbered as in core/labelmaps.py.
 
-    Attributes:
-        name: case id or file of the patch.
-        image: first channel `(*P)`.
-        truth: `(*P)`, or None if unknown.
-        prediction: `(*P)`.
-        guide_images: first channel of each valid guide, `(k, *L)`.
-        guide_labels: `(k, *L)`.
-        guide_ids: k rows of the bank.
-        weights: k weights w_j.
-        similarities: k cosines.
-        null_weight: w of the null guide.
-        null_similarity: the cosine b0 a guide has to exceed.
+    `name` is the case id or file. The image is the first channel; arrays are `(*P)`. Guides are the valid ones, nearest
+    first. b0, `null_cosine`, is what a guide has to exceed.
     """
 
     name: str
     image: Array
     truth: Array | None
     prediction: Array
-    guide_images: Array
-    guide_labels: Array
-    guide_ids: tuple[int, ...]
-    weights: tuple[float, ...]
-    similarities: tuple[float, ...]
+    guides: Sequence[Guide]
     null_weight: float
-    null_similarity: float
+    null_cosine: float
 
 
 def view_of_patch(
     network: JRASNetwork, logits: Tensor, x: Tensor, name: str, labels: LabelManager, truth: Array | None = None
 ) -> GuideView:
-    """What the forward that gave `logits` (1, M, *P) of `x` (1, C_in, *P) retrieved.
-
-    Raises:
-        ValueError: it retrieved nothing, the bank being empty.
-    """
-    last = network.last
-    if last is None:
-        raise ValueError("this network has no guides: its bank is empty (was it exported with --strip-bank?)")
-    valid = last.valid[0].cpu()
-    ids = last.ids[0].cpu()[valid]
-    on_device = ids.to(network.bank.keys.device)
-    masks = network.bank.masks(on_device)
+    """What the forward that gave `logits` (1, M, *P) of `x` (1, C_in, *P) retrieved."""
+    last, bank = network.last, network.bank
+    assert last is not None  # with a bank every forward retrieves
+    ids = last.ids[0, last.valid[0]]  # the valid ones come first, so that the others' weights fall off the end
+    numbers = zip(ids.tolist(), last.weights[0, :-1].tolist(), last.similarities[0].tolist())
+    images = bank.stored_images(ids)[:, 0].cpu().numpy()
+    # half a unit off: a mask is a region's logit, or the class that is largest
+    maps = [logits_to_labels(mask - 0.5, labels) for mask in bank.masks(ids)]
     return GuideView(
         name=name,
         image=x[0, 0].float().cpu().numpy(),
         truth=truth,
         prediction=logits_to_labels(logits[0].float(), labels),
-        guide_images=network.bank.stored_images(on_device)[:, 0].cpu().numpy(),
-        # half a unit off: a mask is a region's logit, or the class that is largest
-        guide_labels=np.stack([logits_to_labels(mask - 0.5, labels) for mask in masks])
-        if len(masks)
-        else np.zeros((0, *network.low_shape), dtype=np.int64),
-        guide_ids=tuple(ids.tolist()),
-        weights=tuple(last.weights[0, :-1].cpu()[valid].tolist()),
-        similarities=tuple(last.similarities[0].cpu()[valid].tolist()),
+        guides=[Guide(*own, *drawn) for own, drawn in zip(numbers, zip(images, maps))],
         null_weight=float(last.weights[0, -1]),
-        null_similarity=float(network.null_logit.detach()),
+        null_cosine=float(network.null_logit.detach()),
     )
 
 
@@ -109,7 +92,7 @@ def view_of_batch(trainer: JRASTraining, batch: Batch) -> GuideView:
     was_training = network.training
     network.eval()
     try:
-        with torch.autocast("cuda") if trainer.device.type == "cuda" else nullcontext():
+        with torch.autocast("cuda", enabled=trainer.device.type == "cuda"):
             output = trainer.forward(sample, network)
     finally:
         network.train(was_training)
@@ -131,56 +114,39 @@ def draw_guides(
     Guides are stored at low resolution and drawn so; each at its own fullest slice, as they need not lie where the
     patch does.
 
-    Args:
-        view: what to draw.
-        path: PNG to write.
-        title: its beginning; the patch's name and the null weight follow.
-        dataset_json: names of the classes.
-        labels: their order.
-        spacing: voxel size per patch axis in mm; None for cubes.
+    The title continues with the patch's name and the null weight; `spacing` is in mm per patch axis, None for cubes.
     """
     classes = class_names(dataset_json, labels)
     ignored = [value for value, name in classes.items() if name == "ignore"]
-    mm = np.ones(view.image.ndim) if spacing is None else np.asarray(spacing, dtype=float)
-    cells = mm * view.image.shape / view.guide_images.shape[1:] if len(view.guide_images) else mm
-    columns = [("truth", view.image, view.truth, mm)] if view.truth is not None else []
-    columns.append(("prediction", view.image, view.prediction, mm))
-    for image, label, number, weight, similarity in zip(
-        view.guide_images, view.guide_labels, view.guide_ids, view.weights, view.similarities
-    ):
-        columns.append((f"guide {number}: w {weight:.2f}, cos {similarity:.2f}", image, label, cells))
-    cuts = [None] if view.image.ndim == 2 else [0, 1, 2]
+    size, ndim = view.image.shape, view.image.ndim
+    mm = np.ones(ndim) if spacing is None else np.asarray(spacing, dtype=float)
+    organs = view.prediction if view.truth is None else np.where(np.isin(view.truth, ignored), 0, view.truth)
+    # name, image, labels, mm per voxel, labels whose fullest slice is drawn, opacity
+    columns = [("prediction", view.image, view.prediction, mm, organs, 0.35)]
+    if view.truth is not None:
+        columns.insert(0, ("truth", view.image, view.truth, mm, organs, 0.35))
+    for row, weight, cosine, image, label in view.guides:
+        name = f"guide {row}: w {weight:.2f}, cos {cosine:.2f}"
+        columns.append((name, image, label, mm * size / image.shape, label, 0.0))
+    cuts = [None] if ndim == 2 else [0, 1, 2]
     with matplotlib.style.context("default"):  # nnU-Net's progress plot changes the fonts of the whole process
         figure = Figure(figsize=(2.35 * len(columns), 2.5 * len(cuts) + 1.0), layout="constrained")
         figure.suptitle(
-            f"{title}: {view.name}, patch {' x '.join(map(str, view.image.shape))}, no guide: w {view.null_weight:.2f} "
-            f"(b0 {view.null_similarity:.2f})"
+            f"{title}: {view.name}, patch {' x '.join(map(str, size))}, no guide: w {view.null_weight:.2f} "
+            f"(b0 {view.null_cosine:.2f})"
         )
-        for row, axis in zip(figure.subplots(len(cuts), len(columns), squeeze=False), cuts):
-            organs = view.prediction if view.truth is None else np.where(np.isin(view.truth, ignored), 0, view.truth)
-            for number, (cell, (name, image, label, size)) in enumerate(zip(row, columns)):
-                own = number >= len(columns) - len(view.guide_images)
-                index = None if axis is None else fullest_slice(label if own else organs, axis)
-                rest = [a for a in range(image.ndim) if a != axis]
+        for cells, axis in zip(figure.subplots(len(cuts), len(columns), squeeze=False), cuts):
+            rest = [a for a in range(ndim) if a != axis]
+            for cell, (name, image, label, scale, where, fill) in zip(cells, columns):
+                index = None if axis is None else fullest_slice(where, axis)
                 draw_slice(
                     cell,
-                    _cut(image, axis, index),
-                    _cut(label, axis, index),
+                    take_slice(image, axis, index),
+                    take_slice(label, axis, index),
                     classes,
-                    fill=0.0 if own else 0.35,
-                    spacing=(size[rest[1]], size[rest[0]]),
+                    fill=fill,
+                    spacing=(scale[rest[1]], scale[rest[0]]),
                     title=name if index is None else f"{name}\naxis {axis}, slice {index}",
                 )
-        present = {int(value) for _, _, label, _ in columns for value in np.unique(label)}
-        handles = [
-            Patch(color=colour, label=classes[value])
-            for value, colour in label_colours(classes).items()
-            if value in present
-        ]
-        if handles:
-            figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False)
+        add_legend(figure, classes, (int(value) for _, _, label, *_ in columns for value in np.unique(label)))
         figure.savefig(path, dpi=110)
-
-
-def _cut(volume: Array, axis: int | None, index: int | None) -> Array:
-    return volume.T if axis is None or index is None else take_slice(volume, axis, index)

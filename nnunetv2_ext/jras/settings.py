@@ -6,11 +6,12 @@ paper; "ours" is this package's own choice.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import warnings
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nnunetv2_ext.core.settings import LOCAL_PATH, STRUCTURAL, Settings
+from nnunetv2_ext.core.settings import STRUCTURAL, Settings
 
 Width = Annotated[int, Field(ge=1)]
 
@@ -21,6 +22,8 @@ class JRASSettings(Settings):
     total = L(decoder(fuse(encoder(x), guides, w))) + `contrastive_weight` L_con, the second on every
     `contrastive_every`-th step.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {"init_from": "init_from", "group_regex": "group_regex"}  # common keys
 
     # ---- what is part of the network
     retriever: Literal["joint", "frozen", "random", "none"] = Field(
@@ -52,16 +55,13 @@ class JRASSettings(Settings):
         json_schema_extra=STRUCTURAL,
     )
     key_dim: int = Field(
-        128,
-        ge=2,
-        description="D, numbers in an embedding. Source: author code.",
-        json_schema_extra=STRUCTURAL,
+        128, ge=2, description="D, numbers in an embedding. Source: author code.", json_schema_extra=STRUCTURAL
     )
     store_stride: int = Field(
         4,
         ge=1,
-        description="Guides are stored at patch size / store_stride, at least 8 cells per axis (patch size, if that is "
-        "smaller). Source: ours, memory: 50 MB for 512 guides of 128 voxels per axis.",
+        description="Guides are stored at patch size / store_stride, at least 8 cells per axis (or the patch size). "
+        "Source: ours, memory: 50 MB for 512 guides of 128 voxels per axis.",
         json_schema_extra=STRUCTURAL,
     )
     retriever_widths: list[Width] = Field(
@@ -83,32 +83,12 @@ class JRASSettings(Settings):
         512, ge=1, description="N, guides in the bank over all training cases. Source: ours, see store_stride."
     )
     fg_share: float = Field(
-        0.75,
-        ge=0,
-        le=1,
-        description="Share of the guides whose patch is centred on a foreground voxel. Source: ours.",
+        0.75, ge=0, le=1, description="Share of the guides whose patch is centred on a foreground voxel. Source: ours."
     )
     mirror_guides: bool = Field(
         True,
         description="Whether guides are stored mirrored, in all orientations of nnU-Net's augmentation equally often. "
         "Source: measured (a mirrored patch finds none of its shape among unmirrored guides).",
-    )
-    group_regex: str | None = Field(
-        None,
-        description="Searched in a case id, its first group is the subject: cases of one subject never guide each "
-        "other. None: the common group_regex, else as dataset.json records subjects. Source: ours.",
-    )
-    index: str = Field(
-        "Flat",
-        description="faiss index_factory string: Flat is exact; IVF256,Flat or HNSW32,Flat for very large banks. "
-        "Source: ours.",
-        json_schema_extra=STRUCTURAL,
-    )
-    nprobe: int | None = Field(
-        None, ge=1, description="Lists an IVF index looks into. Source: ours.", json_schema_extra=STRUCTURAL
-    )
-    ef_search: int | None = Field(
-        None, ge=1, description="Candidates an HNSW index keeps. Source: ours.", json_schema_extra=STRUCTURAL
     )
     dedup_cosine: float | None = Field(
         None,
@@ -126,15 +106,13 @@ class JRASSettings(Settings):
         "retriever_encoder=bottleneck 5. Source: ours (author code: 1).",
     )
     detach_keys: bool = Field(
-        False,
-        description="Whether the segmentation loss teaches the query side only. Source: ours (author code: yes).",
+        False, description="Whether the segmentation loss teaches the query side only. Source: ours (author code: yes)."
     )
     guide_dropout: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="Share of training patches that get no guide, so that the network keeps working without a bank. "
-        "Source: ours.",
+        description="Share of training patches without guides, as with an empty bank. Source: ours.",
     )
     contrastive_weight: float = Field(
         0.1, ge=0, description="Weight of the contrastive loss; 0 leaves it out. Source: ours."
@@ -161,11 +139,10 @@ class JRASSettings(Settings):
         le=10,
         description="The retriever's learning rate as a share of initial_lr. Source: ours (0.003 with momentum 0.99).",
     )
-    init_from: str | None = Field(
-        None,
-        description="Old name of init_from, which every trainer has. Source: ours.",
-        json_schema_extra=LOCAL_PATH,
-    )
+    # ---- of an approximate search that is no more: read, so that old models and files of settings stay valid
+    index: str = Field("Flat", description="Without effect: guides are always searched exactly. Source: ours.")
+    nprobe: int | None = Field(None, description="Without effect, as jras.index. Source: ours.")
+    ef_search: int | None = Field(None, description="Without effect, as jras.index. Source: ours.")
 
     @field_validator("retriever", mode="before")
     @classmethod
@@ -175,22 +152,25 @@ class JRASSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> JRASSettings:
-        if self.retriever != "none" and self.num_guides > self.bank_size:
+        if (self.index, self.nprobe, self.ef_search) != ("Flat", None, None):
+            message = "jras.index, nprobe and ef_search have no effect any more: guides are searched exactly"
+            warnings.warn(message, stacklevel=1)
+        if not self.has_retrieval:
+            return self
+        if self.num_guides > self.bank_size:
             raise ValueError(
-                f"num_guides ({self.num_guides}) must not exceed bank_size ({self.bank_size}): lower "
-                "it or enlarge the bank"
+                f"num_guides ({self.num_guides}) must not exceed bank_size ({self.bank_size}): lower or enlarge it"
             )
-        if self.has_retrieval and self.reads_bottleneck:
-            if self.fusion == "concat":
-                raise ValueError(
-                    "retriever_encoder=bottleneck cannot be combined with fusion=concat, which needs the guides before "
-                    "the encoder has run: use fusion=attention or retriever_encoder=conv"
-                )
-            if self.retriever == "frozen":
-                raise ValueError(
-                    "retriever_encoder=bottleneck cannot be combined with retriever=frozen: the segmentation network's "
-                    "encoder goes on learning, and the embeddings with it; use retriever_encoder=conv"
-                )
+        if self.reads_bottleneck and self.fusion == "concat":
+            raise ValueError(
+                "retriever_encoder=bottleneck cannot be combined with fusion=concat, which needs the guides before the "
+                "encoder has run: use fusion=attention or retriever_encoder=conv"
+            )
+        if self.reads_bottleneck and self.retriever == "frozen":
+            raise ValueError(
+                "retriever_encoder=bottleneck cannot be combined with retriever=frozen: the segmentation network's "
+                "encoder goes on learning, and the embeddings with it; use retriever_encoder=conv"
+            )
         return self
 
     @property
@@ -202,11 +182,6 @@ class JRASSettings(Settings):
     def reads_bottleneck(self) -> bool:
         """Whether the segmentation network's own encoder embeds the patches."""
         return self.retriever_encoder == "bottleneck"
-
-    @property
-    def refresh_interval(self) -> int:
-        """Epochs between two embeddings of the bank."""
-        return self.refresh_every or (5 if self.reads_bottleneck else 1)
 
     @property
     def trains_keys(self) -> bool:

@@ -20,17 +20,15 @@ _BACKBONE, _BANK = "backbone.", "bank."
 def plain_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """Weights of plain nnU-Net's network: what the J-RAS network computes with an empty bank.
 
-    Args:
-        weights: of a J-RAS network, or of a plain one (`retriever=none`), which is returned as it is.
-        shapes: `stock_shapes`; where the first convolution has further inputs (`fusion=concat`) they are cut off.
+    Those of a plain network (`retriever=none`) come back as they are. Further inputs of the first convolution
+    (`fusion=concat`) are cut off to fit `shapes`, the `stock_shapes`.
     """
-    if not any(name.startswith(_BACKBONE) for name in weights):
-        return dict(weights)
-    plain: dict[str, Tensor] = {}
-    for name in (name.removeprefix(_BACKBONE) for name in weights if name.startswith(_BACKBONE)):
-        value, inputs = weights[_BACKBONE + name], shapes.get(name, ())[1:2]
-        plain[name] = value[:, : inputs[0]].clone() if inputs and value.shape[1:2] > inputs else value
-    return plain
+    plain = {name.removeprefix(_BACKBONE): v for name, v in weights.items() if name.startswith(_BACKBONE)}
+    for name, value in plain.items():
+        inputs = shapes.get(name, ())[1:2]
+        if inputs and value.shape[1:2] > inputs:
+            plain[name] = value[:, : inputs[0]].clone()
+    return plain or dict(weights)
 
 
 def without_bank(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,10 +39,7 @@ def without_bank(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: trained without a bank (`retriever=none`).
     """
-    _require_bank(checkpoint, "strip-bank")
-    stripped = {k: v for k, v in checkpoint.items() if k not in (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")}
-    stripped["network_weights"] = empty_bank(checkpoint["network_weights"])
-    return stripped
+    return _for_prediction(checkpoint, "strip-bank", empty_bank(checkpoint["network_weights"]))
 
 
 def empty_bank(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,15 +57,13 @@ def without_groups(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: trained without a bank (`retriever=none`).
     """
-    _require_bank(checkpoint, "blank-groups")
-    stripped = {k: v for k, v in checkpoint.items() if k not in (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")}
-    stripped["network_weights"] = {
-        name: torch.zeros_like(value) if name == f"{_BANK}groups" else value
-        for name, value in checkpoint["network_weights"].items()
-    }
-    return stripped
+    weights = checkpoint["network_weights"]
+    blank = {name: torch.zeros_like(value) for name, value in weights.items() if name == f"{_BANK}groups"}
+    return _for_prediction(checkpoint, "blank-groups", {**weights, **blank})
 
 
-def _require_bank(checkpoint: Mapping[str, Any], option: str) -> None:
-    if f"{_BANK}keys" not in checkpoint["network_weights"]:
+def _for_prediction(checkpoint: Mapping[str, Any], option: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    if f"{_BANK}keys" not in weights:
         raise ValueError(f"this model has no guide bank (jras.retriever=none); export it without --{option}")
+    left_out = (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")
+    return {name: value for name, value in checkpoint.items() if name not in left_out} | {"network_weights": weights}

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,24 +18,88 @@ import torch
 from torch import Tensor
 
 from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
+from nnunetv2_ext.jras.bank import OUTSIDE, GuideBank
 from nnunetv2_ext.jras.bank_training import BankTraining
 from nnunetv2_ext.jras.contrastive import (
     Masks,
-    draw_flips,
     flip,
     mask_overlap,
     masks_of_target,
     nt_xent,
     overlap_loss,
     perturb,
+    pool_masks,
 )
-from nnunetv2_ext.jras.figures import RetrievalFigures, guide_masks
-from nnunetv2_ext.jras.network import JRASNetwork
+from nnunetv2_ext.jras.network import Retrieval
 from nnunetv2_ext.jras.panel import draw_guides, view_of_batch
-from nnunetv2_ext.jras.search import EXACT
 from nnunetv2_ext.parts.schedule import ScaledPolyLR
 
 RETRIEVER = "retriever"  # name of its group in the optimiser
+
+
+def guide_masks(bank: GuideBank, ids: Tensor, has_regions: bool) -> Masks:
+    """Foreground masks of guides `ids` (n), pooled for `mask_overlap`."""
+    masks = bank.masks(ids)
+    return pool_masks(masks if has_regions else masks[:, 1:], bank.labels[ids] != OUTSIDE)
+
+
+class RetrievalFigures:
+    """Means over the steps since the last `read`; adding never waits for the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self.used: Tensor | None = None  # (N,) int32, 1 for guides ever retrieved in this training
+
+    def add(self, name: str, total: Tensor, count: Tensor | float = 1.0) -> None:
+        """Add `total` over `count` values to the mean called `name`."""
+        zero = torch.zeros_like(total)
+        self._sums[name] = self._sums.get(name, zero) + total
+        self._counts[name] = self._counts.get(name, zero) + count
+
+    @torch.no_grad()
+    def add_retrieval(self, retrieval: Retrieval, size: int) -> None:
+        """Entropy of w in nats, weight of the null guide, and which of the bank's `size` guides came up."""
+        w = retrieval.weights
+        self.add("weight_entropy", torch.special.entr(w).sum(), len(w))
+        self.add("null_weight", w[:, -1].sum(), len(w))
+        if self.used is None or len(self.used) != size:
+            self.used = torch.zeros(size, dtype=torch.int32, device=w.device)
+        # no boolean indexing, which would wait for the device; slots that are not valid hold id 0 and add nothing
+        self.used.scatter_reduce_(0, retrieval.ids.flatten(), retrieval.valid.flatten().int(), "amax")
+
+    @torch.no_grad()
+    def add_overlap(
+        self, retrieval: Retrieval, masks: Masks, bank: GuideBank, has_regions: bool, random_ids: Tensor
+    ) -> None:
+        """Mean mask overlap S of the batch with its guides, and with random ones."""
+        for row, (ids, valid) in enumerate(zip(retrieval.ids, retrieval.valid)):
+            overlap = mask_overlap(
+                Masks(*(part[row : row + 1] for part in masks)), guide_masks(bank, ids, has_regions)
+            )[0]
+            self.add("guide_overlap", (overlap * valid).sum(), valid.sum())
+        if len(random_ids):
+            overlap = mask_overlap(masks, guide_masks(bank, random_ids, has_regions))
+            self.add("random_overlap", overlap.sum(), overlap.numel())
+
+    def read(self) -> dict[str, float]:
+        """The means since the last call, and the share of the bank ever used."""
+        figures = {name: float(total / self._counts[name].clamp(min=1e-9)) for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        if self.used is not None and len(self.used):
+            figures["bank_share_used"] = float(self.used.float().mean())
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint of an unfinished epoch."""
+        return {"sums": self._sums, "counts": self._counts, "used": self.used}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Counterpart of `state_dict`."""
+        self._sums, self._counts = (
+            {name: value.to(device) for name, value in state[part].items()} for part in ("sums", "counts")
+        )
+        self.used = None if state["used"] is None else state["used"].to(device)
 
 
 class JRASTraining(BankTraining):
@@ -45,14 +111,9 @@ class JRASTraining(BankTraining):
     _compared: tuple[Masks, Tensor] | None = None  # masks of this step's batch and random guides
 
     @property
-    def warmup_epochs(self) -> int:
-        """Epochs in which the segmentation loss does not move the retriever."""
-        return math.ceil(self.jras.warmup_fraction * self.num_epochs)
-
-    @property
     def is_warming_up(self) -> bool:
-        """Whether this epoch is one of them."""
-        return self.current_epoch < self.warmup_epochs
+        """Whether the segmentation loss does not move the retriever in this epoch."""
+        return self.current_epoch < math.ceil(self.jras.warmup_fraction * self.num_epochs)
 
     def configure_optimizers(self, *args: Any, **kwargs: Any) -> tuple[torch.optim.Optimizer, Any]:
         """nnU-Net's optimiser with the retriever in a group of its own."""
@@ -91,27 +152,21 @@ class JRASTraining(BankTraining):
         self._compared = None
         if self.retrieval_network is None or not (warming_up or self.global_step % s.contrastive_every == 0):
             return passes
-        self._compared = self._draw_compared(batch)  # a figure of the controls as well
+        network = self.retrieval_network
+        masks = masks_of_target(batch.top_target, network.low_shape, self.label_manager)
+        rows = torch.randperm(len(network.bank), generator=self.generator, device=self.device)
+        self._compared = masks, rows[: s.contrastive_candidates]  # a figure of the controls as well
         if s.contrastive_weight == 0 or not (warming_up or s.retriever == "joint"):
             return passes
         return passes.first(LossPass("contrastive", lambda: self._contrastive_terms(batch)))
-
-    def _draw_compared(self, batch: Batch) -> tuple[Masks, Tensor]:
-        """Masks of the batch, and random rows of the bank to compare them with."""
-        network, labels = self.retrieval_network, self.label_manager
-        assert network is not None
-        masks = masks_of_target(
-            batch.top_target, network.low_shape, network.heads, labels.has_regions, labels.ignore_label
-        )
-        ids = torch.randperm(len(network.bank), generator=self.generator, device=self.device)
-        return masks, ids[: self.jras.contrastive_candidates]
 
     def _contrastive_terms(self, batch: Batch) -> dict[str, Term]:
         network, s, has_regions = self.retrieval_network, self.jras, self.label_manager.has_regions
         assert network is not None and self._compared is not None
         masks, ids = self._compared
         # both views mirrored alike: the mask is mirrored with them, and S of the two is 1
-        flips = draw_flips(len(batch.keys), len(network.low_shape), self.generator)
+        shape = (len(batch.keys), len(network.low_shape))
+        flips = torch.rand(shape, generator=self.generator, device=self.generator.device) < 0.5
         patches = flip(batch.data if s.reads_bottleneck else network.low_resolution(batch.data), flips)
         masks = Masks(flip(masks.share, flips), flip(masks.annotated[:, None], flips)[:, 0])
         views = perturb(patches, self.generator), perturb(patches, self.generator)
@@ -125,7 +180,7 @@ class JRASTraining(BankTraining):
         groups = self.groups_of(batch.keys)
         others = groups[:, None] != network.bank.groups[ids][None]
         allowed = torch.cat((torch.ones_like(groups[:, None].expand(-1, len(groups)), dtype=torch.bool), others), 1)
-        overlap = mask_overlap(masks, masks + guide_masks(network.bank, ids, has_regions))
+        overlap = mask_overlap(masks, Masks(*map(torch.cat, zip(masks, guide_masks(network.bank, ids, has_regions)))))
         with torch.autocast(self.device.type, enabled=False):
             loss = overlap_loss(first @ torch.cat((second, stored)).T, overlap, allowed, s.tau)
             loss = loss + nt_xent(first, second, s.tau)
@@ -161,36 +216,31 @@ class JRASTraining(BankTraining):
         network, s = self.retrieval_network, self.jras
         done = self.current_epoch + 1
         moved = s.retriever == "joint" or (s.retriever == "frozen" and self.is_warming_up)
-        if network is None or not moved or (done % s.refresh_interval and done != self.num_epochs):
+        interval = s.refresh_every or (5 if s.reads_bottleneck else 1)
+        if network is None or not moved or (done % interval and done != self.num_epochs):
             return
-        start = time.perf_counter()
-        self._refresh(network)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        seconds = self._seconds(lambda: self._refresh(network))
         if self.epoch_log is not None:
-            self.epoch_log.add({"jras/refresh_seconds": time.perf_counter() - start}, self.current_epoch)
+            self.epoch_log.add({"jras/refresh_seconds": seconds}, self.current_epoch)
 
     def epoch_figures(self) -> dict[str, float]:
-        """What retrieval did (see `RetrievalFigures`), the time of a lookup, and recall if the index is approximate."""
+        """What retrieval did (see `RetrievalFigures`), and the time of a lookup."""
         figures = super().epoch_figures()
         network = self.retrieval_network
         if network is None or network.last is None:
             return figures
         figures |= {f"jras/{name}": value for name, value in self._figures.read().items()}
-        figures["jras/lookup_ms"] = 1e3 * self._lookup_seconds(network, network.last.queries)
-        if self.jras.index != EXACT:
-            figures["jras/recall"] = network.bank.recall(network.last.queries, self.jras.num_guides)
+        lookup = partial(network.bank.lookup, network.last.queries, self.jras.num_guides)
+        figures["jras/lookup_ms"] = 1e3 * sorted(self._seconds(lookup) for _ in range(3))[1]
         return figures
 
-    def _lookup_seconds(self, network: JRASNetwork, queries: Tensor) -> float:
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            network.bank.lookup(queries, self.jras.num_guides)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            seconds.append(time.perf_counter() - start)
-        return sorted(seconds)[1]
+    def _seconds(self, action: Callable[[], object]) -> float:
+        """Wall time, with what the device still has to do."""
+        start = time.perf_counter()
+        action()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
 
     def draw_panel(self, path: Path) -> None:
         """One patch, its guides and their weights, prediction and truth. It shows patients' images."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.labelmaps import logits_to_labels, target_to_labels
-from nnunetv2_ext.core.step import Batch
+from nnunetv2_ext.core.step import Batch, top_resolution
 from nnunetv2_ext.parts.consistency import disagreement
 from nnunetv2_ext.parts.ramps import ramp
 
@@ -84,21 +84,23 @@ def _diagnose(trainer: MedContextTraining, student: torch.nn.Module, sample: Bat
     parameters = [p for p in student.parameters() if p.requires_grad]
     with _autocast(trainer):
         output = trainer.forward(sample, student)
-        clean = _top(output).detach()
+        clean = top_resolution(output).detach()
         # not under DDP: nnU-Net's batch Dice talks to the other ranks, who may not be here
         compare = trainer.teacher is not None and s.supervised_weight > 0 and not trainer.is_ddp
         supervised = 0.0
         if compare:
             supervised = _gradient_norm(s.supervised_weight * trainer.loss(output, sample.target), parameters, trainer)
         del output
-    with torch.no_grad():
-        # .forward: the compiled call would build another graph for a batch of one
-        teacher = None if trainer.teacher is None else _logits(trainer, sample, trainer.teacher.module.forward)
+    teacher = None
+    if trainer.teacher is not None:
+        with torch.no_grad(), _autocast(trainer):
+            # .forward: the compiled call would build another graph for a batch of one
+            teacher = top_resolution(trainer.forward(sample, trainer.teacher.module.forward))
     # a block of its own: after a no_grad forward of the same network in the same autocast block, older torch finds its
     # weights cast without gradient (pytorch/pytorch#112583)
     with _autocast(trainer):
         output = trainer.forward(sample.with_data(trainer.hide(sample.data, mask)), student)
-        masked = _top(output)
+        masked = top_resolution(output)
         ratio = share = float("nan")
         if teacher is not None:
             share = float(disagreement(teacher, masked.detach(), labels.has_regions))
@@ -119,11 +121,6 @@ def _diagnose(trainer: MedContextTraining, student: torch.nn.Module, sample: Bat
     )
 
 
-def _logits(trainer: MedContextTraining, sample: Batch, network: Any) -> Tensor:
-    with _autocast(trainer):
-        return _top(trainer.forward(sample, network))
-
-
 def _autocast(trainer: MedContextTraining) -> AbstractContextManager[Any]:
     """As in training: CUDA only."""
     return torch.autocast("cuda") if trainer.device.type == "cuda" else nullcontext()
@@ -138,7 +135,3 @@ def _gradient_norm(loss: Tensor, parameters: list[torch.nn.Parameter], trainer: 
     gradients = torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True)
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if g is not None]
     return float(torch.linalg.vector_norm(torch.stack(norms))) / scale if norms else 0.0
-
-
-def _top(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    return output[0] if isinstance(output, (list, tuple)) else output

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_ext.core.figures import draw_slice, fullest_slice, label_colours, take_slice
+from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, take_slice
 from nnunetv2_ext.core.labelmaps import class_names
 from nnunetv2_ext.medcontext.diagnosis import Diagnosis
 
@@ -67,29 +67,24 @@ def draw_panel(
             rest = [a for a in range(image.ndim) if a != axis]
             options: dict[str, Any] = {"window": window, "spacing": (mm[rest[1]], mm[rest[0]])}
             position = "2-D patch" if axis is None else f"axis {axis}, slice {index}"
-            draw_slice(row[0], _cut(image, axis, index), title=f"image ({position})", **options)
-            draw_slice(row[1], _cut(image, axis, index), title="what the student sees", **options)
-            hidden = _cut(result.hidden, axis, index)
+            draw_slice(row[0], take_slice(image, axis, index), title=f"image ({position})", **options)
+            draw_slice(row[1], take_slice(image, axis, index), title="what the student sees", **options)
+            hidden = take_slice(result.hidden, axis, index)
             cover = np.zeros((*hidden.shape, 4))
             cover[hidden] = (*HIDDEN_COLOUR, 1.0)
             row[1].imshow(cover, origin="lower", interpolation="nearest", aspect=row[1].get_aspect())
             for cell, (name, label) in zip(row[2:], maps.items(), strict=True):
-                draw_slice(cell, _cut(image, axis, index), _cut(label, axis, index), classes, title=name, **options)
+                draw_slice(
+                    cell, take_slice(image, axis, index), take_slice(label, axis, index), classes, title=name, **options
+                )
                 if name in empty:
                     _write_over(cell, "no foreground")
         # of a hundred organs only those in this patch
         present = set(np.unique(np.concatenate([np.unique(label) for label in maps.values()])).tolist())
-        colours = {value: colour for value, colour in label_colours(classes).items() if value in present}
-        handles = [Patch(color=colour, label=classes[value]) for value, colour in colours.items()]
-        handles.append(Patch(color=HIDDEN_COLOUR, label="hidden from the student"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False)
+        add_legend(figure, classes, present, [Patch(color=HIDDEN_COLOUR, label="hidden from the student")])
         figure.savefig(path, dpi=110)
 
 
 def _write_over(cell: Axes, text: str) -> None:
     box = {"facecolor": "black", "alpha": 0.6, "edgecolor": "none"}
     cell.text(0.5, 0.04, text, transform=cell.transAxes, ha="center", va="bottom", color="white", fontsize=9, bbox=box)
-
-
-def _cut(volume: np.ndarray, axis: int | None, index: int | None) -> np.ndarray:
-    return volume.T if axis is None or index is None else take_slice(volume, axis, index)

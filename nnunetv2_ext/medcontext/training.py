@@ -19,19 +19,18 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, unwrap
-from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
+from nnunetv2_ext.core.checkpoint import EXTENSION_KEY
+from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term, top_resolution
 from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose
 from nnunetv2_ext.medcontext.panel import draw_panel
 from nnunetv2_ext.medcontext.settings import MedContextSettings
 from nnunetv2_ext.parts.consistency import consistency_loss, valid_mask
 from nnunetv2_ext.parts.masking import apply_mask, block_mask, cell_counts, resolve_block
 from nnunetv2_ext.parts.ramps import momentum, ramp, released_momentum
-from nnunetv2_ext.parts.teacher import EMATeacher
-from nnunetv2_ext.parts.trainer import MethodTrainer
+from nnunetv2_ext.parts.teacher_training import KEY, TeacherTraining
 
 
-class MedContextTraining(MethodTrainer):
+class MedContextTraining(TeacherTraining):
     """Adds a masked pass with a moving-average teacher in front of nnU-Net's supervised pass.
 
     The network that is trained, validated, saved and predicted with is the student, nnU-Net's own; the teacher is an
@@ -40,8 +39,6 @@ class MedContextTraining(MethodTrainer):
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"medcontext": MedContextSettings}
 
-    teacher: EMATeacher | None = None  # -> initialize; none without consistency
-    _teacher_is_loaded = False
     _diagnosis: Diagnosis | None = None
 
     @property
@@ -55,20 +52,10 @@ class MedContextTraining(MethodTrainer):
         return len(self.configuration_manager.normalization_schemes)
 
     @property
-    def total_steps(self) -> int:
-        """T, over which ramp and momentum run."""
-        return self.num_epochs * self.num_iterations_per_epoch
-
-    @property
     def mask_block(self) -> tuple[int, ...]:
         """Edge of a hidden block in voxels, per axis."""
-        configuration = self.configuration_manager
-        return resolve_block(
-            self.medcontext.mask_block,
-            configuration.patch_size,
-            configuration.pool_op_kernel_sizes,
-            self.medcontext.tube,
-        )
+        s, plan = self.medcontext, self.configuration_manager
+        return resolve_block(s.mask_block, plan.patch_size, plan.pool_op_kernel_sizes, s.tube)
 
     # ---- the teacher -------------------------------------------------------------------------------------------------
     def initialize(self) -> None:
@@ -81,15 +68,6 @@ class MedContextTraining(MethodTrainer):
                 "ResidualEncoderUNet)"
             )
         super().initialize()
-        self._report_mask()
-        if self.medcontext.preset == "paper_code":
-            self.print_to_log_file(
-                "WARNING: medcontext.preset=paper_code repeats the released code's numbers for ablation: "
-                "its consistency is close to zero and its teacher is almost the student."
-            )
-        self._build_teacher()
-
-    def _report_mask(self) -> None:
         s, patch = self.medcontext, self.configuration_manager.patch_size
         cells, hidden = cell_counts(patch, self.mask_block, s.mask_ratio, s.tube, s.mask_rounding)
         self.print_to_log_file(
@@ -99,23 +77,16 @@ class MedContextTraining(MethodTrainer):
             self.print_to_log_file(
                 "WARNING: that is no mask, or nothing but mask; set medcontext.mask_block to smaller blocks."
             )
+        if s.preset == "paper_code":
+            self.print_to_log_file(
+                "WARNING: medcontext.preset=paper_code repeats the released code's numbers for ablation: "
+                "its consistency is close to zero and its teacher is almost the student."
+            )
 
-    def _build_teacher(self) -> None:
-        if self.medcontext.beta > 0:
-            self.teacher = EMATeacher(unwrap(self.network))
-            if self._do_i_compile():
-                self.teacher.compile()
-
-    def on_train_start(self) -> None:
-        """After nnU-Net's: ``-pretrained_weights`` were loaded since initialize, so a fresh teacher is copied now."""
-        super().on_train_start()
-        if self.teacher is not None and not self._teacher_is_loaded:
-            self.teacher.copy_from(unwrap(self.network))
-
-    def on_train_end(self) -> None:
-        """After the final checkpoint the teacher is no longer needed; validation gets its memory."""
-        super().on_train_end()
-        self.teacher = None
+    @property
+    def wants_teacher(self) -> bool:
+        """Without consistency there is nothing to teach."""
+        return self.medcontext.beta > 0
 
     def teacher_momentum(self, step: int) -> float:
         """m(t) of the update after global step ``step``."""
@@ -123,12 +94,6 @@ class MedContextTraining(MethodTrainer):
         if s.ema_schedule == "released":
             return released_momentum(step % self.num_iterations_per_epoch, s.ema_base)
         return momentum(step, self.total_steps, s.ema_base, s.ema_final)
-
-    def after_step(self) -> None:
-        """The moving average follows the student, also on steps without a masked pass or skipped by the scaler."""
-        super().after_step()
-        if self.teacher is not None:
-            self.teacher.update(unwrap(self.network), self.teacher_momentum(self.global_step))
 
     # ---- the masked pass ---------------------------------------------------------------------------------------------
     def loss_passes(self, batch: Batch) -> Passes:
@@ -162,18 +127,9 @@ class MedContextTraining(MethodTrainer):
 
     def draw_mask(self, shape: Sequence[int]) -> Tensor:
         """A mask for data of ``shape`` (B, C, *S): bool (B, 1, *S), True = hidden."""
-        s = self.medcontext
-        return block_mask(
-            shape[0],
-            shape[2:],
-            self.mask_block,
-            self.mask_ratio(self.global_step),
-            self.generator,
-            self.device,
-            s.tube,
-            s.mask_per_sample,
-            s.mask_rounding,
-        )
+        s, ratio = self.medcontext, self.mask_ratio(self.global_step)
+        how = (s.tube, s.mask_per_sample, s.mask_rounding)
+        return block_mask(shape[0], shape[2:], self.mask_block, ratio, self.generator, self.device, *how)
 
     def hide(self, data: Tensor, mask: Tensor) -> Tensor:
         """m(x): ``data`` (B, C, *S) with the masked voxels filled; the loader's tensor is left as it is."""
@@ -189,9 +145,8 @@ class MedContextTraining(MethodTrainer):
         with torch.set_grad_enabled(self.masked_weight > 0):  # of weight 0 it is only logged
             terms = {"masked_supervised": Term(self.loss(output, batch.target), self.masked_weight)}
         if seen is not None:
-            top = output[0] if isinstance(output, (list, tuple)) else output
             weight = s.beta * ramp(self.global_step, self.total_steps, s.ramp_fraction)
-            terms["consistency"] = Term(self.consistency(seen, top, valid), weight)
+            terms["consistency"] = Term(self.consistency(seen, top_resolution(output), valid), weight)
         return terms
 
     def valid_voxels(self, batch: Batch) -> Tensor | None:
@@ -230,40 +185,14 @@ class MedContextTraining(MethodTrainer):
         if self.last_batch is None or self.medcontext.masked_fraction == 0:
             return
         result = self._diagnosis or diagnose(self, self.on_device(self.last_batch))
-        draw_panel(
-            result,
-            path,
-            f"{type(self).__name__}, epoch {self.current_epoch - 1}",
-            self.dataset_json,
-            self.label_manager,
-            self.configuration_manager.spacing[-len(self.configuration_manager.patch_size) :],
-        )
+        title = f"{type(self).__name__}, epoch {self.current_epoch - 1}"
+        plan = self.configuration_manager
+        draw_panel(result, path, title, self.dataset_json, self.label_manager, plan.spacing[-len(plan.patch_size) :])
 
     # ---- checkpoint --------------------------------------------------------------------------------------------------
-    def method_state(self) -> dict[str, Any]:
-        """Adds the teacher. Its step is the trainer's global_step; T follows from the settings."""
-        state = super().method_state()
-        if self.teacher is not None:
-            state["medcontext"] = {"teacher": self.teacher.state_dict(), "total_steps": self.total_steps}
-        return state
-
     def load_method_state(self, states: dict[str, Any]) -> None:
-        """Takes the teacher from the checkpoint; without one (plain nnU-Net) it starts as a copy of the student."""
-        super().load_method_state(states)
-        if self.teacher is None:  # beta is 0, or it was freed by on_train_end and --val_best loads a checkpoint
-            return
-        state = states.get("medcontext")
-        if state is None:
-            self.teacher.copy_from(unwrap(self.network))
-            self.print_to_log_file("The checkpoint has no MedContext teacher; it starts as a copy of the network.")
-        else:
-            self.teacher.load_state_dict(state["teacher"])
-            if state["total_steps"] != self.total_steps:
-                self.print_to_log_file(
-                    f"The training's length changes from {state['total_steps']} to {self.total_steps} steps; "
-                    "ramp and momentum follow."
-                )
-        self._teacher_is_loaded = True
+        """Checkpoints of version 0.1 have the teacher under the method's name."""
+        super().load_method_state({KEY: states["medcontext"], **states} if "medcontext" in states else states)
 
     @classmethod
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
@@ -272,7 +201,8 @@ class MedContextTraining(MethodTrainer):
             raise ValueError(f"{cls.__name__} has no {weights!r} weights to export; it has: student, teacher")
         if weights == "student":
             return super().export_weights(checkpoint, weights)
-        state = checkpoint.get(EXTENSION_KEY, {}).get("methods", {}).get("medcontext")
+        states = checkpoint.get(EXTENSION_KEY, {}).get("methods", {})
+        state = states.get(KEY, states.get("medcontext"))
         if state is None:
             raise ValueError(
                 "this checkpoint has no teacher (medcontext.beta was 0, or plain nnU-Net wrote it); "

@@ -67,8 +67,10 @@ def consistency_loss(
             "must have the same shape (B, C, *S)"
         )
     if valid is not None:
-        _check_valid(valid, student_logits)
-        valid = valid if valid.dtype == torch.bool else valid != 0
+        given, shape = tuple(valid.shape), tuple(student_logits.shape)
+        if given != (shape[0], 1, *shape[2:]):
+            raise ValueError(f"valid mask {given} does not fit logits {shape}: expected (B, 1, *S)")
+        valid = valid.bool()
     with _no_autocast(student_logits.device.type):
         loss: torch.Tensor = _ClosedForm.apply(student_logits, teacher_logits.detach(), valid, kind, regions)
     return loss
@@ -108,10 +110,8 @@ def disagreement(teacher_logits: torch.Tensor, student_logits: torch.Tensor, reg
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(f"shapes differ: teacher {tuple(teacher_logits.shape)}, student {tuple(student_logits.shape)}")
     if regions:
-        differs = ((teacher_logits > 0) != (student_logits > 0)).any(dim=1)
-    else:
-        differs = teacher_logits.argmax(dim=1) != student_logits.argmax(dim=1)
-    return differs.float().mean()
+        return ((teacher_logits > 0) != (student_logits > 0)).any(dim=1).float().mean()
+    return (teacher_logits.argmax(dim=1) != student_logits.argmax(dim=1)).float().mean()
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -236,13 +236,6 @@ def _pieces(shape: torch.Size) -> Iterator[tuple[slice, slice, slice]]:
     for b in range(0, batch, samples):
         for x in range(0, length, slabs):
             yield slice(b, b + samples), slice(None), slice(x, x + slabs)
-
-
-def _check_valid(valid: torch.Tensor, logits: torch.Tensor) -> None:
-    if tuple(valid.shape) != (logits.shape[0], 1, *logits.shape[2:]):
-        raise ValueError(
-            f"valid mask {tuple(valid.shape)} does not fit logits {tuple(logits.shape)}: expected (B, 1, *S)"
-        )
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:

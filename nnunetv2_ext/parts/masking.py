@@ -32,12 +32,10 @@ def default_block(patch_shape: Sequence[int], strides: Sequence[int | Sequence[i
     Raises:
         ValueError: the patch is not 2-D or 3-D, or a stride does not fit it.
     """
-    shape = _positive_ints("patch_shape", patch_shape)
-    _check_axes(shape)
+    shape = _patch("patch_shape", patch_shape)
     total = [1] * len(shape)
     for stage in strides:
-        per_axis = (stage,) * len(shape) if isinstance(stage, int) else stage
-        per_axis = _positive_ints("strides", per_axis)
+        per_axis = _positive_ints("strides", (stage,) * len(shape) if isinstance(stage, int) else stage)
         if len(per_axis) != len(shape):
             raise ValueError(f"stride {per_axis} has {len(per_axis)} axes but the patch {shape} has {len(shape)}")
         total = [t * s for t, s in zip(total, per_axis)]
@@ -65,8 +63,7 @@ def resolve_block(
     Raises:
         ValueError: the number of edges does not fit the patch, or an edge is below 1.
     """
-    shape = _positive_ints("patch_shape", patch_shape)
-    _check_axes(shape)
+    shape = _patch("patch_shape", patch_shape)
     if settings_block is None:
         block = default_block(shape, strides)
     elif isinstance(settings_block, int):
@@ -85,7 +82,9 @@ def resolve_block(
                 f"mask_block {list(block)} has {len(block)} edges but the patch {list(shape)} has {len(shape)} axes: "
                 "give one edge per axis, a single number, or None"
             )
-    return tuple(min(b, s) for b, s in zip(_through_axis_0(block, shape, tube), shape))
+    if tube and len(shape) == 3:
+        block = (shape[0], *block[1:])
+    return tuple(min(b, s) for b, s in zip(block, shape))
 
 
 def cell_counts(
@@ -102,8 +101,8 @@ def cell_counts(
     Returns:
         (cells, hidden).
     """
-    grid = _grid(*_checked_geometry(shape, block, tube))
-    return math.prod(grid), _hidden(math.prod(grid), ratio, rounding)
+    cells = math.prod(_geometry(shape, block, tube)[-1])
+    return cells, _hidden(cells, ratio, rounding)
 
 
 def block_mask(
@@ -137,15 +136,12 @@ def block_mask(
         bool tensor `(B, 1, *S)`, True = hidden.
 
     Raises:
-        ValueError: an argument is out of range, or generator and device differ.
+        ValueError: an argument is out of range.
     """
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, not {batch}")
-    size, edges = _checked_geometry(shape, block, tube)
-    grid = _grid(size, edges)
+    size, edges, grid = _geometry(shape, block, tube)
     cells = math.prod(grid)
     hidden = _hidden(cells, ratio, rounding)
-    target = _device_of(generator, device)
+    target = device or (generator.device if generator is not None else torch.device("cpu"))
 
     draws = batch if per_sample else 1
     scores = torch.rand(draws, cells, device=target, generator=generator)
@@ -158,9 +154,8 @@ def block_mask(
     repeated = [n for pair in zip(grid, edges) for n in pair]
     full = flat.view(draws, *interleaved).expand(draws, *repeated)
     full = full.reshape(draws, 1, *(g * e for g, e in zip(grid, edges)))
-    for axis, s in enumerate(size, start=2):
-        full = full.narrow(axis, 0, s)
-    return full.expand(batch, 1, *size).contiguous()
+    crop = (slice(None), slice(None), *map(slice, size))
+    return full[crop].expand(batch, 1, *size).contiguous()
 
 
 def apply_mask(
@@ -201,16 +196,12 @@ def apply_mask(
         return x.masked_fill(mask, 0)
     image = x[:, :images]
     if fill == "noise":
-        _device_of(generator, x.device)
         value = torch.randn(image.shape, dtype=x.dtype, device=x.device, generator=generator)
     elif fill == "minimum":
         value = image.amin(dim=tuple(range(2, x.ndim)), keepdim=True)
     else:
         raise ValueError(f"unknown fill {fill!r}: choose zero, noise or minimum")
-    filled = torch.where(mask, value, image)
-    if images == x.shape[1]:
-        return filled
-    return torch.cat((filled, x[:, images:].masked_fill(mask, 0)), dim=1)
+    return torch.cat((torch.where(mask, value, image), x[:, images:].masked_fill(mask, 0)), dim=1)
 
 
 def _positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
@@ -220,43 +211,26 @@ def _positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
     return numbers
 
 
-def _check_axes(shape: tuple[int, ...]) -> None:
-    if len(shape) not in (2, 3):
-        raise ValueError(f"the patch must have 2 or 3 axes, not {len(shape)}: {list(shape)}")
+def _patch(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    size = _positive_ints(name, shape)
+    if len(size) not in (2, 3):
+        raise ValueError(f"the patch must have 2 or 3 axes, not {len(size)}: {list(size)}")
+    return size
 
 
-def _through_axis_0(block: tuple[int, ...], shape: tuple[int, ...], tube: bool) -> tuple[int, ...]:
-    return (shape[0], *block[1:]) if tube and len(shape) == 3 else block
-
-
-def _checked_geometry(
-    shape: Sequence[int], block: Sequence[int], tube: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    size, edges = _positive_ints("shape", shape), _positive_ints("block", block)
-    _check_axes(size)
+def _geometry(shape: Sequence[int], block: Sequence[int], tube: bool) -> tuple[tuple[int, ...], ...]:
+    """Patch and edges of a block in voxels, and cells of the grid, per axis."""
+    size, edges = _patch("shape", shape), _positive_ints("block", block)
     if len(edges) != len(size):
         raise ValueError(f"block {list(edges)} must have one edge per axis of the patch {list(size)}")
-    return size, _through_axis_0(edges, size, tube)
+    if tube and len(size) == 3:
+        edges = (size[0], *edges[1:])
+    return size, edges, tuple(-(-s // e) for s, e in zip(size, edges))
 
 
-def _grid(size: tuple[int, ...], edges: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(-(-s // e) for s, e in zip(size, edges))
-
-
-def _hidden(cells: int, ratio: float, rounding: str) -> int:
+def _hidden(cells: int, ratio: float, rounding: Rounding) -> int:
     if not 0.0 <= ratio <= 1.0:  # also refuses nan
         raise ValueError(f"the mask ratio must lie between 0 and 1, not {ratio}")
-    if rounding == "nearest":
-        return round(ratio * cells)
-    if rounding == "floor":
-        return int(ratio * cells)
-    raise ValueError(f"unknown rounding {rounding!r}: choose nearest or floor")
-
-
-def _device_of(generator: torch.Generator | None, device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cpu") if generator is None else generator.device
-    wanted = torch.device(device)
-    if generator is not None and generator.device.type != wanted.type:
-        raise ValueError(f"the generator lives on {generator.device} but the batch on {wanted}: make it on {wanted}")
-    return wanted
+    if rounding not in ("nearest", "floor"):
+        raise ValueError(f"unknown rounding {rounding!r}: choose nearest or floor")
+    return round(ratio * cells) if rounding == "nearest" else int(ratio * cells)

@@ -10,22 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnunetv2_ext.parts.ramps import gaussian_ramp
+
 _NO_LABEL = -100  # nll_loss's ignore_index; the data's own ignore label may be a class elsewhere
 
 
-def ramp(t: float) -> float:
-    """r(t) = exp(-5 (1 - t)^2), t the finished share of the training: 0.007 at 0, 0.29 at 1/2, 1 at 1."""
-    return math.exp(-5 * (1 - t) ** 2)
-
-
 def teacher_weight(t: float, lambda_max: float) -> float:
-    """lambda(t), the weight of each teacher's loss."""
-    return lambda_max * ramp(t)
+    """lambda(t), the weight of each teacher's loss, t the finished share of the training."""
+    return lambda_max * gaussian_ramp(t)
 
 
 def entropy_ceiling(t: float, num_classes: int) -> float:
-    """theta(t) in nats: (0.75 + 0.25 r(t)) ln ``num_classes``."""
-    return (0.75 + 0.25 * ramp(t)) * math.log(num_classes)
+    """theta(t) in nats: (0.75 + 0.25 r(t)) ln ``num_classes``, r the ramp."""
+    return (0.75 + 0.25 * gaussian_ramp(t)) * math.log(num_classes)
 
 
 @dataclass(frozen=True)
@@ -68,13 +65,11 @@ def teach(
         generator: for the noise, on the device of the data.
     """
     logits = predict(data)
-    if passes == 0:
-        return lesson_of(logits, inside, ceiling)
     total = torch.zeros_like(logits, dtype=torch.float32)
     for _ in range(passes):
         noise = torch.randn(data.shape, device=data.device, dtype=data.dtype, generator=generator)
         total += predict(data + (noise * noise_std).clamp_(-noise_clip, noise_clip)).float().softmax(1)
-    return lesson_of(logits, inside, ceiling, total / passes)
+    return lesson_of(logits, inside, ceiling, total / passes if passes else None)
 
 
 @torch.no_grad()
@@ -88,9 +83,8 @@ def lesson_of(logits: Tensor, inside: Tensor, ceiling: float, probabilities: Ten
         probabilities: (n, C, X, Y, Z) float32 whose entropy counts; None: the softmax of the logits.
     """
     label = logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
-    if probabilities is None:
-        probabilities = logits.float().softmax(1)
-    return Lesson(label, (entropy(probabilities) < ceiling) & inside)
+    counts = logits.float().softmax(1) if probabilities is None else probabilities
+    return Lesson(label, (entropy(counts) < ceiling) & inside)
 
 
 def entropy(probabilities: Tensor) -> Tensor:

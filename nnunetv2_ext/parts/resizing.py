@@ -49,11 +49,9 @@ class ResizableLinear(nn.Linear):
         if shape == self.weight.shape:
             return
         self.out_features, self.in_features = shape
-        self.weight.data = new_zeros(self.weight, shape)
-        self.weight.grad = None
-        if self.bias is not None:
-            self.bias.data = new_zeros(self.bias, shape[:1])
-            self.bias.grad = None
+        for parameter, size in ((self.weight, shape), (self.bias, shape[:1])):
+            if parameter is not None:
+                parameter.data, parameter.grad = new_zeros(parameter, size), None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         stored, own = state_dict.get(prefix + "weight"), self.weight

@@ -7,11 +7,9 @@ holds the plan's network, or several, names where in its attribute ``stock_prefi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +19,7 @@ from nnunetv2_ext.core.checkpoint import read, unwrap
 _LFS_POINTER = b"version https://git-lfs"
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What becomes of one tensor of our network.
 
     Attributes:
@@ -38,32 +35,31 @@ class Row:
     note: str = ""
 
 
-def stock_tensors(network: nn.Module) -> list[dict[str, list[str]]]:
-    """Names within each of the plan's networks that ``network`` holds; first name of a tensor to all its names.
+def stock_tensors(network: nn.Module) -> list[dict[tuple[str, ...], Tensor]]:
+    """Tensors of each of the plan's networks that ``network`` holds, by all their names within it.
 
     nnU-Net's networks list a tensor of the encoder under up to four names.
     """
     state = unwrap(network).state_dict(keep_vars=True)
-    found: list[dict[str, list[str]]] = []
+    found = []
     for prefix in getattr(unwrap(network), "stock_prefixes", ("",)):
         names: dict[int, list[str]] = {}
         for name, tensor in state.items():
             if name.startswith(prefix):
                 names.setdefault(id(tensor), []).append(name.removeprefix(prefix))
-        found.append({aliases[0]: aliases for aliases in names.values()})
+        found.append({tuple(aliases): state[prefix + aliases[0]] for aliases in names.values()})
     return found
 
 
-def within_plan(theirs: Mapping[str, Tensor], wanted: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+def within_plan(theirs: Mapping[str, Tensor], wanted: Iterable[Sequence[str]]) -> dict[str, Tensor]:
     """Their tensors by name within the plan's network.
 
     What stands before these names there (``module.``, ``_orig_mod.``, the place inside a method's network) is the
     prefix under which most of the wanted names exist; of several the first.
     """
-    names = [alias for aliases in wanted.values() for alias in aliases]
     # by last components, so that not every pair of names is compared
     endings: dict[str, list[str]] = {}
-    for name in names:
+    for name in (alias for aliases in wanted for alias in aliases):
         endings.setdefault(".".join(name.split(".")[-2:]), []).append(name)
     prefixes = Counter(
         key.removesuffix(name)
@@ -75,9 +71,7 @@ def within_plan(theirs: Mapping[str, Tensor], wanted: Mapping[str, Sequence[str]
     return {key.removeprefix(prefix): value for key, value in theirs.items() if key.startswith(prefix)}
 
 
-def compare(
-    theirs: Mapping[str, Tensor], targets: Mapping[str, Tensor], wanted: Mapping[str, Sequence[str]]
-) -> list[Row]:
+def compare(theirs: Mapping[str, Tensor], wanted: Mapping[tuple[str, ...], Tensor]) -> list[Row]:
     """What can be loaded, tensor by tensor; nothing is written.
 
     A convolution and its norm are one unit, which is taken whole or not at all. Further input channels of the first
@@ -85,20 +79,19 @@ def compare(
 
     Args:
         theirs: from `within_plan`.
-        targets: our tensors by their first name.
         wanted: one element of `stock_tensors`.
 
     Raises:
         ValueError: a tensor that would be loaded holds NaN or infinity.
     """
-    first = next((name for name, target in targets.items() if target.ndim > 2), None)
+    first = next((aliases for aliases, target in wanted.items() if target.ndim > 2), None)
     rows = []
-    for name, aliases in wanted.items():
+    for aliases, target in wanted.items():
         source = next((theirs[alias] for alias in aliases if alias in theirs), None)
-        rows.append(_row(name, targets[name], source, is_first=name == first))
+        rows.append(_row(aliases[0], target, source, is_first=aliases == first))
     incomplete = {_unit(row.name) for row in rows if row.value is None}
     return [
-        replace(row, value=None, note="a part of this unit does not fit")
+        row._replace(value=None, note="a part of this unit does not fit")
         if row.value is not None and _unit(row.name) in incomplete
         else row
         for row in rows
@@ -129,19 +122,16 @@ def _unit(name: str) -> str:
 
 def describe(rows: Sequence[Row]) -> str:
     """A line per part of the network and outcome: tensors, values, what happened; the loaded share comes first."""
-    loaded, total = (
-        sum(row.target.numel() for row in some) for some in ([r for r in rows if r.value is not None], rows)
-    )
+    sizes: dict[tuple[str, bool, str], list[int]] = {}
+    for row in rows:
+        outcome = (".".join(row.name.split(".")[:2]), row.value is None, row.note)
+        sizes.setdefault(outcome, []).append(row.target.numel())
+    loaded = sum(sum(some) for (_, stays, _), some in sizes.items() if not stays)
+    total = sum(map(sum, sizes.values()))
     lines = [f"{100 * loaded / max(total, 1):.1f} % of the {total:,} values of the plan's network are loaded"]
-
-    def outcome(row: Row) -> tuple[str, bool, str]:
-        return ".".join(row.name.split(".")[:2]), row.value is None, row.note
-
-    order = {key: n for n, key in enumerate(dict.fromkeys(map(outcome, rows)))}
-    for (part, stays, note), some in groupby(sorted(rows, key=lambda row: order[outcome(row)]), outcome):
-        tensors = [row.target for row in some]
+    for (part, stays, note), some in sizes.items():
         what = "stays random" if stays else "adapted" if note else "loaded"
-        size = f"{len(tensors):4d} tensors {sum(t.numel() for t in tensors):>12,} values"
+        size = f"{len(some):4d} tensors {sum(some):>12,} values"
         lines.append(f"  {part:<22} {size}  {what}{f': {note}' if note else ''}")
     return "\n".join(lines)
 
@@ -158,18 +148,14 @@ def start_from(network: nn.Module, path: Path) -> str:
         ValueError: the file cannot be used; or nothing of its network, or nothing of its encoder, fits.
     """
     theirs = {name: value for name, value in _read(path)["network_weights"].items() if isinstance(value, Tensor)}
-    state = unwrap(network).state_dict(keep_vars=True)
-    prefixes = getattr(unwrap(network), "stock_prefixes", ("",))
     compared: list[list[Row]] = []
-    for prefix, wanted in zip(prefixes, stock_tensors(network), strict=True):
-        targets = {name: state[prefix + name] for name in wanted}
+    for wanted in stock_tensors(network):
         mapped = within_plan(theirs, wanted)
         try:
-            rows = compare(mapped, targets, wanted)
+            compared.append(compare(mapped, wanted))
         except ValueError as error:
             raise ValueError(f"init_from={path}: {error}") from error
-        _require_encoder(rows, path)
-        compared.append(rows)
+        _require_encoder(compared[-1], path)
     with torch.no_grad():
         for row in (row for rows in compared for row in rows):
             if row.value is not None:
@@ -177,8 +163,7 @@ def start_from(network: nn.Module, path: Path) -> str:
     text = describe(compared[0])
     if len(compared) > 1:
         text += f"\n  the same in each of {len(compared)} networks"
-    known = {alias for aliases in wanted.values() for alias in aliases}
-    unused = len(theirs) - sum(name in known for name in mapped)
+    unused = len(theirs) - sum(alias in mapped for aliases in wanted for alias in aliases)
     if unused:
         text += f"\n  {unused} tensors of the file belong to nothing here"
     return text

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-
-from nnunetv2_ext.parts.ramps import check_momentum
 
 
 class EMATeacher:
@@ -27,12 +26,6 @@ class EMATeacher:
 
     Raises:
         ValueError: the student is wrapped.
-
-    Example:
-        >>> student = nn.Conv3d(1, 2, 1)
-        >>> teacher = EMATeacher(student)
-        >>> logits = teacher(torch.zeros(2, 1, 4, 4, 4))     # (B, C, X, Y, Z), no gradient
-        >>> teacher.update(student, momentum(step=0, total_steps=1000))
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -45,10 +38,7 @@ class EMATeacher:
             decoder.deep_supervision = False
         self._parameters: list[torch.Tensor] = list(self.module.parameters())
         self._buffers = list(_own_buffers(self.module).values())
-        self._student: nn.Module | None = None
-        self._student_parameters: list[torch.Tensor] = []
-        self._student_buffers: list[torch.Tensor] = []
-        self._same_dtype = True
+        self._student: nn.Module | None = None  # -> _bind
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -70,14 +60,14 @@ class EMATeacher:
         Raises:
             ValueError: m outside 0..1, or another architecture than the teacher's.
         """
-        check_momentum("m", m)
+        if not 0.0 <= m <= 1.0:  # also refuses nan
+            raise ValueError(f"the momentum m must lie between 0 and 1, not {m}")
         if student is not self._student:
             self._bind(student)
         source = self._student_parameters
         if not self._same_dtype:
             source = [s.to(t.dtype) for s, t in zip(source, self._parameters)]
-        if source:
-            torch._foreach_lerp_(self._parameters, source, 1.0 - m)
+        torch._foreach_lerp_(self._parameters, source, 1.0 - m)
         self._copy_buffers()
 
     @torch.no_grad()
@@ -88,8 +78,7 @@ class EMATeacher:
             ValueError: another architecture than the teacher's, or a wrapped student.
         """
         self._bind(student)
-        if self._parameters:
-            torch._foreach_copy_(self._parameters, self._student_parameters)
+        torch._foreach_copy_(self._parameters, self._student_parameters)
         self._copy_buffers()
 
     def compile(self, **options: Any) -> None:
@@ -121,12 +110,9 @@ class EMATeacher:
 
     def _bind(self, student: nn.Module) -> None:
         _refuse_wrapped(student)
-        for what, mine, theirs in (
-            ("parameter", self.module.named_parameters(), student.named_parameters()),
-            ("buffer", _own_buffers(self.module).items(), _own_buffers(student).items()),
-        ):
-            _compare(what, {n: tuple(t.shape) for n, t in mine}, {n: tuple(t.shape) for n, t in theirs})
-        self._student_parameters = list(student.parameters())
+        _compare("parameter", dict(self.module.named_parameters()), dict(student.named_parameters()))
+        _compare("buffer", _own_buffers(self.module), _own_buffers(student))
+        self._student_parameters: list[torch.Tensor] = list(student.parameters())
         self._student_buffers = list(_own_buffers(student).values())
         self._same_dtype = all(s.dtype == t.dtype for s, t in zip(self._student_parameters, self._parameters))
         self._student = student
@@ -142,13 +128,12 @@ def _own_buffers(network: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in network.named_buffers() if id(buffer) not in shared}
 
 
-def _compare(what: str, teacher: dict[str, tuple[int, ...]], student: dict[str, tuple[int, ...]]) -> None:
+def _compare(what: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+    teacher, student = ({name: tuple(t.shape) for name, t in some.items()} for some in (ours, theirs))
     # order counts as well: the update pairs the two lists by position
     if list(teacher.items()) == list(student.items()):
         return
-    for name in [*teacher, *student]:
-        if teacher.get(name) != student.get(name):
-            break
+    name = next((n for n in [*teacher, *student] if teacher.get(n) != student.get(n)), next(iter(teacher)))
     raise ValueError(
         f"teacher and student differ in {what} '{name}': teacher {teacher.get(name, 'has none')}, "
         f"student {student.get(name, 'has none')} ({len(teacher)} against {len(student)} in all): "

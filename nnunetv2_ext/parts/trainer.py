@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from torch import nn
 
 from nnunetv2_ext.core.checkpoint import unwrap
@@ -18,8 +20,8 @@ class MethodTrainer(ExtTrainer):
     """ExtTrainer with everything the house offers to every trainer above core.
 
     Attributes:
-        case_store: state per case; a method that has some makes it in ``initialize`` (under DDP on the first rank
-            only). It is saved with every checkpoint, and ``--c`` takes what belongs to the checkpoint.
+        case_store: state per case; a method that has some sets it in ``initialize`` by `new_case_store`. It is saved
+            with every checkpoint, and ``--c`` takes what belongs to the checkpoint.
     """
 
     common_settings: ClassVar = HouseSettings
@@ -52,6 +54,25 @@ class MethodTrainer(ExtTrainer):
         table = start_from(self.network, path)
         self.print_to_log_file(f"init_from={path}: {table}", add_timestamp=False)
         self._started = _versions(self.network)
+
+    def new_case_store(self, channels: Sequence[int] = (), fill: float = 0) -> CaseStore | None:
+        """A store of arrays ``(*channels, X, Y, Z)`` of the preprocessed cases, beside the fold; first rank only.
+
+        Boxes of ``batch.extra("boxes")`` fit it as ``box.cpu().numpy()``.
+
+        Args:
+            channels: leading axes.
+            fill: value of what nobody has written yet.
+        """
+        if self.local_rank != 0:
+            return None
+        folder = self.preprocessed_dataset_folder
+
+        def shape(case: str) -> tuple[int, ...]:
+            dataset = infer_dataset_class(folder)(folder, [case])
+            return (*channels, *dataset.load_case(case)[0].shape[1:])
+
+        return CaseStore(Path(self.output_folder) / "case_state", shape, fill)
 
     def on_train_start(self) -> None:
         """nnU-Net's, with the state of the cases as the checkpoint knew it, or none.

@@ -1,4 +1,7 @@
-"""The phantom's anatomy: a body with a fat rim and organs that keep their place but not their exact shape."""
+"""The phantom's anatomy: a body with a fat rim and organs that keep their place but not their exact shape.
+
+Every function is of continuous coordinates over the field of view, [-1, 1] along each axis.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from nnunetv2_ext.phantom.smooth import SmoothField
 
 Array = npt.NDArray[Any]
 
@@ -32,6 +33,34 @@ _BODY_SEMI_AXIS = 0.88  # of half the field of view: some air all around
 _FAT_INSIDE = 0.91  # the rim reaches from here to the skin, relative to the body's radius
 _CENTRE_SPREAD, _SIZE_SPREAD, _ANGLE_SPREAD = 0.05, 0.10, 12.0  # half ranges from case to case; angle in degrees
 _WARP, _RIPPLE = 0.12, 0.30  # amplitude of the deformation (body units) and of the outline (organ radii)
+
+
+@dataclass(frozen=True)
+class SmoothField:
+    """A finite cosine series f(x, y, z) on [-1, 1]^3 without its constant term; max |f| is 1 up to the check grid.
+
+    A series and not filtered noise: it does not know the voxel grid, and separates into three small matrix products.
+    """
+
+    coefficients: npt.NDArray[np.float32]  # (order, order, order)
+
+    @classmethod
+    def draw(cls, generator: np.random.Generator, order: int) -> SmoothField:
+        """Draw a field with up to `order` - 1 half waves per axis; amplitudes fall with the squared frequency."""
+        k2 = sum(k.astype(float) ** 2 for k in np.indices((order,) * 3))
+        coefficients = generator.normal(size=(order,) * 3) / (1 + k2)
+        coefficients[0, 0, 0] = 0  # a shift or a gain is not a deformation
+        grid = np.linspace(-1, 1, 17)
+        peak = np.abs(cls(coefficients.astype(np.float32))(grid, grid, grid)).max()
+        return cls((coefficients / peak).astype(np.float32))
+
+    def __call__(self, x: Array, y: Array, z: Array) -> npt.NDArray[np.float32]:
+        """Values on the product grid of the three axes, float32 (len(x), len(y), len(z))."""
+        # (order, len): the k-th row is cos(pi k (x + 1) / 2), k half waves across [-1, 1]
+        waves = np.pi / 2 * np.arange(len(self.coefficients))[:, None]
+        cos_x, cos_y, cos_z = (np.cos(waves * (axis[None] + 1)).astype(np.float32) for axis in (x, y, z))
+        # contract the shortest intermediate first: (o, o, o) -> (o, o, Z) -> (o, Y, Z) -> (X, Y, Z)
+        return np.tensordot(cos_x.T, np.einsum("ijz,jy->iyz", self.coefficients @ cos_z, cos_y), axes=1)
 
 
 @dataclass(frozen=True)

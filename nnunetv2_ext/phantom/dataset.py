@@ -61,7 +61,16 @@ def write_phantom_dataset(
     Raises:
         ValueError: an argument is out of range, or `raw` already holds a dataset with this id.
     """
-    _check(dataset_id, name, num_train, num_test, num_organs, regions, channels)
+    if not 1 <= dataset_id <= 999:
+        raise ValueError(f"dataset_id must be from 1 to 999, got {dataset_id}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"dataset name may hold letters, digits, '_' and '-' only, got {name!r}")
+    if num_train < 1 or num_test < 0:
+        raise ValueError(f"num_train must be >= 1 and num_test >= 0, got {num_train} and {num_test}")
+    if regions and num_organs < 2:
+        raise ValueError(f"regions=True needs num_organs >= 2, got {num_organs}")
+    if not 1 <= channels <= len(_CONTRASTS):
+        raise ValueError(f"channels must be 1 (T1) or 2 (T1 and T2), got {channels}")
     check_arguments(seed, shape, spacing, num_organs, _CONTRASTS[0], bias_field, noise)
     folder = Path(raw) / f"Dataset{dataset_id:03d}_{name}"
     taken = sorted(Path(raw).glob(f"Dataset{dataset_id:03d}_*"))
@@ -75,7 +84,8 @@ def write_phantom_dataset(
         case = f"{name.lower()}_{index:03d}"
         generator = np.random.default_rng([seed, index])
         patient = int(generator.integers(2**32))
-        size = _case_size(generator, shape) if vary_size else tuple(shape)
+        factors = 1 + _SIZE_SPREAD * generator.uniform(-1, 1, 3) if vary_size else (1, 1, 1)
+        size = [max(MIN_VOXELS, round(n * f)) for n, f in zip(shape, factors)]
         for channel, contrast in enumerate(_CONTRASTS[:channels]):
             image, label = make_phantom(patient, size, spacing, num_organs, contrast, bias_field, noise)
             _save(image, spacing, folder / f"images{split}" / f"{case}_{channel:04d}.nii.gz")
@@ -83,41 +93,28 @@ def write_phantom_dataset(
             _add_ignore(generator, label, num_organs + 1)
         _save(label, spacing, folder / f"labels{split}" / f"{case}.nii.gz")
 
-    labels, order = _label_table(num_organs, regions, ignore)
+    organs = tuple(range(1, num_organs + 1))
+    labels: dict[str, int | tuple[int, ...]] = {"background": 0}
+    if regions:
+        labels |= {"whole": organs, **{f"organ_{k}": (k,) for k in organs[1:]}}
+    else:
+        labels |= {f"organ_{k}": k for k in organs}
+    if ignore:
+        labels["ignore"] = num_organs + 1
     generate_dataset_json(
         str(folder),
         channel_names=dict(enumerate(_CONTRASTS[:channels])),
         labels=labels,
         num_training_cases=num_train,
         file_ending=".nii.gz",
-        regions_class_order=order,
+        # later regions overwrite earlier ones: what only `whole` claims becomes 1
+        regions_class_order=organs if regions else None,
         dataset_name=folder.name,
         description="Synthetic scans made by nnunetv2_ext.phantom",
         license="CC0-1.0",
         converted_by="nnunetv2-ext",
     )
     return folder
-
-
-def _check(
-    dataset_id: int, name: str, num_train: int, num_test: int, num_organs: int, regions: bool, channels: int
-) -> None:
-    if not 1 <= dataset_id <= 999:
-        raise ValueError(f"dataset_id must be from 1 to 999, got {dataset_id}")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"dataset name may hold letters, digits, '_' and '-' only, got {name!r}")
-    if num_train < 1 or num_test < 0:
-        raise ValueError(f"num_train must be >= 1 and num_test >= 0, got {num_train} and {num_test}")
-    if regions and num_organs < 2:
-        raise ValueError(f"regions=True needs num_organs >= 2, got {num_organs}")
-    if not 1 <= channels <= len(_CONTRASTS):
-        raise ValueError(f"channels must be 1 (T1) or 2 (T1 and T2), got {channels}")
-
-
-def _case_size(generator: np.random.Generator, shape: Sequence[int]) -> tuple[int, ...]:
-    """`shape` with each axis changed by up to `_SIZE_SPREAD`, never below the smallest size a phantom can have."""
-    factors = 1 + _SIZE_SPREAD * generator.uniform(-1, 1, 3)
-    return tuple(max(MIN_VOXELS, round(n * f)) for n, f in zip(shape, factors))
 
 
 def _add_ignore(generator: np.random.Generator, label: npt.NDArray[np.uint8], value: int) -> None:
@@ -127,23 +124,6 @@ def _add_ignore(generator: np.random.Generator, label: npt.NDArray[np.uint8], va
         size = [int(generator.integers(n // 4, n // 2 + 1)) for n in label.shape[:2]]
         start = [int(generator.integers(n - s + 1)) for n, s in zip(label.shape[:2], size)]
         label[start[0] : start[0] + size[0], start[1] : start[1] + size[1], z] = value
-
-
-def _label_table(
-    num_organs: int, regions: bool, ignore: bool
-) -> tuple[dict[str, int | tuple[int, ...]], tuple[int, ...] | None]:
-    """The `labels` and `regions_class_order` of dataset.json."""
-    labels: dict[str, int | tuple[int, ...]] = {"background": 0}
-    organs = tuple(range(1, num_organs + 1))
-    if regions:
-        labels["whole"] = organs
-        labels.update({f"organ_{k}": (k,) for k in organs[1:]})
-    else:
-        labels.update({f"organ_{k}": k for k in organs})
-    if ignore:
-        labels["ignore"] = num_organs + 1
-    # later regions overwrite earlier ones: what only `whole` claims becomes 1
-    return labels, organs if regions else None
 
 
 def _save(array: npt.NDArray[np.float32] | npt.NDArray[np.uint8], spacing: Sequence[float], path: Path) -> None:

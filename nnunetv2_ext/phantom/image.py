@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nnunetv2_ext.phantom.anatomy import BODY, MAX_ORGANS, NUM_TISSUES_WITHOUT_LABEL, Anatomy
-from nnunetv2_ext.phantom.smooth import SmoothField
+from nnunetv2_ext.phantom.anatomy import BODY, MAX_ORGANS, NUM_TISSUES_WITHOUT_LABEL, Anatomy, SmoothField
 
 Array = npt.NDArray[Any]
 
@@ -64,12 +63,15 @@ def make_phantom(
         ValueError: an argument is out of the ranges above; the message names it.
     """
     check_arguments(seed, shape, spacing, num_organs, contrast, bias_field, noise)
-    anatomy = Anatomy.draw(_generator(seed, "anatomy"), num_organs)
-    acquisition = _generator(seed, contrast)
+    # independent streams for anatomy and each contrast: changing the imaging must not move an organ
+    anatomy = Anatomy.draw(np.random.default_rng([seed, 0]), num_organs)
+    acquisition = np.random.default_rng([seed, 1 + list(_SIGNAL).index(contrast)])
     signal = _SIGNAL[contrast][: NUM_TISSUES_WITHOUT_LABEL + num_organs]
     signal = signal * (1 + _SIGNAL_SPREAD * acquisition.uniform(-1, 1, signal.size)).astype(np.float32)
 
-    factors = _samples_per_voxel(spacing) if partial_volume else (1, 1, 1)
+    factors: tuple[int, ...] = (1, 1, 1)
+    if partial_volume:  # 2 points on the finest axis, in proportion to the spacing on the others, at most 8
+        factors = tuple(int(np.clip(round(2 * s / min(spacing)), 2, 8)) for s in spacing)
     image, label = _render(anatomy, tuple(shape), factors, signal)
     if bias_field > 0:
         field = SmoothField.draw(acquisition, order=3)
@@ -107,17 +109,6 @@ def check_arguments(
             raise ValueError(f"phantom {name} must be a number >= 0, got {value}")
 
 
-def _generator(seed: int, purpose: str) -> np.random.Generator:
-    """Independent streams for anatomy and each contrast: changing the imaging must not move an organ."""
-    return np.random.default_rng([seed, ("anatomy", *_SIGNAL).index(purpose)])
-
-
-def _samples_per_voxel(spacing: Sequence[float]) -> tuple[int, ...]:
-    """Sample points per voxel and axis: 2 on the finest, in proportion to the spacing on the others, at most 8."""
-    finest = min(spacing)
-    return tuple(int(np.clip(round(2 * s / finest), 2, 8)) for s in spacing)
-
-
 def _centres(number: int, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
     """Centres of the cells start..stop-1 of `number` equal cells that cover the field of view [-1, 1]."""
     return ((np.arange(start, number if stop is None else stop) + 0.5) * 2 / number - 1).astype(np.float32)
@@ -127,8 +118,7 @@ def _render(
     anatomy: Anatomy, shape: tuple[int, ...], factors: tuple[int, ...], signal: Array
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
     """Sample the anatomy `factors` times per voxel and axis, then average signals and let labels vote; slab by slab."""
-    image = np.empty(shape, dtype=np.float32)
-    label = np.empty(shape, dtype=np.uint8)
+    image, label = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.uint8)
     fine = [n * f for n, f in zip(shape, factors)]
     rows = max(1, _SLAB_POINTS // (factors[0] * fine[1] * fine[2]))
     y, z = _centres(fine[1]), _centres(fine[2])
@@ -137,10 +127,8 @@ def _render(
         tissue = anatomy(_centres(fine[0], start * factors[0], stop * factors[0]), y, z)
         image[start:stop] = _block_mean(signal[tissue], factors)
         # tissue 0..BODY all carry label 0, so they vote together
-        votes = [_block_mean((tissue <= BODY).astype(np.float32), factors)]
-        for organ in range(BODY + 1, signal.size):
-            votes.append(_block_mean((tissue == organ).astype(np.float32), factors))
-        label[start:stop] = np.argmax(votes, axis=0)
+        masks = [tissue <= BODY, *(tissue == organ for organ in range(BODY + 1, signal.size))]
+        label[start:stop] = np.argmax([_block_mean(mask.astype(np.float32), factors) for mask in masks], axis=0)
     return image, label
 
 

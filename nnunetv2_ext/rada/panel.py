@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_ext.core.figures import draw_slice, fullest_slice, label_colours, take_slice
+from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, take_slice
 from nnunetv2_ext.core.labelmaps import class_names
 from nnunetv2_ext.rada.views import INSIDE
 
@@ -94,9 +94,7 @@ def draw_panel(
         grid = figure.subplots(len(rows), number + 2, squeeze=False)
         for cells, (view, axis, index) in zip(grid, rows, strict=True):
             _draw_row(cells, view, axis, index, classes, ignore, spacing)
-        handles = [Patch(color=colour, label=classes[value]) for value, colour in label_colours(classes).items()]
-        handles += [Patch(color=colour, label=name) for name, colour in _STATES.values()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False)
+        add_legend(figure, classes, further=[Patch(color=colour, label=name) for name, colour in _STATES.values()])
         figure.savefig(path, dpi=110)
 
 

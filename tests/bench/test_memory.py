@@ -43,7 +43,8 @@ def test_gradients_are_the_same_with_and_without_counting() -> None:
     )
     x = torch.randn(2, 1, 8, 8)
     plain = torch.autograd.grad(network(x).square().mean(), list(network.parameters()))
-    with SavedTensors() as saved:
+    saved = SavedTensors()
+    with saved:
         counted = torch.autograd.grad(network(x).square().mean(), list(network.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(plain, counted))
     assert saved.peak > 0

@@ -17,8 +17,8 @@ import torch
 
 from nnunetv2_ext import installed_trainers
 from nnunetv2_ext.bench.candidates import Candidate, find_trainer, parse_candidates, promise_of
-from nnunetv2_ext.bench.plan import Target
 from nnunetv2_ext.bench.session import Options, Session
+from nnunetv2_ext.bench.subject import Target
 from nnunetv2_ext.core.outside import Promise, methods
 from nnunetv2_ext.jras.settings import JRASSettings
 from tests.conftest import TinyDataset
@@ -123,7 +123,7 @@ def measure(
     broken = []
     for result in report.results[1:]:
         assert result.failure is None, result.failure
-        step, predict = report.step_ratio(result, "real", clock), report.predict_ratio(result, clock)
+        step, predict = (report.ratio(result, what, clock) for what in ("real", "predict"))
         assert step is not None and predict is not None
         for what, ratio, promised in (
             ("step", step.median, result.promise.step(DEVICE)),

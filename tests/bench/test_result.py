@@ -7,7 +7,7 @@ import pytest
 
 from nnunetv2_ext.bench.chart import draw
 from nnunetv2_ext.bench.report import as_text
-from nnunetv2_ext.bench.result import Report, Result, Rounds, paired
+from nnunetv2_ext.bench.result import Report, Result, Rounds
 from nnunetv2_ext.core.outside import Promise
 
 MED = "nnUNetTrainerMedContext"
@@ -48,14 +48,17 @@ def report() -> Report:
 
 
 def test_ratios_are_paired_by_round(report: Report) -> None:
-    assert report.step_ratio(report.results[1], "real") == pytest.approx((2, 2, 3))
-    assert report.step_ratio(report.results[1], "real", "cpu") == pytest.approx((2.4, 2.3, 2.5))
+    assert report.ratio(report.results[1], "real") == pytest.approx((2, 2, 3))
+    assert report.ratio(report.results[1], "real", "cpu") == pytest.approx((2.4, 2.3, 2.5))
     assert report.memory_ratio(report.results[1], "saved_tensors") == pytest.approx(1.1)
 
 
 def test_no_ratio_where_a_trainer_stopped_half_way(report: Report) -> None:
-    assert report.step_ratio(report.results[2], "real") is None
-    assert paired([], []) is None
+    assert report.ratio(report.results[2], "real") is None
+    assert (
+        report.ratio(report.results[2], "predict") is None
+        and Report({}, {}, [Result("a", "a")] * 2).ratio(Result("b", "b"), "real") is None
+    )
 
 
 def test_the_text_answers_what_it_costs(report: Report) -> None:

@@ -5,10 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunetv2_ext.bench.batches import synthetic_batch
 from nnunetv2_ext.bench.candidates import Candidate
-from nnunetv2_ext.bench.plan import Target
-from nnunetv2_ext.bench.subject import Subject, dry_environment
+from nnunetv2_ext.bench.subject import Subject, Target, dry_environment, synthetic_batch
 
 
 def test_synthetic_batches_have_the_shapes_and_only_valid_labels() -> None:
@@ -34,7 +32,8 @@ def test_plain_and_ours_get_the_same_weights_and_the_same_patches(tiny, tmp_path
     with dry_environment() as folder:
         plain, ours = (Subject(Candidate(name), target) for name in ("nnUNetTrainer", "nnUNetTrainerMedContext"))
         assert Path(ours.trainer.output_folder).is_relative_to(folder)
-        with ours.predicting():
+        with ours.turn("predict") as predict:
+            predict()
             assert not ours.trainer.network.training and isinstance(
                 ours.trainer.network(ours.batches["real"]["data"]), torch.Tensor
             )

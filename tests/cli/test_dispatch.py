@@ -10,7 +10,7 @@ from nnunetv2_ext import __version__
 from nnunetv2_ext.cli import dispatch
 from nnunetv2_ext.core.outside import Command, methods
 
-COMMANDS = {name: command for group in dispatch._groups().values() for name, command in group.items()}
+COMMANDS = dispatch.HOUSE | {name: command for m in methods().values() for name, command in m.commands.items()}
 
 
 @pytest.fixture

@@ -42,4 +42,10 @@ def finished(trainer: Any) -> dict[str, Any]:
     """Everything of a finished training that an interruption could have changed."""
     folder = Path(trainer.output_folder)
     checkpoint = read(folder / "checkpoint_final.pth")
-    return {k: v for k, v in checkpoint.items() if k != "init_args"} | {"epochs.csv": epochs(folder / "epochs.csv")}
+    for log in folder.glob("training_log*.txt"):  # core goes on without a figure or picture that fails
+        failed = [line for line in log.read_text().splitlines() if "could not be taken" in line or "be drawn" in line]
+        assert not failed, failed
+    store = getattr(trainer, "case_store", None)
+    cases = {} if store is None else {case: store.read(case) for case in store.cases()}
+    kept = {k: v for k, v in checkpoint.items() if k != "init_args"}
+    return kept | {"epochs.csv": epochs(folder / "epochs.csv"), "cases": cases}

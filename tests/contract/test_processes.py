@@ -34,9 +34,11 @@ def test_class_datasets_loaders_and_transforms_work_in_a_spawned_worker(row: Row
     assert pickle.loads(pickle.dumps(row.cls)) is row.cls
     assert spawned.apply_async(getattr, (row.cls, "__name__")).get(120) == row.name
     trainer.initialize()
-    for augmenter in trainer.get_dataloaders():
+    taken = trainer.get_tr_and_val_datasets
+    datasets: list = []
+    trainer.get_tr_and_val_datasets = lambda: datasets.extend(taken()) or datasets
+    for augmenter, data in zip(trainer.get_dataloaders(), datasets):
         loader = augmenter.data_loader
-        data = loader._data
         assert spawned.apply_async(getattr, (data, "identifiers")).get(120) == data.identifiers
         batch = spawned.apply_async(next, (loader,)).get(120)  # through its transforms
         patch = tuple(trainer.configuration_manager.patch_size)

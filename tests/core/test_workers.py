@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 SCRIPT = """
-import sys, time
+import multiprocessing, sys, time
 import numpy as np
 from nnunetv2_ext.core.workers import in_workers
 
@@ -22,6 +22,7 @@ class Loader:
         return {"x": np.zeros(3)}
 
 if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
     train, validation = in_workers(Loader(), Loader(), pin_memory=False)
     next(train), next(validation)
     print("ready", flush=True)
@@ -30,15 +31,17 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no kill -9")
-def test_workers_end_after_their_training_was_killed(tmp_path: Path):
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_end_after_their_training_was_killed(tmp_path: Path, method: str):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "nnUNet_n_proc_DA": "2"}
-    parent = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(script), method]
+    parent = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
-    workers = [
-        child for child in psutil.Process(parent.pid).children(recursive=True) if "script.py" in child.cmdline()[-1]
-    ]
+    time.sleep(3)  # a worker that took another process for its parent would have ended by now
+    children = psutil.Process(parent.pid).children(recursive=True)
+    workers = [c for c in children if not c.children() and "resource_tracker" not in str(c.cmdline())]
     assert len(workers) == 3, "two for training, one for validation"
     parent.send_signal(signal.SIGKILL)
     parent.wait()

@@ -9,10 +9,16 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
+from nnunetv2_ext.jras.bank import PER_GUIDE, GuideBank
 from nnunetv2_ext.jras.network import JRASNetwork
 from nnunetv2_ext.jras.settings import JRASSettings
 
 SMALL_JRAS = "jras.retriever_widths=[4,8,8] jras.guide_widths=[4,8,8] jras.key_dim=16 jras.bank_size=24"
+
+
+def empty(bank: GuideBank) -> None:
+    """Take every guide out of a bank, as loading a stripped model does."""
+    bank.load_state_dict({name: value[: 0 if name in PER_GUIDE else None] for name, value in bank.state_dict().items()})
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_ext.jras.bank import GuideBank
-from nnunetv2_ext.jras.build import BankContent, draw_bank, read_patch
-from nnunetv2_ext.jras.groups import group_ids
-from nnunetv2_ext.jras.labels import adaptive_pool, low_res_labels, low_res_shape
-
-KEY = bytes(16)
+from nnunetv2_ext.jras.build import BankContent, cut_patch, draw_bank
+from nnunetv2_ext.jras.labels import adaptive_pool, low_res_labels, low_res_shape, mask_lut
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +68,7 @@ MANAGER = LabelManager({"background": 0, "a": 1, "b": 2}, None)
 def draw(dataset, manager=MANAGER, cases=None, patch=(8, 8, 8), size=16, share=0.75, seed=0, **options) -> BankContent:
     cases = dataset.identifiers if cases is None else cases
     low = low_res_shape(patch)
-    return draw_bank(dataset, cases, patch, low, size, share, manager, seed, options.pop("group_key", KEY), **options)
+    return draw_bank(dataset, cases, patch, low, size, share, manager, seed, **options)
 
 
 @pytest.fixture(params=["3d_fullres", "2d"])
@@ -93,15 +90,14 @@ def real(request, tiny):
 
 # ---- real data -------------------------------------------------------------------------------------------------------
 def test_content_of_a_bank_of_preprocessed_data(real):
-    content = draw_bank(real.dataset, real.train, real.patch, real.low, 22, 0.75, real.manager, 3, KEY)
+    content = draw_bank(real.dataset, real.train, real.patch, real.low, 22, 0.75, real.manager, 3)
     channels = real.dataset.load_case(real.train[0])[0].shape[0]
     assert content.images.shape == (22, channels, *real.low)
     assert content.labels.shape == (22, *real.low)
     assert set(Counter(content.cases).values()) == {5, 6}
     assert set(content.cases) == set(real.train)
-    assert torch.equal(content.groups, group_ids(content.cases, KEY))
     assert content.centred.sum() == round(0.75 * 22)
-    assert not content.all_background
+    assert ((content.labels > 0) & (content.labels != 255)).any()
     # every guide again, from the volume
     for i, case in enumerate(content.cases):
         data, seg, _, _ = real.dataset.load_case(case)
@@ -116,16 +112,16 @@ def test_content_of_a_bank_of_preprocessed_data(real):
         assert torch.allclose(content.images[i], adaptive_pool(image[None], real.low)[0], atol=1e-6)
         assert torch.equal(content.labels[i], low_res_labels(labels, real.low, labels == -2))
         assert not content.centred[i] or (labels > 0).any()
-        same = read_patch(real.dataset, case, content.coordinates[i], real.patch)
+        same = cut_patch(data, seg, content.coordinates[i], real.patch)
         assert torch.equal(same[0], image)
         assert torch.equal(same[1], labels)
         assert torch.equal(same[2], labels == -2)
 
 
 def test_the_bank_takes_the_content_and_gives_back_the_values(real):
-    content = draw_bank(real.dataset, real.train, real.patch, real.low, 8, 0.75, real.manager, 3, KEY)
+    content = draw_bank(real.dataset, real.train, real.patch, real.low, 8, 0.75, real.manager, 3)
     bank = GuideBank(content.images.shape[1], real.manager.num_segmentation_heads, real.low)
-    bank.fill(content.images, content.labels, content.groups, content.lut)
+    bank.fill(content.images, content.labels, torch.arange(8), mask_lut(real.manager))
     stored = bank.stored_images(torch.arange(8))
     assert ((stored - content.images).abs() <= 1e-3 * content.images.abs() + 1e-6).all()
     assert torch.equal(bank.masks(torch.arange(8)).argmax(1), content.labels.long())
@@ -133,7 +129,7 @@ def test_the_bank_takes_the_content_and_gives_back_the_values(real):
 
 def test_the_same_draw_on_every_rank_and_another_with_another_seed(real):
     def draw_again(seed, cases):
-        return draw_bank(real.dataset, cases, real.patch, real.low, 10, 0.5, real.manager, seed, KEY)
+        return draw_bank(real.dataset, cases, real.patch, real.low, 10, 0.5, real.manager, seed)
 
     first = draw_again(1, real.train)
     np.random.seed(5)  # ranks differ in their global state
@@ -215,14 +211,14 @@ def test_cases_without_foreground_give_other_patches_and_the_share_is_met_by_the
     assert [bool(c) for c in content.centred] == [case == "full" for case in content.cases]
 
 
-def test_a_bank_without_foreground_is_reported():
-    assert draw(Cases({"a": blank(), "b": blank()}, MANAGER)).all_background
+def test_structures_thinner_than_a_cell_are_background_in_the_bank():
+    assert not draw(Cases({"a": blank(), "b": blank()}, MANAGER)).labels.any()
     thin = {n: blank() for n in "ab"}
     for seg in thin.values():
         seg[10, 10, :] = 1  # a line is 1/16 of a cell of 4 x 4 x 4
     manager = LabelManager({"background": 0, "a": 1}, None)
-    content = draw_bank(Cases(thin, manager), "ab", (16, 16, 16), (4, 4, 4), 8, 1.0, manager, 0, KEY)
-    assert content.all_background
+    content = draw_bank(Cases(thin, manager), "ab", (16, 16, 16), (4, 4, 4), 8, 1.0, manager, 0)
+    assert not content.labels.any()
     assert content.centred.all()
 
 
@@ -238,7 +234,7 @@ def test_patches_stay_inside_and_outside_is_255_where_the_image_is_smaller():
     # cells of 2 voxels: -5..-4, -3..-2 are outside, -1..0 is half and stays, 5..6 and later are outside
     assert outside.all(dim=(0, 1, 2)).tolist() == [True, True, False, False, False, True, True, True]
     assert outside.any(dim=(0, 1, 2)).tolist() == outside.all(dim=(0, 1, 2)).tolist()
-    image, labels, beyond = read_patch(dataset, "a", content.coordinates[0], (8, 8, 16))
+    image, labels, beyond = cut_patch(*dataset.load_case("a")[:2], content.coordinates[0], (8, 8, 16))
     assert beyond.sum() == 8 * 8 * 11
     assert not image[:, beyond].any()
     assert (labels[~beyond] >= 0).all()
@@ -257,14 +253,12 @@ def test_with_an_ignore_label_every_patch_shows_annotation():
         assert (crop != 2).any()
     assert (content.labels == 255).any()
     assert content.centred.sum() == 16
-    assert not content.lut[255].any()
 
 
 def test_regions_are_classes_to_centre_on_and_channels_of_the_mask():
     manager = LabelManager({"background": 0, "whole": [1, 2], "core": 2}, [1, 2])
     content = draw(Cases({n: with_boxes() for n in "ab"}, manager), manager, size=8, share=1.0)
     assert content.centred.all()
-    assert content.lut[:3].tolist() == [[0, 0], [1, 0], [1, 1]]
 
 
 @pytest.mark.parametrize("axes", [(0, 1, 2), (1,), ()])
@@ -291,20 +285,11 @@ def test_two_dimensional_patches_are_single_slices_of_the_first_axis():
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
-def test_frames_of_one_patient_share_a_group():
-    dataset = Cases({n: with_boxes() for n in ("p1_f1", "p1_f2", "p2_f1")}, MANAGER)
-    content = draw(dataset, size=3, subjects={"p1_f1": "p1", "p1_f2": "p1"})
-    assert content.groups[0] == content.groups[1] != content.groups[2]
-
-
 @pytest.mark.parametrize(
     ("cases", "options", "message"),
     [
         (["a_1"], {}, r"1 of the 1 training case.*1 subject"),
         (["a_1", "a_2"], {"subjects": {"a_1": "a", "a_2": "a"}}, r"2 of the 2 training case.*1 subject.*group_regex"),
-        (["a_1", "zz"], {}, "cannot be drawn from zz"),
-        (["a_1", "b_1"], {"size": 0}, "bank_size >= 1"),
-        (["a_1", "b_1"], {"share": 1.5}, "fg_share"),
     ],
 )
 def test_mistakes_are_told_in_one_line(cases, options, message):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nnunetv2_ext.jras.groups import group_ids
+from nnunetv2_ext.jras.build import group_ids
 from tests.conftest import TinyDataset
 
 WORKER = Path(__file__).with_name("ddp_training_worker.py")

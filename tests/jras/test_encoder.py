@@ -5,19 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnunetv2_ext.jras.encoder import GuideEncoder, Retriever, downsampling
+from nnunetv2_ext.jras.encoder import GuideEncoder, Retriever, conv_blocks
+
+
+def sizes(shape: tuple[int, ...], blocks: int) -> list[tuple[int, ...]]:
+    """Cells per axis after each block."""
+    x, found = torch.zeros(1, 1, *shape), []
+    for block in conv_blocks(1, shape, [1] * blocks):
+        x = block[0](x)
+        found.append(tuple(x.shape[2:]))
+    return found
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 8), (10, 14, 10), (5, 8, 1), (8, 8), (128, 3)])
-def test_downsampling_keeps_two_cells_of_every_axis_that_has_two(shape):
-    size = list(shape)
-    for stride in downsampling(shape, 5):
-        size = [-(-n // s) for n, s in zip(size, stride)]
-    assert all(after >= min(2, before) for after, before in zip(size, shape))
+def test_two_cells_are_kept_of_every_axis_that_has_two(shape):
+    assert all(after >= min(2, before) for after, before in zip(sizes(shape, 6)[-1], shape))
 
 
-def test_downsampling_halves_where_it_can():
-    assert downsampling((32, 8), 3) == [(2, 2), (2, 2), (2, 1)]
+def test_all_but_the_first_halve_where_they_can():
+    assert sizes((32, 8), 4) == [(32, 8), (16, 4), (8, 2), (4, 2)]
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 8), (3, 9, 5), (8, 11)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnunetv2_ext.jras.fusion import AttentionFusion, concat_guides, concat_nothing, safe_log
+from nnunetv2_ext.jras.fusion import AttentionFusion, concat_guides, safe_log
 
 
 @pytest.fixture
@@ -95,4 +95,4 @@ def test_concat_without_weight_is_zeros():
     x = torch.randn(2, 1, 4, 4)
     images, masks = torch.randn(2, 2, 1, 2, 2), torch.ones(2, 2, 3, 2, 2)
     null = torch.tensor([[0.0, 0.0, 1.0]] * 2)
-    assert torch.equal(concat_guides(x, images, masks, null), concat_nothing(x, 4))
+    assert torch.equal(concat_guides(x, images, masks, null), torch.cat((x, torch.zeros(2, 4, 4, 4)), 1))

@@ -34,14 +34,14 @@ def test_the_view_is_what_the_network_retrieved_for_the_fullest_sample(trainer):
     assert view.name == batch.keys[fullest]
     assert np.array_equal(view.truth, batch.top_target[fullest, 0].numpy())
     assert view.prediction.shape == view.image.shape == tuple(trainer.configuration_manager.patch_size)
-    bank, ids = trainer.network.bank, list(view.guide_ids)
-    assert np.allclose(view.guide_images, bank.stored_images(torch.tensor(ids))[:, 0].numpy())
+    bank, ids = trainer.network.bank, [guide.row for guide in view.guides]
+    assert np.allclose([guide.image for guide in view.guides], bank.stored_images(torch.tensor(ids))[:, 0].numpy())
     stored = bank.labels[ids].numpy()
-    assert np.array_equal(view.guide_labels, np.where(stored == 255, 0, stored))
-    assert sum(view.weights) + view.null_weight == pytest.approx(1, abs=1e-5)
+    assert np.array_equal([guide.labels for guide in view.guides], np.where(stored == 255, 0, stored))
+    assert sum(guide.weight for guide in view.guides) + view.null_weight == pytest.approx(1, abs=1e-5)
     assert trainer._bank_state["cases"][ids[0]] != view.name
-    for number, cosine in zip(ids, view.similarities):
-        assert cosine == pytest.approx(float(trainer.network.last.queries[0] @ bank.keys[number]), abs=1e-5)
+    for number, guide in zip(ids, view.guides):
+        assert guide.cosine == pytest.approx(float(trainer.network.last.queries[0] @ bank.keys[number]), abs=1e-5)
 
 
 def test_the_trainer_draws_it_beside_other_methods_pictures(trainer, tmp_path):
@@ -53,9 +53,6 @@ def test_the_trainer_draws_it_beside_other_methods_pictures(trainer, tmp_path):
 
 def test_a_patch_without_any_guide_can_be_drawn(trainer, tmp_path):
     shape = tuple(trainer.configuration_manager.patch_size)
-    low = (0, *trainer.network.low_shape)
-    view = GuideView(
-        "case", np.zeros(shape), None, np.zeros(shape, int), np.zeros(low), np.zeros(low, int), (), (), (), 1.0, 0.5
-    )
+    view = GuideView("case", np.zeros(shape), None, np.zeros(shape, int), [], 1.0, 0.5)
     draw_guides(view, tmp_path / "none.png", "title", trainer.dataset_json, trainer.label_manager)
     assert Path(tmp_path / "none.png").stat().st_size > 1000

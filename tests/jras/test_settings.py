@@ -8,7 +8,7 @@ import re
 import pytest
 
 from nnunetv2_ext.core.resolve import resolve
-from nnunetv2_ext.core.settings import fields_by_key, is_marked
+from nnunetv2_ext.core.settings import fields_by_key, is_marked, without_local_paths
 from nnunetv2_ext.jras import network as network_module
 from nnunetv2_ext.jras.bank_training import BankTraining
 from nnunetv2_ext.jras.settings import JRASSettings
@@ -40,9 +40,6 @@ def test_what_shapes_the_network_must_agree_in_all_folds():
             "store_stride",
             "retriever_widths",
             "guide_widths",
-            "index",
-            "nprobe",
-            "ef_search",
             "dedup_cosine",
         )
     }
@@ -52,7 +49,7 @@ def test_the_predictor_reads_nothing_in_which_folds_may_differ():
     """It builds every fold's network from the one plans.json they share; a bank's size comes with its weights."""
     source = inspect.getsource(network_module) + inspect.getsource(BankTraining.build_network_architecture)
     read = set(re.findall(r"settings\.(\w+)", source)) & set(JRASSettings.model_fields)
-    assert {"num_guides", "index", "dedup_cosine"} <= read
+    assert {"num_guides", "dedup_cosine"} <= read
     assert {name for name in read if not is_marked(JRASSettings.model_fields[name], "structural")} == set()
 
 
@@ -89,10 +86,23 @@ def test_mistakes_are_named(text, message):
         jras(text)
 
 
-def test_the_bottleneck_is_embedded_rarely_and_teaches_the_query_side_only():
-    conv, bottleneck = jras(""), jras("jras.retriever_encoder=bottleneck")
-    assert (conv.refresh_interval, bottleneck.refresh_interval) == (1, 5)
-    assert conv.trains_keys and not bottleneck.trains_keys
-    assert jras("jras.retriever_encoder=bottleneck jras.refresh_every=2").refresh_interval == 2
+def test_the_bottleneck_teaches_the_query_side_only():
+    assert jras("").trains_keys and not jras("jras.retriever_encoder=bottleneck").trains_keys
     # without retrieval nothing is contradictory
     assert not jras("jras.retriever=none jras.retriever_encoder=bottleneck jras.fusion=concat").has_retrieval
+
+
+@pytest.mark.parametrize("text", ["jras.index=IVF256,Flat", "jras.nprobe=8", "jras.ef_search=32"])
+def test_what_an_approximate_search_was_set_to_is_read_and_told_to_have_no_effect(text):
+    with pytest.warns(UserWarning, match="jras.index, nprobe and ef_search have no effect") as told:
+        jras(text)
+    assert len({str(warning.message) for warning in told}) == 1
+
+
+def test_old_settings_of_the_exact_search_are_read_in_silence(recwarn):
+    assert jras("jras.index=Flat jras.nprobe=none jras.ef_search=none") == jras("") and not recwarn.list
+
+
+def test_an_old_model_folders_start_file_is_left_out_of_exports():
+    block = {"jras": {"init_from": "/home/somebody/plain.pth", "tau": 0.2}}
+    assert without_local_paths(block, nnUNetTrainerJRAS.settings_model()) == {"jras": {"tau": 0.2}}

@@ -10,6 +10,7 @@ from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
 from nnunetv2_ext.jras.strip import without_bank, without_groups
 from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
 from nnunetv2_ext.trainers.nnUNetTrainerMedContextJRAS import nnUNetTrainerMedContextJRAS
+from tests.jras.conftest import empty
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -41,7 +42,7 @@ def test_the_exported_weights_load_into_plain_nnunet_and_predict_as_without_guid
         plain.network.load_state_dict(cls.export_weights(read(path), weights))
         guided = source.eval()(torch.ones(1, 1, 24, 24))
         kept = source.bank.state_dict()
-        source.bank.clear()
+        empty(source.bank)
         source.decoder.deep_supervision = True
         x = torch.randn(2, 1, 24, 24)
         for a, b in zip(source(x), plain.network.eval()(x)):
@@ -68,7 +69,7 @@ def test_a_stripped_checkpoint_holds_no_image_and_predicts_on_the_plain_path(tra
     for case in trainer._bank_state["cases"]:
         assert case.encode() not in content
     weights = read(stripped)["network_weights"]
-    trainer.network.bank.clear()
+    empty(trainer.network.bank)
     expected = trainer.network.eval()(torch.ones(1, 1, 24, 24))
     trainer.network.load_state_dict(weights)
     assert trainer.network.bank.is_empty

@@ -183,14 +183,12 @@ def test_blocks_that_cannot_be_meant_are_refused(block, patch, tube, message):
         ({"ratio": 1.2}, "between 0 and 1"),
         ({"ratio": -0.1}, "between 0 and 1"),
         ({"ratio": float("nan")}, "between 0 and 1"),
-        ({"batch": 0}, "batch"),
         ({"shape": (8,), "block": (2,)}, "2 or 3 axes"),
         ({"shape": (8, 0)}, "at least 1"),
         ({"block": (2, 2, 2)}, "one edge per axis"),
         ({"block": (2, 0)}, "at least 1"),
         ({"block": (2.5, 2)}, "whole numbers"),
         ({"rounding": "up"}, "rounding"),
-        ({"generator": generator(), "device": "meta"}, "generator"),
     ],
 )
 def test_bad_arguments_of_a_mask_are_refused(change, message):

@@ -15,10 +15,10 @@ from nnunetv2_ext.parts.pseudo_labels import (
     foreground_agreement,
     kept_share,
     lesson_loss,
-    ramp,
     teach,
     teacher_weight,
 )
+from nnunetv2_ext.parts.ramps import gaussian_ramp
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from nnunetv2_ext.parts.pseudo_labels import (
     [(0.0, 0.006738), (0.1, 0.017422), (0.25, 0.060055), (0.5, 0.286505), (0.75, 0.731616), (1.0, 1.0)],
 )
 def test_schedules_at_computed_points(t, r):
-    assert ramp(t) == pytest.approx(r, abs=1e-6)
+    assert gaussian_ramp(t) == pytest.approx(r, abs=1e-6)
     assert teacher_weight(t, 0.1) == pytest.approx(0.1 * r, abs=1e-6)
     assert entropy_ceiling(t, 3) == pytest.approx((0.75 + 0.25 * r) * 1.098612, abs=1e-5)
     assert entropy_ceiling(t, 2) == pytest.approx((0.75 + 0.25 * r) * 0.693147, abs=1e-5)

@@ -12,8 +12,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pydantic import Field
 
 from nnunetv2_ext import installed_trainers
-from nnunetv2_ext.cli._trainers import load_trainer
 from nnunetv2_ext.core import randomness
+from nnunetv2_ext.core.outside import load_trainer
 from nnunetv2_ext.core.resolve import resolve
 from nnunetv2_ext.core.settings import CommonSettings, fields_by_key
 from nnunetv2_ext.data.store import CaseStore

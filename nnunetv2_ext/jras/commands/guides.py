@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     title = f"{args.model_folder.name}, fold {args.fold}"
     draw_guides(view, args.output, title, predictor.dataset_json, predictor.label_manager, spacing)
     print(f"{'guide':>8}  {'weight':>6}  {'cosine':>6}")
-    for number, weight, cosine in zip(view.guide_ids, view.weights, view.similarities):
-        print(f"{number:>8}  {weight:6.3f}  {cosine:6.3f}")
-    print(f"{'none':>8}  {view.null_weight:6.3f}  {view.null_similarity:6.3f}")
+    for guide in view.guides:
+        print(f"{guide.row:>8}  {guide.weight:6.3f}  {guide.cosine:6.3f}")
+    print(f"{'none':>8}  {view.null_weight:6.3f}  {view.null_cosine:6.3f}")
     print(f"wrote {args.output}; it shows image patches of training cases")
     return 0

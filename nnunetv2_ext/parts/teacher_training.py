@@ -1,0 +1,82 @@
+"""TeacherTraining: the life of a moving-average teacher, for methods that have one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnunetv2_ext.core.checkpoint import unwrap
+from nnunetv2_ext.parts.ramps import momentum
+from nnunetv2_ext.parts.teacher import EMATeacher
+from nnunetv2_ext.parts.trainer import MethodTrainer
+
+KEY = "teacher"  # in method_state; combined methods share one teacher
+
+
+class TeacherTraining(MethodTrainer):
+    """Makes ``self.teacher``, lets it follow the network after each step, saves it and takes it up again.
+
+    The teacher is an attribute of the trainer, not a part of the network, and travels in the checkpoint under the
+    extension's key. Its forward is ``self.forward(batch, self.teacher)``.
+    """
+
+    teacher: EMATeacher | None = None  # -> initialize; none without `wants_teacher`
+    _teacher_is_loaded = False
+
+    @property
+    def wants_teacher(self) -> bool:
+        """Whether the settings need one."""
+        return True
+
+    def teacher_momentum(self, step: int) -> float:
+        """m(t) of the update after global step ``step``."""
+        return momentum(step, self.total_steps)
+
+    def initialize(self) -> None:
+        """After nnU-Net's: DDP's constructor broadcasts rank 0's weights, so the teacher is copied from the result."""
+        super().initialize()
+        if self.wants_teacher:
+            self.teacher = EMATeacher(unwrap(self.network))
+            if self._do_i_compile():
+                self.teacher.compile()
+
+    def on_train_start(self) -> None:
+        """After nnU-Net's: ``-pretrained_weights`` were loaded since initialize, so a fresh teacher is copied now."""
+        super().on_train_start()
+        if self.teacher is not None and not self._teacher_is_loaded:
+            self.teacher.copy_from(unwrap(self.network))
+
+    def on_train_end(self) -> None:
+        """After the final checkpoint the teacher is no longer needed; validation gets its memory."""
+        super().on_train_end()
+        self.teacher = None
+
+    def after_step(self) -> None:
+        """The moving average follows the student, also on steps that the scaler skipped."""
+        super().after_step()
+        if self.teacher is not None:
+            self.teacher.update(unwrap(self.network), self.teacher_momentum(self.global_step))
+
+    def method_state(self) -> dict[str, Any]:
+        """Adds the teacher. Its step is the trainer's global_step; T follows from the settings."""
+        state = super().method_state()
+        if self.teacher is not None:
+            state[KEY] = {"teacher": self.teacher.state_dict(), "total_steps": self.total_steps}
+        return state
+
+    def load_method_state(self, states: dict[str, Any]) -> None:
+        """Takes the teacher from the checkpoint; without one (plain nnU-Net) it starts as a copy of the student."""
+        super().load_method_state(states)
+        if self.teacher is None:  # it was freed by on_train_end, and --val_best loads a checkpoint
+            return
+        state = states.get(KEY)
+        if state is None:
+            self.teacher.copy_from(unwrap(self.network))
+            self.print_to_log_file("The checkpoint has no teacher; it starts as a copy of the network.")
+        else:
+            self.teacher.load_state_dict(state["teacher"])
+            if state["total_steps"] != self.total_steps:
+                self.print_to_log_file(
+                    f"The training's length changes from {state['total_steps']} to {self.total_steps} steps; "
+                    "ramp and momentum follow."
+                )
+        self._teacher_is_loaded = True
