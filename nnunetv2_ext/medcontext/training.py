@@ -27,7 +27,7 @@ from nnunetv2_ext.medcontext.settings import MedContextSettings
 from nnunetv2_ext.parts.consistency import consistency_loss, valid_mask
 from nnunetv2_ext.parts.masking import apply_mask, block_mask, cell_counts, resolve_block
 from nnunetv2_ext.parts.ramps import momentum, ramp, released_momentum
-from nnunetv2_ext.parts.teacher_training import KEY, TeacherTraining
+from nnunetv2_ext.parts.teacher_training import TeacherTraining
 
 
 class MedContextTraining(TeacherTraining):
@@ -38,6 +38,7 @@ class MedContextTraining(TeacherTraining):
     """
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"medcontext": MedContextSettings}
+    teacher_state: ClassVar[str] = "medcontext"  # as checkpoints have it
 
     _diagnosis: Diagnosis | None = None
 
@@ -190,10 +191,6 @@ class MedContextTraining(TeacherTraining):
         draw_panel(result, path, title, self.dataset_json, self.label_manager, plan.spacing[-len(plan.patch_size) :])
 
     # ---- checkpoint --------------------------------------------------------------------------------------------------
-    def load_method_state(self, states: dict[str, Any]) -> None:
-        """Checkpoints of version 0.1 have the teacher under the method's name."""
-        super().load_method_state({KEY: states["medcontext"], **states} if "medcontext" in states else states)
-
     @classmethod
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
         """``teacher``: the moving average instead of the trained network; everything else as in core."""
@@ -201,8 +198,7 @@ class MedContextTraining(TeacherTraining):
             raise ValueError(f"{cls.__name__} has no {weights!r} weights to export; it has: student, teacher")
         if weights == "student":
             return super().export_weights(checkpoint, weights)
-        states = checkpoint.get(EXTENSION_KEY, {}).get("methods", {})
-        state = states.get(KEY, states.get("medcontext"))
+        state = checkpoint.get(EXTENSION_KEY, {}).get("methods", {}).get(cls.teacher_state)
         if state is None:
             raise ValueError(
                 "this checkpoint has no teacher (medcontext.beta was 0, or plain nnU-Net wrote it); "

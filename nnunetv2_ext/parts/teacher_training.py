@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.parts.ramps import momentum
 from nnunetv2_ext.parts.teacher import EMATeacher
 from nnunetv2_ext.parts.trainer import MethodTrainer
-
-KEY = "teacher"  # in method_state; combined methods share one teacher
 
 
 class TeacherTraining(MethodTrainer):
@@ -18,6 +16,8 @@ class TeacherTraining(MethodTrainer):
     The teacher is an attribute of the trainer, not a part of the network, and travels in the checkpoint under the
     extension's key. Its forward is ``self.forward(batch, self.teacher)``.
     """
+
+    teacher_state: ClassVar[str] = "teacher"  # its key in method_state; combined methods share one teacher
 
     teacher: EMATeacher | None = None  # -> initialize; none without `wants_teacher`
     _teacher_is_loaded = False
@@ -60,7 +60,7 @@ class TeacherTraining(MethodTrainer):
         """Adds the teacher. Its step is the trainer's global_step; T follows from the settings."""
         state = super().method_state()
         if self.teacher is not None:
-            state[KEY] = {"teacher": self.teacher.state_dict(), "total_steps": self.total_steps}
+            state[self.teacher_state] = {"teacher": self.teacher.state_dict(), "total_steps": self.total_steps}
         return state
 
     def load_method_state(self, states: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ class TeacherTraining(MethodTrainer):
         super().load_method_state(states)
         if self.teacher is None:  # it was freed by on_train_end, and --val_best loads a checkpoint
             return
-        state = states.get(KEY)
+        state = states.get(self.teacher_state)
         if state is None:
             self.teacher.copy_from(unwrap(self.network))
             self.print_to_log_file("The checkpoint has no teacher; it starts as a copy of the network.")
