@@ -32,7 +32,7 @@ def write(report: Report, output: Path, images: Path | None = None, worst: int =
     report.pictures["differences.png"] = "Differences case by case, with their means and 95 % intervals"
     plots.draw_boxes(scores, output / "boxes.png")
     report.pictures["boxes.png"] = "Scores of all cases"
-    if curves.draw(scores.arms, output / "curves.png", plots.colours(len(scores.arms))):
+    if curves.draw(scores.arms, output / "curves.png", plots.colours(scores)):
         report.pictures["curves.png"] = "Learning curves; thin lines: single trainings, thick: their mean"
     for d in report.primary if worst else ():
         file = f"cases_{re.sub(r'[^A-Za-z0-9_.-]+', '_', d.arm)}.png"

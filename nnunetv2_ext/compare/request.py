@@ -8,17 +8,12 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_ext.compare.arms import (
-    Arm,
-    make_arm,
-    predictions_arm,
-    require_comparable,
-    require_same_training_cases,
-)
+from nnunetv2_ext.compare.arms import Arm, make_arm, predictions_arm, require_comparable, require_same_training_cases
 from nnunetv2_ext.compare.files import write
 from nnunetv2_ext.compare.report import Report
 from nnunetv2_ext.compare.scores import collect
@@ -26,11 +21,10 @@ from nnunetv2_ext.compare.statistics import all_differences
 from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.data import find
 from nnunetv2_ext.data.subjects import pairs_suggested, recorded_subjects, subjects_of_dataset
-from nnunetv2_ext.evaluate.datasets import read_object
 from nnunetv2_ext.evaluate.folder import Source, make_source
 from nnunetv2_ext.evaluate.metrics import METRICS, WORST
 from nnunetv2_ext.evaluate.pairs import listed, require_output, require_roles
-from nnunetv2_ext.evaluate.structures import from_dataset_json
+from nnunetv2_ext.evaluate.structures import Labels, read_labels
 
 
 @dataclass
@@ -39,7 +33,6 @@ class Request:
 
     Attributes:
         dataset: id or name.
-        configuration, plans: of nnU-Net.
         trainers: names; the first is the reference.
         folds: None: all that the first has, without ``all`` where it has numbered ones.
         results: results folders, one per repeat; empty: nnUNet_results.
@@ -50,7 +43,6 @@ class Request:
         group_regex, groups: subjects of cases, see ``data.subjects``; None: as dataset.json records them.
         allow_different_training_cases: a note instead of an error.
         metrics, tolerance, empty, ignore_origin: see ``evaluate.folder.make_source``.
-        processes: at a time.
         worst: cases drawn of either kind.
         output: folder; None: ``comparison_DATASET_CONFIGURATION``.
     """
@@ -102,18 +94,20 @@ def compare(request: Request) -> tuple[Report, Path]:
         raise ValueError(f"-np must be 1 or more and --worst 0 or more, but they are {given}")
     inputs = gather(request)
     arms, notes = inputs.arms, inputs.notes
-    notes += require_comparable(arms, None if request.predictions else _split(inputs.dataset))
+    split = None if request.predictions else _stock(find.PREPROCESSED, inputs.dataset, "splits_final.json")
+    folds = read_json(split) if split else []
+    notes += require_comparable(arms, {str(i): fold["val"] for i, fold in enumerate(folds)})
     notes += require_same_training_cases(arms, request.allow_different_training_cases)
     cases = [case for run in arms[0].repeats[0].folds.values() for case in run.cases]
     subjects, remarks = subjects_of(request, inputs.dataset_json, cases)
-    truth, own = truth_folder(request, inputs.dataset)
+    truth = truth_folder(request, inputs.dataset)
     images = images_folder(request, inputs, cases)
     folders = [run.predictions for arm in arms for run in arm.runs()]
     for folder in folders:
         require_roles(folder, truth)
     folder = request.output or Path(f"comparison_{inputs.dataset}_{request.configuration}")
     output = require_output(folder, [*folders, truth, *([images] if images else [])])
-    scores = collect(arms, truth, inputs.source, request.processes, own, subjects)
+    scores = collect(arms, truth, inputs.source, request.processes, request.truth is None, subjects)
     what = "test set" if request.predictions else f"{request.configuration}, plans {request.plans}"
     report = Report(
         title=f"{inputs.dataset}, {what}: {', '.join(a.name for a in arms[1:])} against {arms[0].name}",
@@ -152,58 +146,41 @@ def _of_predictions(request: Request) -> Inputs:
         raise ValueError("-f goes with trainings; --predictions have no folds")
     given = [(name, [Path(f) for f in folders]) for name, *folders in request.predictions]
     # nnUNetv2_predict leaves the dataset.json of the training beside its predictions
-    content, notes = _labels(request, [f / "dataset.json" for _, folders in given for f in folders])
-    source = _source(request, content)
+    content, source, notes = _source(request, [f for _, folders in given for f in folders])
     arms = [predictions_arm(name, folders, source.ending) for name, folders in given]
     return Inputs(_known_dataset(request) or f"dataset {request.dataset}", content, arms, source, notes)
 
 
 def _of_trainings(request: Request) -> Inputs:
-    models = _models_of_runs(request) if request.runs else _models_of_trainers(request)
-    first = models[0][1][0][0]
-    datasets = sorted({m.dataset for _, parts in models for m, _ in parts})
-    if len(datasets) > 1:
+    where = (request.plans, request.configuration)
+    if request.runs:
+        known = _known_dataset(request)
+        models = [(name, [find.find_in(Path(f), known, *where) for f in folders]) for name, *folders in request.runs]
+    else:
+        roots = request.results or [find.nnunet_folder(find.RESULTS)]
+        if missing := [str(root) for root in roots if not root.is_dir()]:
+            raise ValueError(f"the results folder {missing[0]} does not exist")
+        dataset = find.dataset_name(request.dataset, roots)
+        models = [(tr, [(find.find_trainer(root, dataset, tr, *where), None) for root in roots])
+                  for tr in request.trainers]  # fmt: skip
+    given = [part for _, parts in models for part in parts]
+    first = given[0][0]
+    if len(datasets := sorted({m.dataset for m, _ in given})) > 1:
         raise ValueError(f"the results are of different datasets: {', '.join(datasets)}; compare those of one")
     asked = request.dataset
     if not (asked == first.dataset or (asked.isdigit() and first.dataset.startswith(f"Dataset{int(asked):03d}_"))):
         raise ValueError(f"-d {asked}: the results are of {first.dataset}; give its id or name")
-    content, notes = _labels(request, [m.folder / "dataset.json" for _, parts in models for m, _ in parts])
-    source = _source(request, content)
+    content, source, notes = _source(request, [m.folder for m, _ in given])
     folds = request.folds or [f for f in first.folds() if f != "all"] or first.folds()
     if not folds:
         raise ValueError(f"{first.folder} has no fold; train one")
     if not request.folds and not request.runs and len(folds) < len(first.folds()):
         notes.append("fold all was left out beside the numbered folds: it validates on the cases it was trained on")
-    unused = sorted({fold for _, parts in models for _, fold in parts if fold and request.folds} - set(folds))
-    if unused:
+    if unused := sorted({fold for _, fold in given if fold and request.folds} - set(folds)):
         raise ValueError(f"--run names fold {', '.join(unused)}, which -f {' '.join(folds)} leaves out")
     arms = [make_arm(name, [(m, [fold] if fold else folds) for m, fold in parts], source.ending)
             for name, parts in models]  # fmt: skip
     return Inputs(first.dataset, content, arms, source, notes)
-
-
-Models = list[tuple[str, list[tuple[find.Model, str | None]]]]
-
-
-def _models_of_runs(request: Request) -> Models:
-    dataset = _known_dataset(request)
-    return [
-        (name, [find.find_in(Path(folder), dataset, request.plans, request.configuration) for folder in folders])
-        for name, *folders in request.runs
-    ]
-
-
-def _models_of_trainers(request: Request) -> Models:
-    stock = os.environ.get("nnUNet_results")
-    roots = request.results or ([Path(stock)] if stock else [])
-    if not roots:
-        raise ValueError("nnUNet_results is not set; export it as for nnUNetv2_train, or give --results DIR")
-    for root in roots:
-        if not root.is_dir():
-            raise ValueError(f"the results folder {root} does not exist")
-    dataset = find.dataset_name(request.dataset, roots)
-    where = (request.plans, request.configuration)
-    return [(tr, [(find.find_trainer(root, dataset, tr, *where), None) for root in roots]) for tr in request.trainers]
 
 
 def _known_dataset(request: Request) -> str | None:
@@ -214,9 +191,11 @@ def _known_dataset(request: Request) -> str | None:
         return None if request.dataset.isdigit() else request.dataset
 
 
-def _labels(request: Request, candidates: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
-    """The dataset.json of the trainings, which must have the same labels, and a note if -d names nothing known."""
-    files, notes = [file for file in dict.fromkeys(candidates) if file.is_file()], []
+def _source(request: Request, folders: Sequence[Path]) -> tuple[dict[str, Any], Source, list[str]]:
+    """The dataset.json of the trainings, which must have the same labels; what to score; and a note if -d names
+    nothing known."""
+    files = [file for folder in dict.fromkeys(folders) if (file := folder / "dataset.json").is_file()]
+    notes = []
     try:
         own = find.find_dataset_json(request.dataset)
         files += [own] if request.predictions or not files else []
@@ -225,29 +204,23 @@ def _labels(request: Request, candidates: Sequence[Path]) -> tuple[dict[str, Any
             raise
         if request.predictions:
             notes.append(f"-d {request.dataset} was not found in nnU-Net's folders; the labels are those of {files[0]}")
-    first = read_object(files[0])
-    for file in files[1:]:
-        if (others := read_object(file).get("labels")) != first.get("labels"):
+    read: list[tuple[dict[str, Any], Labels]] = [read_labels(file) for file in files]
+    first, labels = read[0]
+    for file, (other, _) in zip(files, read, strict=True):
+        if other["labels"] != first["labels"]:
             raise ValueError(
-                f"the label sets differ: {files[0]} has {json.dumps(first.get('labels'))}, {file} has "
-                f"{json.dumps(others)}; compare trainings of the same labels"
+                f"the label sets differ: {files[0]} has {json.dumps(first['labels'])}, {file} has "
+                f"{json.dumps(other['labels'])}; compare trainings of the same labels"
             )
-    return first, notes
-
-
-def _source(request: Request, content: Mapping[str, Any]) -> Source:
     options: dict[str, Any] = {k: getattr(request, k) for k in ("metrics", "tolerance", "empty", "ignore_origin")}
-    ending, reader = content.get("file_ending", ".nii.gz"), content.get("overwrite_image_reader_writer")
-    return make_source(from_dataset_json(content), ending, reader, **options)
+    ending, reader = first.get("file_ending", ".nii.gz"), first.get("overwrite_image_reader_writer")
+    return first, make_source(labels, ending, reader, **options), notes
 
 
-def _split(dataset: str) -> dict[str, list[str]] | None:
-    """Validation cases by fold from splits_final.json, None if it is not at hand."""
-    base = os.environ.get("nnUNet_preprocessed")
-    file = Path(base) / dataset / "splits_final.json" if base else None
-    if file is None or not file.is_file():
-        return None
-    return {str(i): list(fold["val"]) for i, fold in enumerate(read_json(file))}
+def _stock(variable: str, *parts: str) -> Path | None:
+    """A file or folder below one of nnU-Net's, None if it is not at hand."""
+    path = Path(os.environ.get(variable) or ".", *parts)
+    return path if os.environ.get(variable) and path.exists() else None
 
 
 def subjects_of(
@@ -257,18 +230,15 @@ def subjects_of(
 
     The dataset's own dataset.json in nnU-Net's folders is asked where that of the trainings records nothing.
     """
-    subjects = subjects_of_dataset(dataset_json, cases, request.group_regex, request.groups)
     if request.group_regex is not None or request.groups is not None:
-        return subjects, []
-    if subjects is None:
-        try:
-            dataset_json = read_object(find.find_dataset_json(request.dataset))
-        except ValueError:
-            dataset_json = {}
-    if set(recorded_subjects(dataset_json) or ()) & set(cases):
-        return subjects_of_dataset(dataset_json, cases), []
-    pairs = pairs_suggested(cases)
-    if pairs is None:
+        return subjects_of_dataset(dataset_json, cases, request.group_regex, request.groups), []
+    contents = [dataset_json]
+    with suppress(ValueError):
+        contents.append(read_labels(find.find_dataset_json(request.dataset))[0])
+    for content in contents:
+        if set(recorded_subjects(content) or ()) & set(cases):
+            return subjects_of_dataset(content, cases), []
+    if (pairs := pairs_suggested(cases)) is None:
         return None, []
     return None, [
         f"subjects are not known, so cases were resampled one by one; {pairs} (--group-regex; or --groups FILE). "
@@ -276,18 +246,17 @@ def subjects_of(
     ]
 
 
-def truth_folder(request: Request, dataset: str) -> tuple[Path, bool]:
-    """The truth, and whether it is the one that nnU-Net validated with."""
+def truth_folder(request: Request, dataset: str) -> Path:
+    """The truth: the one given, or the one that nnU-Net validated with."""
     if request.truth is not None:
         if not request.truth.is_dir():
             raise ValueError(f"--truth {request.truth} does not exist")
-        return request.truth, False
-    base = os.environ.get("nnUNet_preprocessed")
-    folder = Path(base or ".") / dataset / "gt_segmentations"
-    if not base or not folder.is_dir():
-        where = f"in {folder}" if base else "because nnUNet_preprocessed is not set"
+        return request.truth
+    base = os.environ.get(find.PREPROCESSED)
+    if (folder := _stock(find.PREPROCESSED, dataset, "gt_segmentations")) is None:
+        where = f"in {Path(base, dataset)}" if base else "because nnUNet_preprocessed is not set"
         raise ValueError(f"the true segmentations were not found {where}; give their folder with --truth")
-    return folder, True
+    return folder
 
 
 def images_folder(request: Request, inputs: Inputs, cases: Sequence[str]) -> Path | None:
@@ -299,6 +268,4 @@ def images_folder(request: Request, inputs: Inputs, cases: Sequence[str]) -> Pat
         if not any((given / f"{case}_0000{ending}").is_file() for case in cases):
             raise ValueError(f"--images {given} has no image of {listed(cases)} (CASE_0000{ending})")
         return given
-    base = os.environ.get("nnUNet_raw")
-    folder = Path(base) / inputs.dataset / "imagesTr" if base and not request.predictions else None
-    return folder if folder is not None and folder.is_dir() else None
+    return None if request.predictions else _stock(find.RAW, inputs.dataset, "imagesTr")

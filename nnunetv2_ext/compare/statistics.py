@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,8 +28,7 @@ _TIE = 1e-9
 BETTER, WORSE, UNCLEAR, EQUAL = "better", "worse", "unclear", "equal"
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A 95 % interval; NaN where there is none."""
 
     low: float
@@ -38,6 +38,9 @@ class Interval:
     def excludes_zero(self) -> bool:
         """Whether zero lies outside; False without an interval."""
         return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"[{signed(self.low)}, {signed(self.high)}]" if math.isfinite(self.low) else "-"
 
 
 NO_INTERVAL = Interval(math.nan, math.nan)
@@ -87,14 +90,14 @@ class Difference:
     by_fold: dict[str, float]
 
     @property
+    def values(self) -> pd.Series:
+        """``per_case`` of the cases that count."""
+        return self.per_case.dropna()
+
+    @property
     def n(self) -> int:
         """Cases that count."""
         return self.wins + self.losses + self.ties
-
-    @property
-    def sign(self) -> int:
-        """1 if the arm is better on average, -1 if worse."""
-        return int(np.sign(self.mean)) * (1 if self.metric.higher_is_better else -1)
 
     @property
     def direction(self) -> str:
@@ -103,7 +106,7 @@ class Difference:
             return EQUAL
         if self.units < TOO_FEW_CASES or not self.interval.excludes_zero:
             return UNCLEAR
-        return BETTER if self.sign > 0 else WORSE
+        return BETTER if (self.mean > 0) == self.metric.higher_is_better else WORSE
 
 
 def paired_difference(scores: Scores, arm: str, key: str, structure: str, seed: int = 0) -> Difference:
@@ -121,28 +124,20 @@ def paired_difference(scores: Scores, arm: str, key: str, structure: str, seed: 
     per_case = cells[arm].mean(axis=1) - cells[scores.first].mean(axis=1)
     values = per_case.dropna()
     gain = values if metric.higher_is_better else -values
-    subjects = about.loc[values.index, "subject"] if "subject" in about else values.index.to_series()
-    by_repeat, paired, pairs = _over_repeats(*(cells.loc[values.index, name].mean() for name in (arm, scores.first)))
-    return Difference(
-        arm=arm,
-        first=scores.first,
-        key=key,
-        metric=metric,
-        structure=structure,
-        per_case=per_case,
-        mean=float(values.mean()),
-        interval=bootstrap_interval(values, subjects, seed),
-        units=subjects.nunique(),
-        unit="subjects" if "subject" in about else "cases",
-        wins=int((gain > _TIE).sum()),
-        losses=int((gain < -_TIE).sum()),
-        ties=int((gain.abs() <= _TIE).sum()),
-        by_repeat=by_repeat,
-        paired_repeats=paired,
-        agreeing=(pairs.size, int((pairs * np.sign(values.mean()) > 0).sum())),
-        repeat_interval=_repeat_interval(pairs, paired),
-        by_fold=values.groupby(about.loc[values.index, "fold"], sort=False).mean().to_dict(),
+    about = about.loc[values.index]
+    subjects = about["subject"] if "subject" in about else values.index.to_series()
+    by_repeat, paired, pairs, repeat_interval = _over_repeats(
+        *(cells.loc[values.index, name].mean() for name in (arm, scores.first))
     )
+    return Difference(
+        arm=arm, first=scores.first, key=key, metric=metric, structure=structure, per_case=per_case,
+        mean=float(values.mean()), interval=bootstrap_interval(values, subjects, seed),
+        units=subjects.nunique(), unit="subjects" if "subject" in about else "cases",
+        wins=int((gain > _TIE).sum()), losses=int((gain < -_TIE).sum()), ties=int((gain.abs() <= _TIE).sum()),
+        by_repeat=by_repeat, paired_repeats=paired, repeat_interval=repeat_interval,
+        agreeing=(pairs.size, int((pairs * np.sign(values.mean()) > 0).sum())),
+        by_fold=values.groupby(about["fold"], sort=False).mean().to_dict(),
+    )  # fmt: skip
 
 
 def bootstrap_interval(values: pd.Series, subjects: pd.Series | None = None, seed: int = 0) -> Interval:
@@ -164,24 +159,21 @@ def bootstrap_interval(values: pd.Series, subjects: pd.Series | None = None, see
     if np.ptp(values.to_numpy()) <= _TIE:
         return Interval(float(values.mean()), float(values.mean()))
     generator = np.random.default_rng(seed)
-
-    def draw(method: str):
-        return stats.bootstrap(
-            (sums["sum"].to_numpy(), sums["count"].to_numpy()),
-            lambda total, number, axis: total.sum(axis) / number.sum(axis),
-            paired=True, vectorized=True, n_resamples=RESAMPLES, method=method, random_state=generator,
-        ).confidence_interval  # fmt: skip
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a degenerate acceleration is answered below
-        found = draw("BCa")
-        if not (math.isfinite(found.low) and math.isfinite(found.high)):
-            found = draw("percentile")
+    for method in ("BCa", "percentile"):  # the latter where the acceleration is degenerate
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = stats.bootstrap(
+                (sums["sum"].to_numpy(), sums["count"].to_numpy()),
+                lambda total, number, axis: total.sum(axis) / number.sum(axis),
+                paired=True, vectorized=True, n_resamples=RESAMPLES, method=method, random_state=generator,
+            ).confidence_interval  # fmt: skip
+        if np.isfinite(found).all():
+            break
     return Interval(float(found.low), float(found.high))
 
 
-def _over_repeats(ours: pd.Series, theirs: pd.Series) -> tuple[dict[str, float], bool, np.ndarray]:
-    """``by_repeat``, ``paired_repeats`` and the differences of all pairs of trainings.
+def _over_repeats(ours: pd.Series, theirs: pd.Series) -> tuple[dict[str, float], bool, np.ndarray, Interval]:
+    """``by_repeat``, ``paired_repeats``, the differences of all pairs of trainings, and ``repeat_interval``.
 
     Args:
         ours, theirs: mean of each repeat, by label.
@@ -189,24 +181,17 @@ def _over_repeats(ours: pd.Series, theirs: pd.Series) -> tuple[dict[str, float],
     Returns:
         The pairs are (repeats,) where labels are the same, else (our repeats, their repeats).
     """
-    if set(ours.index) == set(theirs.index):
-        differences = ours - theirs.loc[ours.index]
-        return differences.to_dict(), True, differences.to_numpy()
-    return (ours - theirs.mean()).to_dict(), False, np.subtract.outer(ours.to_numpy(), theirs.to_numpy())
-
-
-def _repeat_interval(pairs: np.ndarray, paired: bool) -> Interval:
-    """Of the mean over repeated trainings, on these cases. Trainings that agree to the last digit tell nothing."""
+    paired = set(ours.index) == set(theirs.index)
+    by_repeat = ours - (theirs.loc[ours.index] if paired else theirs.mean())
+    pairs = by_repeat.to_numpy() if paired else np.subtract.outer(ours.to_numpy(), theirs.to_numpy())
+    # trainings that agree to the last digit tell nothing
     if min(pairs.shape) < 2 or not np.isfinite(pairs).all() or np.ptp(pairs) <= _TIE:
-        return NO_INTERVAL
+        return by_repeat.to_dict(), paired, pairs, NO_INTERVAL
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of precision, where repeats are nearly the same
-        if paired:
-            test = stats.ttest_1samp(pairs, 0)
-        else:  # both arms' repeats, less the other arm's first one
-            test = stats.ttest_ind(pairs[:, 0], pairs[0, 0] - pairs[0], equal_var=False)
-        interval = test.confidence_interval()
-    return Interval(float(interval.low), float(interval.high))
+        test = stats.ttest_1samp(pairs, 0) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
+        low, high = test.confidence_interval()
+    return by_repeat.to_dict(), paired, pairs, Interval(float(low), float(high))
 
 
 def all_differences(scores: Scores) -> list[Difference]:
@@ -235,7 +220,7 @@ def headline(differences: Sequence[Difference]) -> str:
         if d.metric.name in none[:1]:
             parts.append(f"no difference in {' and '.join(none)}")
         elif d.metric.name not in none:
-            low, high = sorted((abs(d.interval.low), abs(d.interval.high)))
+            low, high = sorted(map(abs, d.interval))
             unit, digits = (f" {d.metric.unit}", 2) if d.metric.unit else ("", 3)
             size = f"{abs(d.mean):.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
             parts.append(f"{d.metric.name} {d.direction} by {size}")
@@ -245,56 +230,51 @@ def headline(differences: Sequence[Difference]) -> str:
 
 def verdict(d: Difference) -> str:
     """What may be concluded of one metric, in one sentence; the parts of chance (cases, training) are told apart."""
-    unit = d.metric.unit
     if not d.n:
         return f"{d.metric.name}: no case counts, so nothing can be said."
-    what = f"{d.metric.name} ({d.structure}) {signed(d.mean)}{' ' + unit if unit else ''}"
-    counts = f"better in {d.wins}, worse in {d.losses} of {d.n} cases"
+    what = f"{d.metric.name} ({d.structure}) {signed(d.mean)} {d.metric.unit}".rstrip()
     if d.units < 2:
         return f"{what} on a single {d.unit[:-1]}, which says nothing about others."
     over = f"{d.units} subjects" if d.unit == "subjects" else "cases"
-    span = f"95 % interval {signed(d.interval.low)} to {signed(d.interval.high)} over {over}"
-    return f"{what}, {span}; {counts}. {_conclusion(d)}"
+    counts = f"better in {d.wins}, worse in {d.losses} of {d.n} cases"
+    if d.units < TOO_FEW_CASES:
+        conclusion = f"**Too few {d.unit} to conclude anything**: {d.units}; score at least {TOO_FEW_CASES}."
+    elif d.direction == EQUAL:
+        conclusion = f"**Equal {d.metric.name} in every case.**"
+    else:
+        few = f" With {d.units} {d.unit} the interval is itself rough." if d.units < FEW_CASES else ""
+        conclusion = _conclusion(d) + few
+    return f"{what}, 95 % interval {d.interval} over {over}; {counts}. {conclusion}"
 
 
 def _conclusion(d: Difference) -> str:
-    if d.units < TOO_FEW_CASES:
-        return f"**Too few {d.unit} to conclude anything**: {d.units}; score at least {TOO_FEW_CASES}."
-    few = f" With {d.units} {d.unit} the interval is itself rough." if d.units < FEW_CASES else ""
-    if d.direction == EQUAL:
-        return f"**Equal {d.metric.name} in every case.**"
     if d.direction == UNCLEAR:
         return (
             f"**No difference in {d.metric.name} beyond chance**: the interval holds zero; it also says how large an "
-            f"effect, in either direction, these cases cannot exclude.{few}"
+            "effect, in either direction, these cases cannot exclude."
         )
     pairs, agree = d.agreeing
     word = d.direction.capitalize()
     if pairs < 2:
         return (
             f"**{word} on these cases, for these two trainings**: a repeated training of either could change it, which "
-            f"one repeat cannot show. Add seeds before relying on it.{few}"
+            "one repeat cannot show. Add seeds before relying on it."
         )
+    span = "" if d.repeat_interval is NO_INTERVAL else f" (interval over repeats: {d.repeat_interval})"
     if agree < pairs:
         return (
             f"**{word} on average, but not in every pair of trainings** ({agree} of {pairs} agree): luck of the "
-            f"training may be as large as the effect{_repeat_span(d)}.{few}"
+            f"training may be as large as the effect{span}."
         )
     if d.repeat_interval.excludes_zero:
-        low, high = signed(d.repeat_interval.low), signed(d.repeat_interval.high)
         return (
             f"**{word}, beyond chance in cases and in training**: all {pairs} pairs of trainings agree and the "
-            f"interval over repeats ({low} to {high}) excludes zero.{few}"
+            f"interval over repeats, {d.repeat_interval}, excludes zero."
         )
     return (
         f"**{word} on these cases, in all {pairs} pairs of trainings**, but the repeats are too few or too different "
-        f"to exclude luck of the training{_repeat_span(d)}. Add seeds.{few}"
+        f"to exclude luck of the training{span}. Add seeds."
     )
-
-
-def _repeat_span(d: Difference) -> str:
-    low, high = d.repeat_interval.low, d.repeat_interval.high
-    return f" (interval over repeats: {signed(low)} to {signed(high)})" if math.isfinite(low) else ""
 
 
 def signed(value: float) -> str:

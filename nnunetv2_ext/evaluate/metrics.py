@@ -7,6 +7,7 @@ companion on pitfalls (Reinke et al. 2024, doi:10.1038/s41592-023-02150-0). Publ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,21 +38,12 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "dice": Metric("Dice", "", True, "2 |P and T| / (|P| + |T|), in voxels"),
-    "hd95": Metric(
-        "HD95",
-        "mm",
-        False,
-        "the larger of the two directed 95th percentiles of surface distances (not the percentile of both pooled), "
-        "numpy's linear interpolation",
-    ),
-    "nsd": Metric(
-        "NSD",
-        "",
-        True,
-        "normalised surface distance (surface Dice): share of the surface voxels of both that lie within the tolerance "
-        "of the other surface; every surface voxel counts the same, whatever area it stands for",
-    ),
-}
+    "hd95": Metric("HD95", "mm", False, "the larger of the two directed 95th percentiles of surface distances (not the "
+                   "percentile of both pooled), numpy's linear interpolation"),
+    "nsd": Metric("NSD", "", True, "normalised surface distance (surface Dice): share of the surface voxels of both "
+                  "that lie within the tolerance of the other surface; every surface voxel counts the same, whatever "
+                  "area it stands for"),
+}  # fmt: skip
 SURFACE_DEFINITION = (
     "surface voxels are those of the structure that touch a voxel outside it by a face (beyond the image is outside); "
     "distances run between voxel centres, Euclidean, in mm"
@@ -117,7 +109,7 @@ class Score:
 def dice(prediction: Mask, truth: Mask) -> float:
     """2 |P and T| / (|P| + |T|); NaN if both are empty."""
     total = int(np.count_nonzero(prediction)) + int(np.count_nonzero(truth))
-    return 2 * int(np.count_nonzero(prediction & truth)) / total if total else float("nan")
+    return 2 * int(np.count_nonzero(prediction & truth)) / total if total else math.nan
 
 
 def hd95(to_truth: Distances, to_prediction: Distances) -> float:
@@ -127,7 +119,7 @@ def hd95(to_truth: Distances, to_prediction: Distances) -> float:
     with; not the percentile of both directions pooled.
     """
     if not len(to_truth) or not len(to_prediction):
-        return float("nan")
+        return math.nan
     return float(max(np.percentile(to_truth, 95), np.percentile(to_prediction, 95)))
 
 
@@ -139,65 +131,7 @@ def nsd(to_truth: Distances, to_prediction: Distances, tolerance: float) -> floa
     """
     total = len(to_truth) + len(to_prediction)
     within = np.count_nonzero(to_truth <= tolerance + _SLACK) + np.count_nonzero(to_prediction <= tolerance + _SLACK)
-    return float(within / total) if total else float("nan")
-
-
-def score(
-    prediction: Mask,
-    truth: Mask,
-    spacing: Sequence[float],
-    rules: Rules,
-    tolerance: float,
-    unknown: Mask | None = None,
-    voxel_ml: float | None = None,
-) -> Score:
-    """One structure of one case.
-
-    Args:
-        prediction: (X, Y, ...), empty where ``unknown`` is True.
-        truth: same.
-        spacing: voxel size in mm along each axis.
-        rules: metrics and empty policy.
-        tolerance: of NSD, mm.
-        unknown: voxels under the ignore label.
-        voxel_ml: volume of a voxel; by ``spacing`` if None.
-    """
-    has = bool(truth.any()), bool(prediction.any())
-    state = {(True, True): FOUND, (True, False): MISSED, (False, True): INVENTED, (False, False): ABSENT}[has]
-    values: dict[str, float] = {}
-    if state == FOUND:
-        needed = any(m != "dice" for m in rules.metrics)
-        ours, theirs = surface_distances(prediction, truth, spacing, unknown) if needed else (np.empty(0), np.empty(0))
-        available = {
-            "dice": lambda: dice(prediction, truth),
-            "hd95": lambda: hd95(ours, theirs),
-            "nsd": lambda: nsd(ours, theirs, tolerance),
-        }
-        values = {m: available[m]() for m in rules.metrics}
-    else:
-        values = {m: empty_value(m, state, truth.shape, spacing, rules.empty) for m in rules.metrics}
-    size = voxel_volume(spacing) if voxel_ml is None else voxel_ml
-    volumes = (int(np.count_nonzero(m)) * size for m in (truth, prediction))
-    return Score(state, values, *volumes)
-
-
-def voxel_volume(spacing: Sequence[float]) -> float:
-    """Millilitres of a voxel of these sizes in mm; square centimetres of a pixel."""
-    return float(np.prod(spacing)) / (1000 if len(spacing) > 2 else 100)
-
-
-def empty_value(metric: str, state: str, shape: Sequence[int], spacing: Sequence[float], policy: str) -> float:
-    """The value of a structure that is empty in the truth, the prediction or both; see ``EMPTY_POLICIES``."""
-    if state == ABSENT:
-        return float("nan")
-    if METRICS[metric].higher_is_better:
-        return 0.0
-    return diagonal(shape, spacing) if policy == WORST else float("nan")
-
-
-def diagonal(shape: Sequence[int], spacing: Sequence[float]) -> float:
-    """The largest distance between two voxels' centres of an image, in mm."""
-    return float(np.linalg.norm([(n - 1) * s for n, s in zip(shape, spacing)]))
+    return float(within / total) if total else math.nan
 
 
 def score_case(
@@ -208,17 +142,18 @@ def score_case(
     rules: Rules,
     ignore_label: int | None = None,
 ) -> list[Score]:
-    """All structures of one case.
+    """All structures of one case, in their order.
 
     Args:
         prediction: (X, Y, Z) label map, (X, Y) in 2-D.
-        truth: same shape; may hold ``ignore_label``.
+        truth: same shape; may hold ``ignore_label``, whose voxels are left out.
         spacing: voxel size in mm along each axis.
-        structures: what to score, in this order.
+        structures: what to score.
         rules: how.
-        ignore_label: voxels with this value in the truth are left out.
+        ignore_label: a value in the truth.
     """
-    voxel_ml = voxel_volume(spacing)  # of all axes: a volume of one slice has a thickness
+    # of all axes: a volume of one slice has a thickness. Millilitres, of a pixel square centimetres
+    voxel_ml = float(np.prod(spacing)) / (1000 if len(spacing) > 2 else 100)
     (prediction, truth), spacing = drop_thin_axes(spacing, prediction, truth)
     unknown = None if ignore_label is None else truth == ignore_label
     if unknown is not None and not unknown.any():
@@ -228,6 +163,24 @@ def score_case(
         ours, theirs = structure.mask(prediction), structure.mask(truth)
         if unknown is not None:
             ours, theirs = ours & ~unknown, theirs & ~unknown
-        tolerance = rules.tolerance.get(structure.name, 0.0)
-        scores.append(score(ours, theirs, spacing, rules, tolerance, unknown, voxel_ml))
+        state, values = _score(ours, theirs, spacing, rules, rules.tolerance.get(structure.name, 0.0), unknown)
+        volumes = (int(np.count_nonzero(mask)) * voxel_ml for mask in (theirs, ours))
+        scores.append(Score(state, {metric: values[metric] for metric in rules.metrics}, *volumes))
     return scores
+
+
+def _score(
+    ours: Mask, theirs: Mask, spacing: Sequence[float], rules: Rules, tolerance: float, unknown: Mask | None
+) -> tuple[str, dict[str, float]]:
+    """State and all values of a structure; those of the surface are NaN where ``rules`` asks for none of them."""
+    nothing = np.empty(0), np.empty(0)
+    if ours.any() and theirs.any():
+        needed = any(metric != "dice" for metric in rules.metrics)
+        distances = surface_distances(ours, theirs, spacing, unknown) if needed else nothing
+        return FOUND, {"dice": dice(ours, theirs), "hd95": hd95(*distances), "nsd": nsd(*distances, tolerance)}
+    if not ours.any() and not theirs.any():
+        return ABSENT, dict.fromkeys(METRICS, math.nan)
+    # between the centres of the voxels in opposite corners
+    diagonal = float(np.linalg.norm([(n - 1) * s for n, s in zip(theirs.shape, spacing)]))
+    values = {"dice": 0.0, "hd95": diagonal if rules.empty == WORST else math.nan, "nsd": 0.0}
+    return MISSED if theirs.any() else INVENTED, values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,7 @@ class Pair:
 def find_pairs(
     predictions: Path, truth: Path, ending: str, chill: bool = False, cases: Sequence[str] | None = None
 ) -> list[Pair]:
-    """Pairs of files of the same name, sorted by case.
-
-    Args:
-        predictions: folder with ``CASE{ending}``.
-        truth: folder with files of the same names.
-        ending: ``.nii.gz``.
-        chill: cases without a prediction are left out (the meaning of nnU-Net's ``--chill``).
-        cases: exactly these must have a prediction and a truth; None: the truth's.
+    """Pairs of files of the same name, sorted by case; arguments of ``folder.evaluate_folder``.
 
     Raises:
         ValueError: a folder is missing or empty, or cases are missing; all of them are listed.
@@ -78,29 +71,32 @@ def require_roles(predictions: Path, truth: Path) -> None:
 
 
 def require_output(folder: Path, inputs: Sequence[Path]) -> Path:
-    """The output folder, writable and none of the inputs, where its pictures would pass for cases.
-
-    Raises:
-        ValueError: it is one of them, or cannot be written.
-    """
+    """The output folder. ValueError: it cannot be written, or is an input, where its pictures would pass for cases."""
     if folder.resolve() in [given.resolve() for given in inputs]:
         raise ValueError(f"the output folder {folder} holds the input: choose another with -o")
     return require_writable(folder)
 
 
-def case_files(folder: Path, ending: str, what: str = "segmentations") -> dict[str, Path]:
-    """Case name to file, sorted.
-
-    Raises:
-        ValueError: no such folder, or no file with this ending in it.
-    """
+def case_files(folder: Path, ending: str, what: str) -> dict[str, Path]:
+    """Case name to file, sorted; ValueError: no such folder ("of ``what``"), or no file with this ending in it."""
     if not folder.is_dir():
         raise ValueError(f"the folder of {what}, {folder}, does not exist")
-    files = {p.name.removesuffix(ending): p for p in sorted(folder.iterdir()) if p.name.endswith(ending)}
-    files = {case: p for case, p in files.items() if p.is_file() and not p.name.startswith(".")}
-    if not files:
+    there = [p for p in sorted(folder.glob(f"*{ending}")) if p.is_file() and not p.name.startswith(".")]
+    if not there:
         raise ValueError(f"the folder of {what}, {folder}, has no file that ends in {ending}")
-    return files
+    return {p.name.removesuffix(ending): p for p in there}
+
+
+def file_ending(folder: Path) -> str:
+    """The ending that most files of a folder have, of those that nnU-Net reads; ValueError: none has."""
+    from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+
+    known = sorted({e for reader in LIST_OF_IO_CLASSES for e in reader.supported_file_endings}, key=len, reverse=True)
+    counts = {ending: sum(p.is_file() for p in folder.glob(f"*{ending}")) for ending in known}
+    best = max(counts, key=lambda ending: counts[ending])
+    if not counts[best]:
+        raise ValueError(f"{folder} has no file that nnU-Net reads ({', '.join(known)})")
+    return best
 
 
 def listed(cases: Sequence[str]) -> str:
@@ -128,7 +124,7 @@ class Case:
     remark: str
 
 
-def read(pair: Pair, from_file: Any, compare_origin: bool = True) -> Case:
+def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> Case:
     """Prediction and truth of a case.
 
     nnU-Net's readers of TIFF and of pictures assume a spacing where the file has none. An assumed spacing is not
@@ -138,13 +134,13 @@ def read(pair: Pair, from_file: Any, compare_origin: bool = True) -> Case:
     Args:
         pair: the files.
         from_file: one of nnU-Net's readers, see ``data.case.find_reader``.
-        compare_origin: whether origin and direction have to agree; shape and known spacings always have to.
+        ignore_origin: origin and direction may differ; shape and known spacings always have to agree.
 
     Raises:
         ValueError: unreadable, not a label map, or on different grids; names the case.
     """
-    ours, our_properties = read_label_map(pair.case, pair.prediction, from_file, "prediction")
-    theirs, their_properties = read_label_map(pair.case, pair.truth, from_file, "truth")
+    ours, our_header = read_label_map(pair.case, pair.prediction, from_file, "prediction")
+    theirs, their_header = read_label_map(pair.case, pair.truth, from_file, "truth")
     if ours.shape != theirs.shape:
         raise ValueError(
             f"case {pair.case}: the prediction has {by(ours.shape)} voxels, the truth {by(theirs.shape)} (array "
@@ -152,15 +148,19 @@ def read(pair: Pair, from_file: Any, compare_origin: bool = True) -> Case:
         )
     known = [_tells_spacing(from_file, path) for path in (pair.prediction, pair.truth)]
     remarks = [] if all(known) or not any(known) else [f"spacing of the {'prediction' if known[0] else 'truth'} only"]
-    if all(known):
-        _require_same(pair.case, "spacing", our_properties, their_properties)
-    if compare_origin:
-        for what in ("direction", "origin"):
-            _require_same(pair.case, what, our_properties, their_properties)
-    else:
-        differ = [what for what in ("direction", "origin") if difference(what, our_properties, their_properties)]
+    differ = []
+    for what in ("spacing", "direction", "origin") if all(known) else ("direction", "origin"):
+        if (found := difference(what, our_header, their_header)) is None:
+            continue
+        if what == "spacing" or not ignore_origin:
+            here, there = map(short, found)
+            raise ValueError(
+                f"case {pair.case}: prediction and truth differ in {what}, {here} and {there}; {_REMEDIES[what]}"
+            )
+        differ.append(what)
+    if ignore_origin:
         remarks.append("direction and origin not compared" + (f", differing: {', '.join(differ)}" if differ else ""))
-    spacing = [float(s) for s in spacing_of(our_properties if known == [True, False] else their_properties)]
+    spacing = [float(s) for s in spacing_of(our_header if known == [True, False] else their_header)]
     if not all(np.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"case {pair.case}: the voxels measure {by(spacing)} mm; correct the spacing in the file")
     # readers of 2-D files put an axis in front, 999 times as thick as the largest pixel
@@ -181,9 +181,3 @@ _REMEDIES = {
     "origin": "--ignore-origin scores them voxel by voxel, as nnU-Net does. Use the option only if the header is wrong "
     "and the voxels are right",
 }
-
-
-def _require_same(case: str, what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    if (found := difference(what, ours, theirs)) is not None:
-        here, there = map(short, found)
-        raise ValueError(f"case {case}: prediction and truth differ in {what}, {here} and {there}; {_REMEDIES[what]}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 
 Mask = npt.NDArray[np.bool_]
 Distances = npt.NDArray[np.float64]
@@ -28,30 +28,21 @@ def drop_thin_axes(spacing: Sequence[float], *volumes: npt.NDArray[Any]) -> tupl
     return [volume.reshape(shape) for volume in volumes], [float(spacing[axis]) for axis in keep]
 
 
-def bounding_box(mask: Mask, margin: int = 1) -> tuple[slice, ...]:
+def bounding_box(mask: Mask, margin: int | Sequence[int] = 1) -> tuple[slice, ...]:
     """The smallest box around a mask that is not empty, widened by ``margin`` voxels and clipped to the image."""
-    box = []
-    for axis in range(mask.ndim):
-        found = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        box.append(slice(max(0, int(found[0]) - margin), min(mask.shape[axis], int(found[-1]) + 1 + margin)))
-    return tuple(box)
+    (box,) = find_objects(mask.astype(np.uint8))
+    margins = np.broadcast_to(margin, mask.ndim).tolist()
+    return tuple(slice(max(0, s.start - m), min(n, s.stop + m)) for s, m, n in zip(box, margins, mask.shape))
 
 
 def surface(mask: Mask, unknown: Mask | None = None) -> Mask:
-    """Voxels of ``mask`` that touch a voxel outside it by a face.
+    """Voxels of ``mask``, (X, Y, ...), that touch a voxel outside it by a face.
 
     Args:
-        mask: (X, Y, ...) or any number of axes.
+        mask: of a structure.
         unknown: voxels under the ignore label: neither inside nor outside, so that they give a mask no surface.
     """
-    outside = ~mask if unknown is None else ~mask & ~unknown
-    outside = np.pad(outside, 1, constant_values=True)
-    touched = np.zeros_like(mask)
-    inner = slice(1, -1)
-    for axis in range(mask.ndim):
-        for shift in (slice(None, -2), slice(2, None)):
-            touched |= outside[tuple(shift if a == axis else inner for a in range(mask.ndim))]
-    return mask & touched
+    return mask & ~binary_erosion(mask if unknown is None else mask | unknown)
 
 
 def surface_distances(

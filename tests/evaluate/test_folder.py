@@ -129,7 +129,7 @@ def test_a_file_on_another_grid(geometry, message: str, folders, two_cases, labe
     with pytest.raises(ValueError, match=message) as caught:
         evaluate_folder(ours, theirs, SOURCE)
     assert ("--ignore-origin" in str(caught.value)) == (list(geometry) == ["origin"])  # no remedy for mirrored voxels
-    relaxed = Source(LABELS, RULES, compare_origin=False)
+    relaxed = Source(LABELS, RULES, ignore_origin=True)
     if "spacing" in geometry:
         with pytest.raises(ValueError, match="differ in spacing"):
             evaluate_folder(ours, theirs, relaxed)
