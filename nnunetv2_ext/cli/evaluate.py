@@ -83,18 +83,14 @@ def run(args: argparse.Namespace) -> int:
 
 def source_of(args: argparse.Namespace) -> Any:
     """The ``Source`` that the arguments describe."""
-    from nnunetv2_ext.evaluate import structures
     from nnunetv2_ext.evaluate.folder import make_source
     from nnunetv2_ext.evaluate.pairs import file_ending
+    from nnunetv2_ext.evaluate.structures import from_values, read_labels
 
-    content: dict[str, Any] = {}
     if args.labels is not None:
-        labels = structures.from_values(args.labels, args.ignore)
-    else:
-        content, labels = structures.read_labels(dataset_json_file(args))
-    ending = content.get("file_ending") or file_ending(args.truth)
-    options = {key: getattr(args, key) for key in ("metrics", "tolerance", "empty", "ignore_origin")}
-    return make_source(labels, ending, content.get("overwrite_image_reader_writer"), **options)
+        return make_source(args, from_values(args.labels, args.ignore), {}, file_ending(args.truth))
+    content, labels = read_labels(dataset_json_file(args))
+    return make_source(args, labels, content, "" if content.get("file_ending") else file_ending(args.truth))
 
 
 def dataset_json_file(args: argparse.Namespace) -> Path:

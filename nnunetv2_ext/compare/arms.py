@@ -17,30 +17,19 @@ ALLOW_TRAINING_CASES = "--allow-different-training-cases"
 
 @dataclass
 class Repeat:
-    """One training of every fold: the unit over which luck of the training (weights, batches) is averaged.
+    """One training of every fold: the unit over which luck of the training (weights, batches) is averaged."""
 
-    Attributes:
-        label: ``seed 0``, or the name of its results folder.
-        folds: by fold.
-    """
-
-    label: str
+    label: str  # "seed 0", or the name of its results folder
     folds: dict[str, FoldRun]
 
 
 @dataclass
 class Arm:
-    """One of the things compared.
+    """One of the things compared."""
 
-    Attributes:
-        name: the trainer, or the name given with ``--run``.
-        repeats: trainings of it.
-        trainer: None for folders of predictions.
-    """
-
-    name: str
+    name: str  # the trainer, or the name given with --run
     repeats: list[Repeat]
-    trainer: str | None = None
+    trainer: str | None = None  # None for folders of predictions
 
     def runs(self) -> list[FoldRun]:
         """Every fold of every repeat."""

@@ -27,17 +27,11 @@ _MARGIN_MM = 10.0
 
 @dataclass(frozen=True)
 class Volume:
-    """An array in (Z, Y, X), the patient's left, back and head at the far ends if the file tells directions.
-
-    Attributes:
-        array: (Z, Y, X).
-        spacing: mm along these axes.
-        oriented: whether the file tells directions.
-    """
+    """An array in (Z, Y, X), the patient's left, back and head at the far ends if the file tells directions."""
 
     array: npt.NDArray[Any]
-    spacing: tuple[float, ...]
-    oriented: bool
+    spacing: tuple[float, ...]  # mm along these axes
+    oriented: bool  # whether the file tells directions
 
 
 def worst_first(difference: Difference, number: int) -> tuple[list[str], list[str]]:

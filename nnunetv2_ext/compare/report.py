@@ -21,27 +21,16 @@ _OUGHT_TO_BE_EQUAL = (*TRAINING_FACTS, "mirroring")
 
 @dataclass
 class Report:
-    """Everything that goes into the files.
+    """Everything that goes into the files."""
 
-    Attributes:
-        title: dataset, configuration, plans.
-        scores: what was measured.
-        differences: of ``statistics.all_differences``.
-        notes: warnings for the reader.
-        command: that repeats this.
-        date: ISO.
-        pictures: file name to caption, of the plots that were written.
-        extremes: arm to the cases that lost and gained most.
-    """
-
-    title: str
+    title: str  # dataset, configuration, plans, arms
     scores: Scores
-    differences: Sequence[Difference]
-    notes: list[str]
-    command: str
-    date: str
-    pictures: dict[str, str] = field(default_factory=dict)
-    extremes: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
+    differences: Sequence[Difference]  # of statistics.all_differences
+    notes: list[str]  # warnings for the reader
+    command: str  # that repeats this
+    date: str  # ISO
+    pictures: dict[str, str] = field(default_factory=dict)  # file name to caption, of the plots that were written
+    extremes: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)  # arm: cases that lost, gained most
 
     def answered(self, arm: str) -> list[Difference]:
         """Of each metric the mean over structures: the figures that were fixed before looking."""

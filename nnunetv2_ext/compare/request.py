@@ -31,42 +31,29 @@ from nnunetv2_ext.evaluate.structures import Labels, read_labels
 class Request:
     """The options of ``nnUNetv2_ext compare``; one of ``trainers``, ``runs`` and ``predictions`` says what to compare.
 
-    Attributes:
-        dataset: id or name.
-        trainers: names; the first is the reference.
-        folds: None: all that the first has, without ``all`` where it has numbered ones.
-        results: results folders, one per repeat; empty: nnUNet_results.
-        runs: (name, folder, ...), each folder a repeat: a results folder, a model folder or a fold.
-        predictions: (name, folder, ...), each folder a repeat's test predictions; needs ``truth``.
-        truth: true segmentations; None: the dataset's own.
-        images: for pictures; None: imagesTr.
-        group_regex, groups: subjects of cases, see ``data.subjects``; None: as dataset.json records them.
-        allow_different_training_cases: a note instead of an error.
-        metrics, tolerance, empty, ignore_origin: see ``evaluate.folder.make_source``.
-        worst: cases drawn of either kind.
-        output: folder; None: ``comparison_DATASET_CONFIGURATION``.
+    An entry of ``runs`` or ``predictions`` is a name and its folders, each of them a repeat.
     """
 
-    dataset: str
+    dataset: str  # id or name
     configuration: str = "3d_fullres"
     plans: str = "nnUNetPlans"
-    trainers: Sequence[str] = ()
-    folds: Sequence[str] | None = None
-    results: Sequence[Path] = ()
-    runs: Sequence[Sequence[str]] = ()
-    predictions: Sequence[Sequence[str]] = ()
-    truth: Path | None = None
-    images: Path | None = None
-    group_regex: str | None = None
+    trainers: Sequence[str] = ()  # the first is the reference
+    folds: Sequence[str] | None = None  # None: all that the first has, without "all" where it has numbered ones
+    results: Sequence[Path] = ()  # results folders, one per repeat; empty: nnUNet_results
+    runs: Sequence[Sequence[str]] = ()  # of results folders, model folders or folds
+    predictions: Sequence[Sequence[str]] = ()  # of test predictions; needs truth
+    truth: Path | None = None  # None: the dataset's own
+    images: Path | None = None  # for pictures; None: imagesTr
+    group_regex: str | None = None  # subjects of cases, see data.subjects; None: as dataset.json records them
     groups: Path | None = None
-    allow_different_training_cases: bool = False
-    metrics: Sequence[str] = tuple(METRICS)
+    allow_different_training_cases: bool = False  # a note instead of an error
+    metrics: Sequence[str] = tuple(METRICS)  # this and the next three: see evaluate.folder.make_source
     tolerance: Sequence[str] = ("1",)
     empty: str = WORST
     ignore_origin: bool = False
     processes: int = 1
-    worst: int = 3
-    output: Path | None = None
+    worst: int = 3  # cases drawn of either kind
+    output: Path | None = None  # None: comparison_DATASET_CONFIGURATION
 
 
 @dataclass
@@ -148,20 +135,22 @@ def _of_predictions(request: Request) -> Inputs:
     # nnUNetv2_predict leaves the dataset.json of the training beside its predictions
     content, source, notes = _source(request, [f for _, folders in given for f in folders])
     arms = [predictions_arm(name, folders, source.ending) for name, folders in given]
-    return Inputs(_known_dataset(request) or f"dataset {request.dataset}", content, arms, source, notes)
+    dataset = f"dataset {request.dataset}" if request.dataset.isdigit() else request.dataset
+    with suppress(ValueError):
+        dataset = find.find_dataset(request.dataset, find.PREPROCESSED, find.RAW).name
+    return Inputs(dataset, content, arms, source, notes)
 
 
 def _of_trainings(request: Request) -> Inputs:
-    where = (request.plans, request.configuration)
+    where = (request.dataset, request.plans, request.configuration)
     if request.runs:
-        known = _known_dataset(request)
-        models = [(name, [find.find_in(Path(f), known, *where) for f in folders]) for name, *folders in request.runs]
+        models = [(name, [find.find_in(Path(f), *where) for f in folders]) for name, *folders in request.runs]
     else:
         roots = request.results or [find.nnunet_folder(find.RESULTS)]
         if missing := [str(root) for root in roots if not root.is_dir()]:
             raise ValueError(f"the results folder {missing[0]} does not exist")
-        dataset = find.dataset_name(request.dataset, roots)
-        models = [(tr, [(find.find_trainer(root, dataset, tr, *where), None) for root in roots])
+        dataset, *rest = where
+        models = [(tr, [(find.find_trainer(root, dataset, tr, *rest), None) for root in roots])
                   for tr in request.trainers]  # fmt: skip
     given = [part for _, parts in models for part in parts]
     first = given[0][0]
@@ -181,14 +170,6 @@ def _of_trainings(request: Request) -> Inputs:
     arms = [make_arm(name, [(m, [fold] if fold else folds) for m, fold in parts], source.ending)
             for name, parts in models]  # fmt: skip
     return Inputs(first.dataset, content, arms, source, notes)
-
-
-def _known_dataset(request: Request) -> str | None:
-    """The dataset's folder name if one of nnU-Net's folders knows it; results can be compared without them."""
-    try:
-        return find.dataset_name(request.dataset, [])
-    except ValueError:
-        return None if request.dataset.isdigit() else request.dataset
 
 
 def _source(request: Request, folders: Sequence[Path]) -> tuple[dict[str, Any], Source, list[str]]:
@@ -212,9 +193,7 @@ def _source(request: Request, folders: Sequence[Path]) -> tuple[dict[str, Any], 
                 f"the label sets differ: {files[0]} has {json.dumps(first['labels'])}, {file} has "
                 f"{json.dumps(other['labels'])}; compare trainings of the same labels"
             )
-    options: dict[str, Any] = {k: getattr(request, k) for k in ("metrics", "tolerance", "empty", "ignore_origin")}
-    ending, reader = first.get("file_ending", ".nii.gz"), first.get("overwrite_image_reader_writer")
-    return first, make_source(labels, ending, reader, **options), notes
+    return first, make_source(request, labels, first, ".nii.gz"), notes
 
 
 def _stock(variable: str, *parts: str) -> Path | None:

@@ -21,24 +21,15 @@ TRAINING_FACTS = ("num_epochs", "num_iterations_per_epoch", "batch_size", "initi
 
 @dataclass(frozen=True)
 class FoldRun:
-    """A finished and validated fold, or one folder of test predictions (``fold`` is then ``test``).
+    """A finished and validated fold, or one folder of test predictions (``fold`` is then ``test``)."""
 
-    Attributes:
-        folder: ``fold_N``.
-        fold: ``0``.
-        predictions: folder of predictions.
-        cases: the cases that it predicted.
-        settings: of our trainers, by dotted key; empty for others.
-        facts: what nnU-Net's debug.json tells of the training, as text.
-        dice: nnU-Net's own by case and structure key, from validation/summary.json; empty for test predictions.
-    """
-
-    folder: Path
+    folder: Path  # fold_N
     fold: str
     predictions: Path
-    cases: tuple[str, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    facts: Mapping[str, str] = field(default_factory=dict)
+    cases: tuple[str, ...]  # that it predicted
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of our trainers, by dotted key; empty for others
+    facts: Mapping[str, str] = field(default_factory=dict)  # what nnU-Net's debug.json tells of the training
+    # nnU-Net's own by case and structure key, from validation/summary.json; empty for test predictions
     dice: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property

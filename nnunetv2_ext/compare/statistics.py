@@ -48,46 +48,28 @@ NO_INTERVAL = Interval(math.nan, math.nan)
 
 @dataclass(frozen=True)
 class Difference:
-    """One arm minus the first, for one metric and structure.
-
-    Attributes:
-        arm, first: names of the two.
-        key: of ``METRICS``.
-        metric: with the unit that the values have.
-        structure: its name, or ``MEAN`` over structures.
-        per_case: by case, NaN where it does not count.
-        mean: over cases.
-        interval: bootstrap over ``units``.
-        units: number of subjects among the cases that count, or of these cases where subjects are not known.
-        unit: ``subjects`` or ``cases``.
-        wins, losses, ties: cases that got better, worse, or stayed.
-        by_repeat: mean difference of each repeat: of equal labels if both arms have the same, else of the arm's repeats
-            to the first arm's average.
-        paired_repeats: whether the labels are the same.
-        agreeing: of how many pairs of trainings, and in how many of them the difference has the sign of the mean; pairs
-            of equal labels, or all pairs.
-        repeat_interval: over repeats (Student's t); none with a single repeat in either arm or without any spread.
-        by_fold: mean difference in each fold.
-    """
+    """One arm minus the first, for one metric and structure."""
 
     arm: str
     first: str
-    key: str
-    metric: Metric
-    structure: str
-    per_case: pd.Series
-    mean: float
-    interval: Interval
-    units: int
-    unit: str
-    wins: int
+    key: str  # of METRICS
+    metric: Metric  # with the unit that the values have
+    structure: str  # its name, or MEAN over structures
+    per_case: pd.Series  # by case, NaN where it does not count
+    mean: float  # over cases
+    interval: Interval  # bootstrap over subjects or cases
+    units: int  # number of subjects among the cases that count, or of these cases where subjects are not known
+    unit: str  # "subjects" or "cases"
+    wins: int  # cases that got better
     losses: int
     ties: int
+    # mean difference of each repeat: of equal labels if both arms have the same, else to the first arm's average
     by_repeat: dict[str, float]
-    paired_repeats: bool
+    paired_repeats: bool  # whether the labels are the same
+    # of how many pairs of trainings, and in how many the difference has the sign of the mean; of equal labels, or all
     agreeing: tuple[int, int]
-    repeat_interval: Interval
-    by_fold: dict[str, float]
+    repeat_interval: Interval  # Student's t; none with a single repeat in either arm or without any spread
+    by_fold: dict[str, float]  # mean difference in each fold
 
     @property
     def values(self) -> pd.Series:

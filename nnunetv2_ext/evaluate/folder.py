@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -16,7 +16,7 @@ import pandas as pd
 
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.data.case import find_reader
-from nnunetv2_ext.evaluate.metrics import ABSENT, METRICS, WORST, Metric, Rules, score_case
+from nnunetv2_ext.evaluate.metrics import ABSENT, METRICS, Metric, Rules, score_case
 from nnunetv2_ext.evaluate.pairs import Pair, case_files, find_pairs, listed, read, require_roles
 from nnunetv2_ext.evaluate.structures import Labels, tolerances
 
@@ -25,36 +25,31 @@ MEAN = "mean of structures"
 
 @dataclass(frozen=True)
 class Source:
-    """What is scored and how its files are read.
-
-    Attributes:
-        labels: structures, ignore label, allowed values.
-        rules: metrics, tolerance, empty policy.
-        ending: of the files.
-        reader: dataset.json's ``overwrite_image_reader_writer``.
-        ignore_origin: origin and direction of the two files may differ.
-    """
+    """What is scored and how its files are read."""
 
     labels: Labels
     rules: Rules
     ending: str = ".nii.gz"
-    reader: str | None = None
-    ignore_origin: bool = False
+    reader: str | None = None  # dataset.json's overwrite_image_reader_writer
+    ignore_origin: bool = False  # origin and direction of the two files may differ
 
 
-def make_source(
-    labels: Labels,
-    ending: str,
-    reader: str | None = None,
-    *,
-    metrics: Sequence[str] = tuple(METRICS),
-    tolerance: Sequence[str] = ("1",),
-    empty: str = WORST,
-    ignore_origin: bool = False,
-) -> Source:
-    """A ``Source`` from options as they are typed; ValueError: an unknown metric, policy, structure or tolerance."""
-    rules = Rules(tuple(dict.fromkeys(metrics)), tolerances(tolerance, labels.structures), empty)
-    return Source(labels, rules, ending, reader, ignore_origin)
+def make_source(options: Any, labels: Labels, dataset_json: Mapping[str, Any], ending: str) -> Source:
+    """A ``Source`` as users ask for it.
+
+    Args:
+        options: has the attributes ``metrics``, ``tolerance``, ``empty`` and ``ignore_origin`` as they are typed.
+        labels: what is scored.
+        dataset_json: may say how files are read.
+        ending: of the files if ``dataset_json`` does not say.
+
+    Raises:
+        ValueError: an unknown metric, policy or structure, or an impossible tolerance.
+    """
+    tolerance = tolerances(options.tolerance, labels.structures)
+    rules = Rules(tuple(dict.fromkeys(options.metrics)), tolerance, options.empty)
+    reader = dataset_json.get("overwrite_image_reader_writer")
+    return Source(labels, rules, dataset_json.get("file_ending") or ending, reader, options.ignore_origin)
 
 
 @dataclass

@@ -67,17 +67,11 @@ IGNORE_DEFINITION = (
 
 @dataclass(frozen=True)
 class Rules:
-    """How cases are scored.
+    """How cases are scored."""
 
-    Attributes:
-        metrics: keys of ``METRICS``.
-        tolerance: of NSD in mm, by structure name.
-        empty: a key of ``EMPTY_POLICIES``.
-    """
-
-    metrics: tuple[str, ...]
-    tolerance: Mapping[str, float]
-    empty: str = WORST
+    metrics: tuple[str, ...]  # keys of METRICS
+    tolerance: Mapping[str, float]  # of NSD in mm, by structure name
+    empty: str = WORST  # a key of EMPTY_POLICIES
 
     def __post_init__(self) -> None:
         unknown = [m for m in self.metrics if m not in METRICS]
@@ -92,16 +86,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Score:
-    """One structure of one case.
+    """One structure of one case; volumes in millilitres (square centimetres in 2-D files), without ignored voxels."""
 
-    Attributes:
-        state: found, absent (empty in both), missed (empty in the prediction) or invented (empty in the truth).
-        values: by key of ``METRICS``; NaN where there is none.
-        truth_ml, prediction_ml: volumes in millilitres (square centimetres in 2-D files), without ignored voxels.
-    """
-
-    state: str
-    values: dict[str, float]
+    state: str  # found, absent (empty in both), missed (empty in the prediction) or invented (empty in the truth)
+    values: dict[str, float]  # by key of METRICS; NaN where there is none
     truth_ml: float
     prediction_ml: float
 

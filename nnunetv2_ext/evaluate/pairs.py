@@ -108,20 +108,13 @@ def listed(cases: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A case as read.
-
-    Attributes:
-        prediction, truth: (X, Y, Z) in array order; (X, Y) of 2-D files.
-        spacing: voxel size in mm along these axes; ones where no file tells it.
-        spacing_known: whether a file tells it.
-        remark: what was not as it should be and was let pass; empty if nothing.
-    """
+    """A case as read; label maps are (X, Y, Z) in array order, (X, Y) of 2-D files."""
 
     prediction: npt.NDArray[np.int32]
     truth: npt.NDArray[np.int32]
-    spacing: tuple[float, ...]
-    spacing_known: bool
-    remark: str
+    spacing: tuple[float, ...]  # mm along these axes; ones where no file tells it
+    spacing_known: bool  # whether a file tells it
+    remark: str  # what was not as it should be and was let pass
 
 
 def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> Case:

@@ -15,17 +15,11 @@ from nnunetv2_ext.core.files import read_json
 
 @dataclass(frozen=True)
 class Structure:
-    """A class (one label value) or a region (several).
+    """A class (one label value) or a region (several)."""
 
-    Attributes:
-        name: as in dataset.json.
-        values: label values that belong to it.
-        region: whether dataset.json gives a list, which may have a single value.
-    """
-
-    name: str
+    name: str  # as in dataset.json
     values: tuple[int, ...]
-    region: bool = False
+    region: bool = False  # whether dataset.json gives a list, which may have a single value
 
     @property
     def key(self) -> str:
@@ -39,17 +33,11 @@ class Structure:
 
 @dataclass(frozen=True)
 class Labels:
-    """The structures of a dataset and what its files may hold.
-
-    Attributes:
-        structures: what is scored.
-        ignore: the ignore label's value, None if there is none.
-        allowed: every value a prediction may hold; None allows any.
-    """
+    """The structures of a dataset and what its files may hold."""
 
     structures: tuple[Structure, ...]
-    ignore: int | None = None
-    allowed: frozenset[int] | None = None
+    ignore: int | None = None  # the ignore label's value
+    allowed: frozenset[int] | None = None  # every value a prediction may hold; None allows any
 
     def check(self, what: str, values: Sequence[int], may_ignore: bool) -> None:
         """Raise ValueError if a file, described by ``what``, holds values that the dataset does not have."""

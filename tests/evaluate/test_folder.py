@@ -13,7 +13,7 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_s
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_ext.evaluate import pairs, plot, table
-from nnunetv2_ext.evaluate.folder import Evaluation, Source, evaluate_folder, make_source, with_mean
+from nnunetv2_ext.evaluate.folder import Evaluation, Source, evaluate_folder, with_mean
 from nnunetv2_ext.evaluate.metrics import Rules
 from nnunetv2_ext.evaluate.structures import Labels, from_dataset_json, from_values
 
@@ -234,7 +234,7 @@ def test_label_values_that_no_file_holds(folders, two_cases) -> None:
         ([1], 9, "no case has label 9, which is to"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate_folder(*where, make_source(from_values(values_, ignore), ".nii.gz"))
+            evaluate_folder(*where, Source(from_values(values_, ignore), RULES))
 
 
 # --- tables and pictures
