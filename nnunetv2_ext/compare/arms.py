@@ -100,12 +100,8 @@ def _distinct_parts(folders: Sequence[Path]) -> list[str]:
 def require_comparable(arms: Sequence[Arm], split: Mapping[str, Sequence[str]] | None = None) -> list[str]:
     """Make sure that all arms predicted the same cases in the same folds.
 
-    Args:
-        arms: at least two.
-        split: validation cases by fold, of the dataset's splits_final.json.
-
     Returns:
-        Notes for the reader, e.g. that splits_final.json has changed since.
+        Notes for the reader, e.g. that ``split`` (validation cases by fold, of splits_final.json) has changed since.
 
     Raises:
         ValueError: fewer than two arms, equal names, different folds, different cases, or a case in two folds.
@@ -183,12 +179,8 @@ def require_same_training_cases(arms: Sequence[Arm], allowed: bool = False) -> l
     A training without our setting ``train_cases`` (plain nnUNetTrainer, say) learned from all of its fold's. What the
     models of test predictions learned from is not known.
 
-    Args:
-        arms: checked by ``require_comparable``.
-        allowed: differences become a note.
-
     Returns:
-        Notes for the reader.
+        Notes for the reader; also on differences if they are allowed.
 
     Raises:
         ValueError: they differ and are not allowed to.

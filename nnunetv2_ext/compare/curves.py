@@ -90,8 +90,7 @@ def draw(arms: Sequence[Arm], path: Path, colours: Mapping[str, str]) -> bool:
         ("step", VALIDATION_LOSS, "nnU-Net's loss on validation patches"),
         ("time", PSEUDO_DICE, "pseudo Dice against time"),
     )
-    with plot.style():
-        figure = plot.new_figure(15, 4.6)
+    with plot.figure_file(path, 15, 4.6) as figure:
         for axes, (x, y, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             for arm, colour in colours.items():
                 lines = [(c[x].to_numpy(), c[y].to_numpy()) for name, _, c in curves if name == arm]
@@ -102,7 +101,6 @@ def draw(arms: Sequence[Arm], path: Path, colours: Mapping[str, str]) -> bool:
             axes.spines[["top", "right"]].set_visible(False)
         names = figure.axes[0].get_legend_handles_labels()
         figure.legend(*names, loc="outside lower center", ncols=min(4, max(1, len(names[1]))), frameon=False)
-        plot.save(figure, path)
     return True
 
 

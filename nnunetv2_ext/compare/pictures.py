@@ -19,7 +19,7 @@ from nnunetv2_ext.core.figures import add_legend, draw_slice
 from nnunetv2_ext.data.case import find_reader
 from nnunetv2_ext.evaluate import plot
 from nnunetv2_ext.evaluate.folder import Source
-from nnunetv2_ext.evaluate.surfaces import bounding_box
+from nnunetv2_ext.evaluate.metrics import bounding_box
 
 PLANES = ("axial", "coronal", "sagittal")
 _MARGIN_MM = 10.0
@@ -45,25 +45,18 @@ def draw_cases(
 ) -> tuple[list[str], list[str]]:
     """Write a PNG with a row per case: those that lost most by the new arm first, then those that gained most.
 
-    Shown is the slice where the errors of the two differ most.
-
-    Args:
-        scores: what was measured.
-        difference: of the arm and metric to choose by.
-        path: of the PNG; not written if no case differs.
-        images: folder with ``CASE_0000.nii.gz``, None draws labels on grey.
-        number: cases of either kind.
+    Shown is the slice where the errors of the two differ most, on the image in ``images`` (``CASE_0000.nii.gz``) or
+    on grey. If no case differs nothing is written.
 
     Returns:
-        The cases that lost and those that gained.
+        The cases that lost and those that gained, at most ``number`` of each kind.
     """
     losses, gains = worst_first(difference, number)
     if not (rows := [*losses, *gains]):
         return [], []
     classes, metric = _classes(scores), difference.metric
     cells = scores.trainings(difference.key, difference.structure)[[difference.first, difference.arm]]
-    with plot.style():
-        figure = plot.new_figure(13, 1.0 + 3.0 * len(rows))
+    with plot.figure_file(path, 13, 1.0 + 3.0 * len(rows)) as figure:
         for axes, case in zip(np.atleast_2d(figure.subplots(len(rows), 4)), rows, strict=True):
             shown = shown_repeats(cells.loc[case], difference)
             which = f" on average\n(shown: {' and '.join(dict.fromkeys(shown.values()))})" if cells.shape[1] > 2 else ""
@@ -71,16 +64,13 @@ def draw_cases(
             titles += [f"{arm}\n{metric.title} {cells.loc[case, (arm, label)]:.3f}" for arm, label in shown.items()]
             _draw_row(axes, scores, case, shown, images, classes, titles)
         add_legend(figure, classes)
-        plot.save(figure, path)
     return losses, gains
 
 
 def shown_repeats(values: pd.Series, difference: Difference) -> dict[str, str]:
     """Arm to repeat: the pair of trainings whose difference in this case is nearest to the average one.
 
-    Args:
-        values: of the case, by (arm, repeat).
-        difference: of the two arms.
+    ``values`` are those of the case, by (arm, repeat).
     """
     theirs, ours = values[difference.first], values[difference.arm]
     pairs = [(i, j) for i in theirs.index for j in ours.index if not difference.paired_repeats or i == j]
@@ -155,10 +145,7 @@ def viewing_axis(volume: Volume) -> int:
 def telling_slice(labels: Sequence[npt.NDArray[Any]], axis: int, ignore: int | None = None) -> int:
     """Where the errors of the two predictions differ in most voxels; else where the truth shows most.
 
-    Args:
-        labels: truth and two predictions, (Z, Y, X).
-        axis: to cut across.
-        ignore: voxels of the truth that do not count.
+    ``labels`` are truth and two predictions, (Z, Y, X); voxels where the truth is ``ignore`` do not count.
     """
     truth, first, second = labels
     others = tuple(a for a in range(truth.ndim) if a != axis)

@@ -33,8 +33,7 @@ def draw_differences(scores: Scores, differences: Sequence[Difference], path: Pa
     """Write a PNG: per metric, each case's difference to the first arm as a point, the mean and its interval beside."""
     rows = len(differences) // len(scores.metrics)
     shift = np.random.default_rng(0)
-    with plot.style():
-        figure = plot.new_figure(5.6 * len(scores.metrics), 1.7 + 0.62 * rows)
+    with plot.figure_file(path, 5.6 * len(scores.metrics), 1.7 + 0.62 * rows) as figure:
         title = (
             f"Difference to {scores.first}, case by case\npoint: a case; diamond and bar: mean and 95 % interval over "
             f"{differences[0].unit}; green: better, red: worse, grey: the interval holds zero"
@@ -54,7 +53,6 @@ def draw_differences(scores: Scores, differences: Sequence[Difference], path: Pa
             axes.tick_params(axis="y", length=0)
             better = "right" if metric.higher_is_better else "left"
             axes.set_xlabel(f"{metric.title}, difference ({better} of 0 is better)")
-        plot.save(figure, path)
 
 
 def _difference_row(axes, row: int, d: Difference, shift: np.random.Generator) -> None:

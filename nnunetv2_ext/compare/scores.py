@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,14 +24,10 @@ class Scores(Evaluation):
     """What was measured: an evaluation whose ``table`` and ``files`` begin with the columns ``arm, repeat, fold``.
 
     Where subjects are known both have a column ``subject`` as well.
-
-    Attributes:
-        arms: the first is what the others are compared with. An arm's repeats are independent trainings.
-        notes: for the reader, on what was left out.
     """
 
-    arms: Sequence[Arm] = ()
-    notes: Sequence[str] = ()
+    arms: Sequence[Arm] = ()  # the first is what the others are compared with; repeats are independent trainings
+    notes: Sequence[str] = ()  # for the reader, on what was left out
 
     @property
     def first(self) -> str:
@@ -55,14 +52,11 @@ class Scores(Evaluation):
         keys = ["arm", "metric", "structure", "case"]
         return self.compared.groupby(keys, sort=False, as_index=False)["value"].mean()
 
-    @cached_property
-    def _parts(self) -> dict[tuple[str, str], pd.DataFrame]:
-        return dict(iter(self.compared.groupby(["metric", "structure"], sort=False)))
-
     def trainings(self, metric: str, structure: str) -> pd.DataFrame:
         """(cases, trainings) of a metric and structure; columns are (arm, repeat), in the order of the arms."""
         order = [(arm.name, repeat.label) for arm in self.arms for repeat in arm.repeats]
-        cells = self._parts[metric, structure].pivot(index="case", columns=["arm", "repeat"], values="value")
+        chosen = self.compared[(self.compared["metric"] == metric) & (self.compared["structure"] == structure)]
+        cells = chosen.pivot(index="case", columns=["arm", "repeat"], values="value")
         return cells.reindex(index=self.cases, columns=pd.MultiIndex.from_tuples(order))
 
     def case_scores(self, metric: str, structure: str) -> pd.DataFrame:
@@ -83,9 +77,7 @@ def collect(
 
     Args:
         arms: checked by ``arms.require_comparable``.
-        truth: folder of the true segmentations.
-        source: what to score and how.
-        processes: at a time.
+        truth, source, processes: as for ``evaluate_folder``.
         own_truth: the truth is nnU-Net's gt_segmentations, so that Dice must agree with validation/summary.json.
         subjects: case to subject, None if not known.
 
@@ -97,12 +89,9 @@ def collect(
     for arm in arms:
         for repeat in arm.repeats:
             for fold in arms[0].repeats[0].folds:
-                run = repeat.folds[fold]
-                where = (arm.name, repeat.label, fold)
-                title = f"{arm.name}, {repeat.label}, fold {fold}"
-                found[where] = evaluate_folder(
-                    run.predictions, truth, source, cases=sorted(run.cases), processes=processes, title=title
-                )
+                run, where = repeat.folds[fold], (arm.name, repeat.label, fold)
+                how: dict[str, Any] = {"cases": sorted(run.cases), "processes": processes, "title": ", ".join(where)}
+                found[where] = evaluate_folder(run.predictions, truth, source, **how)
                 if own_truth:
                     _require_same_dice(run, found[where])
     keys = ["arm", "repeat", "fold"]

@@ -7,6 +7,7 @@ cases. How much a repeated training changes the answer is another question, with
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -92,15 +93,7 @@ class Difference:
 
 
 def paired_difference(scores: Scores, arm: str, key: str, structure: str, seed: int = 0) -> Difference:
-    """Arm ``arm`` minus the first arm.
-
-    Args:
-        scores: what was measured.
-        arm: name.
-        key: of ``METRICS``.
-        structure: name, or ``MEAN``.
-        seed: of the bootstrap, so that a report can be repeated.
-    """
+    """Arm ``arm`` minus the first arm; the same ``seed`` of the bootstrap repeats a report."""
     metric, about = scores.metrics[key], scores.per_case
     cells = scores.trainings(key, structure)
     per_case = cells[arm].mean(axis=1) - cells[scores.first].mean(axis=1)
@@ -125,15 +118,8 @@ def paired_difference(scores: Scores, arm: str, key: str, structure: str, seed: 
 def bootstrap_interval(values: pd.Series, subjects: pd.Series | None = None, seed: int = 0) -> Interval:
     """95 % interval of the mean of cases, bias-corrected and accelerated (scipy.stats.bootstrap).
 
-    Subjects are drawn, each with all of its cases. Values that are all the same give that value twice.
-
-    Args:
-        values: by case, finite.
-        subjects: by case; None: each case is its own.
-        seed: of the draws.
-
-    Returns:
-        ``NO_INTERVAL`` below two subjects.
+    Subjects are drawn, each with all of its cases; without ``subjects`` each case is its own. Both are by case.
+    ``NO_INTERVAL`` below two subjects; values that are all the same give that value twice.
     """
     sums = values.groupby(np.arange(len(values)) if subjects is None else subjects.to_numpy()).agg(["sum", "count"])
     if len(sums) < 2:
@@ -157,11 +143,7 @@ def bootstrap_interval(values: pd.Series, subjects: pd.Series | None = None, see
 def _over_repeats(ours: pd.Series, theirs: pd.Series) -> tuple[dict[str, float], bool, np.ndarray, Interval]:
     """``by_repeat``, ``paired_repeats``, the differences of all pairs of trainings, and ``repeat_interval``.
 
-    Args:
-        ours, theirs: mean of each repeat, by label.
-
-    Returns:
-        The pairs are (repeats,) where labels are the same, else (our repeats, their repeats).
+    From the mean of each repeat, by label. Pairs are (repeats,) of the same labels, else (our repeats, their repeats).
     """
     paired = set(ours.index) == set(theirs.index)
     by_repeat = ours - (theirs.loc[ours.index] if paired else theirs.mean())
@@ -179,20 +161,12 @@ def _over_repeats(ours: pd.Series, theirs: pd.Series) -> tuple[dict[str, float],
 def all_differences(scores: Scores) -> list[Difference]:
     """Every arm against the first, every metric and structure; the mean over structures comes first."""
     *structures, last = scores.columns
-    return [
-        paired_difference(scores, arm.name, key, structure)
-        for key in scores.metrics
-        for arm in scores.arms[1:]
-        for structure in (last, *structures)
-    ]
+    asked = itertools.product(scores.metrics, [arm.name for arm in scores.arms[1:]], [last, *structures])
+    return [paired_difference(scores, arm, key, structure) for key, arm, structure in asked]
 
 
 def headline(differences: Sequence[Difference]) -> str:
-    """All metrics in one sentence: ``No difference in Dice; HD95 worse by 0.41 mm [0.16, 0.67]``.
-
-    Args:
-        differences: of one arm and structure, one per metric.
-    """
+    """All metrics of one arm and structure: ``No difference in Dice; HD95 worse by 0.41 mm [0.16, 0.67]``."""
     units = min(d.units for d in differences)
     if units < TOO_FEW_CASES:
         return f"Too few {differences[0].unit} to conclude anything ({units})"
@@ -230,33 +204,24 @@ def verdict(d: Difference) -> str:
 
 
 def _conclusion(d: Difference) -> str:
-    if d.direction == UNCLEAR:
-        return (
-            f"**No difference in {d.metric.name} beyond chance**: the interval holds zero; it also says how large an "
-            "effect, in either direction, these cases cannot exclude."
-        )
-    pairs, agree = d.agreeing
-    word = d.direction.capitalize()
-    if pairs < 2:
-        return (
-            f"**{word} on these cases, for these two trainings**: a repeated training of either could change it, which "
-            "one repeat cannot show. Add seeds before relying on it."
-        )
+    (pairs, agree), word = d.agreeing, d.direction.capitalize()
     span = "" if d.repeat_interval is NO_INTERVAL else f" (interval over repeats: {d.repeat_interval})"
-    if agree < pairs:
-        return (
-            f"**{word} on average, but not in every pair of trainings** ({agree} of {pairs} agree): luck of the "
-            f"training may be as large as the effect{span}."
-        )
-    if d.repeat_interval.excludes_zero:
-        return (
-            f"**{word}, beyond chance in cases and in training**: all {pairs} pairs of trainings agree and the "
-            f"interval over repeats, {d.repeat_interval}, excludes zero."
-        )
-    return (
-        f"**{word} on these cases, in all {pairs} pairs of trainings**, but the repeats are too few or too different "
-        f"to exclude luck of the training{span}. Add seeds."
-    )
+    if d.direction == UNCLEAR:
+        claim = f"No difference in {d.metric.name} beyond chance"
+        rest = ": the interval holds zero; it also says how large an effect these cases cannot exclude."
+    elif pairs < 2:
+        claim = f"{word} on these cases, for these two trainings"
+        rest = ": a repeated training of either could change it. Add seeds before relying on it."
+    elif agree < pairs:
+        claim = f"{word} on average, but not in every pair of trainings"
+        rest = f" ({agree} of {pairs} agree): luck of the training may be as large as the effect{span}."
+    elif d.repeat_interval.excludes_zero:
+        claim = f"{word}, beyond chance in cases and in training"
+        rest = f": all {pairs} pairs of trainings agree, and the interval over repeats excludes zero{span}."
+    else:
+        claim = f"{word} on these cases, in all {pairs} pairs of trainings"
+        rest = f", but the repeats are too few or too different to exclude luck of the training{span}. Add seeds."
+    return f"**{claim}**{rest}"
 
 
 def signed(value: float) -> str:

@@ -35,13 +35,9 @@ class Source:
 
 
 def make_source(options: Any, labels: Labels, dataset_json: Mapping[str, Any], ending: str) -> Source:
-    """A ``Source`` as users ask for it.
+    """A ``Source`` as typed: ``options`` has the attributes ``metrics``, ``tolerance``, ``empty``, ``ignore_origin``.
 
-    Args:
-        options: has the attributes ``metrics``, ``tolerance``, ``empty`` and ``ignore_origin`` as they are typed.
-        labels: what is scored.
-        dataset_json: may say how files are read.
-        ending: of the files if ``dataset_json`` does not say.
+    ``ending`` is that of the files if ``dataset_json`` does not say.
 
     Raises:
         ValueError: an unknown metric, policy or structure, or an impossible tolerance.
@@ -57,19 +53,17 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        source: what was asked.
         table: a row per case, structure and metric: ``case, structure, state, truth_ml, prediction_ml, metric, value``,
             in this order of cases, structures and metrics. ``metric`` is a key of ``METRICS``, ``value`` NaN where a
             score is undefined, ``state`` one of ``metrics.FOUND`` and so on. Volumes are NaN without a known spacing.
         files: a row per case: ``case, prediction, truth`` (paths), ``spacing`` (mm), ``spacing_known``, ``remark``
             (what was let pass) and ``ignored`` (whether the truth has the ignore label).
-        left_out: cases of the truth without a prediction.
     """
 
     source: Source
     table: pd.DataFrame
     files: pd.DataFrame
-    left_out: Sequence[str] = ()
+    left_out: Sequence[str] = ()  # cases of the truth without a prediction
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -137,19 +131,13 @@ def evaluate_folder(
     )
     result = Evaluation(source, pd.DataFrame(rows), pd.DataFrame(files), left_out)
     require_one_unit(result.files)
-    if source.labels.allowed is None:  # label values given by hand
-        _require_present(result)
-    return result
-
-
-def _require_present(evaluation: Evaluation) -> None:
-    ignore = evaluation.source.labels.ignore
-    absent = evaluation.table["state"].eq(ABSENT).groupby(evaluation.table["structure"], sort=False).all()
+    absent = result.table["state"].eq(ABSENT).groupby(result.table["structure"], sort=False).all()
     missing = list(absent.index[absent])
-    if ignore is not None and not evaluation.files["ignored"].any():
-        missing.append(f"label {ignore}, which is to be ignored")
-    if missing:
+    if source.labels.ignore is not None and not result.files["ignored"].any():
+        missing.append(f"label {source.labels.ignore}, which is to be ignored")
+    if missing and source.labels.allowed is None:  # label values given by hand
         raise ValueError(f"no case has {', '.join(missing)}: give values that the files hold")
+    return result
 
 
 def require_one_unit(files: pd.DataFrame) -> None:
@@ -185,12 +173,8 @@ def _scored(pairs: list[Pair], source: Source, processes: int) -> Generator[tupl
 
 
 def score_pair(task: tuple[Pair, Source, Path]) -> tuple[Rows, dict[str, Any]]:
-    """The rows of ``Evaluation.table`` and the row of ``Evaluation.files`` of one case.
-
-    Args:
-        task: its files, what to score, and a file that decides on nnU-Net's reader.
-    """
-    pair, source, example = task
+    """The rows of ``Evaluation.table`` and the row of ``Evaluation.files`` of one case."""
+    pair, source, example = task  # the example decides on nnU-Net's reader
     case, labels = read(pair, find_reader(source.ending, source.reader, example), source.ignore_origin), source.labels
     labels.check(f"case {pair.case}: the prediction {pair.prediction}", np.unique(case.prediction).tolist(), False)
     labels.check(f"case {pair.case}: the truth {pair.truth}", np.unique(case.truth).tolist(), True)

@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 
 from nnunetv2_ext.evaluate.structures import Structure
-from nnunetv2_ext.evaluate.surfaces import Distances, Mask, drop_thin_axes, surface_distances
+
+Mask = npt.NDArray[np.bool_]
+Distances = npt.NDArray[np.float64]
 
 _SLACK = 1e-6  # mm; 3 x 0.3 mm must count as within 0.9 mm
 
@@ -136,9 +139,6 @@ def score_case(
         prediction: (X, Y, Z) label map, (X, Y) in 2-D.
         truth: same shape; may hold ``ignore_label``, whose voxels are left out.
         spacing: voxel size in mm along each axis.
-        structures: what to score.
-        rules: how.
-        ignore_label: a value in the truth.
     """
     # of all axes: a volume of one slice has a thickness. Millilitres, of a pixel square centimetres
     voxel_ml = float(np.prod(spacing)) / (1000 if len(spacing) > 2 else 100)
@@ -172,3 +172,58 @@ def _score(
     diagonal = float(np.linalg.norm([(n - 1) * s for n, s in zip(theirs.shape, spacing)]))
     values = {"dice": 0.0, "hd95": diagonal if rules.empty == WORST else math.nan, "nsd": 0.0}
     return MISSED if theirs.any() else INVENTED, values
+
+
+def drop_thin_axes(spacing: Sequence[float], *volumes: npt.NDArray[Any]) -> tuple[list[Any], list[float]]:
+    """Volumes without axes of length 1, and the spacing of the axes that stay.
+
+    In a volume of one slice (nnU-Net reads a 2-D image as such) every voxel would touch the outside; its surfaces are
+    the outlines within the slice. A volume with no longer axis keeps one.
+    """
+    keep = [axis for axis, size in enumerate(volumes[0].shape) if size > 1] or [0]
+    shape = [volumes[0].shape[axis] for axis in keep]
+    return [volume.reshape(shape) for volume in volumes], [float(spacing[axis]) for axis in keep]
+
+
+def bounding_box(mask: Mask, margin: int | Sequence[int] = 1) -> tuple[slice, ...]:
+    """The smallest box around a mask that is not empty, widened by ``margin`` voxels and clipped to the image."""
+    (box,) = find_objects(mask.astype(np.uint8))
+    margins = np.broadcast_to(margin, mask.ndim).tolist()
+    return tuple(slice(max(0, s.start - m), min(n, s.stop + m)) for s, m, n in zip(box, margins, mask.shape))
+
+
+def surface(mask: Mask, unknown: Mask | None = None) -> Mask:
+    """Voxels of ``mask``, (X, Y, ...), that touch a voxel outside it by a face.
+
+    ``unknown`` voxels (under the ignore label) are neither inside nor outside, so that they give a mask no surface.
+    """
+    return mask & ~binary_erosion(mask if unknown is None else mask | unknown)
+
+
+def surface_distances(
+    prediction: Mask, truth: Mask, spacing: Sequence[float], unknown: Mask | None = None
+) -> tuple[Distances, Distances]:
+    """Distances from each surface voxel of one mask to the nearest of the other, in mm.
+
+    Only the box around both masks is looked at, which no nearest surface voxel lies outside of.
+
+    Args:
+        prediction: (X, Y, ...).
+        truth: same shape.
+        spacing: voxel size in mm along each axis.
+        unknown: voxels under the ignore label; both masks must be empty there.
+
+    Returns:
+        Distances of the prediction's surface voxels to the truth, and of the truth's to the prediction. Both are
+        empty if one of the masks has no surface.
+    """
+    nothing = np.empty(0)
+    if not prediction.any() or not truth.any():
+        return nothing, nothing
+    box = bounding_box(prediction | truth)
+    hidden = None if unknown is None else unknown[box]
+    ours, theirs = surface(prediction[box], hidden), surface(truth[box], hidden)
+    if not ours.any() or not theirs.any():
+        return nothing, nothing
+    to_theirs, to_ours = (distance_transform_edt(~mask, sampling=tuple(spacing)) for mask in (theirs, ours))
+    return np.asarray(to_theirs)[ours], np.asarray(to_ours)[theirs]

@@ -125,7 +125,6 @@ def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> Case:
     but copies none to gt_segmentations.
 
     Args:
-        pair: the files.
         from_file: one of nnU-Net's readers, see ``data.case.find_reader``.
         ignore_origin: origin and direction may differ; shape and known spacings always have to agree.
 
@@ -139,7 +138,9 @@ def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> Case:
             f"case {pair.case}: the prediction has {by(ours.shape)} voxels, the truth {by(theirs.shape)} (array "
             "order); predict on the images that the truth was drawn on"
         )
-    known = [_tells_spacing(from_file, path) for path in (pair.prediction, pair.truth)]
+    assumes = type(from_file).__name__
+    known = [assumes != "NaturalImage2DIO" and (assumes != "Tiff3DIO" or path.with_suffix(".json").is_file())
+             for path in (pair.prediction, pair.truth)]  # fmt: skip
     remarks = [] if all(known) or not any(known) else [f"spacing of the {'prediction' if known[0] else 'truth'} only"]
     differ = []
     for what in ("spacing", "direction", "origin") if all(known) else ("direction", "origin"):
@@ -160,11 +161,6 @@ def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> Case:
     if theirs.shape[0] == 1 and np.isclose(spacing[0], 999 * max(spacing[1:])):
         ours, theirs, spacing = ours[0], theirs[0], spacing[1:]
     return Case(ours, theirs, tuple(spacing), any(known), "; ".join(remarks))
-
-
-def _tells_spacing(from_file: Any, path: Path) -> bool:
-    name = type(from_file).__name__
-    return path.with_suffix(".json").is_file() if name == "Tiff3DIO" else name != "NaturalImage2DIO"
 
 
 _REMEDIES = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -43,10 +44,9 @@ def draw_boxes(
     width = (0.8 if colours else 0.6) / len(arms)
     slanted = not colours and len(names) > 1 and max(map(len, names)) > 6
     shift = np.random.default_rng(0)  # the same picture each time
-    with style():
-        wide = 1.5 + 0.42 * len(names) * len(arms)
-        across, down = (1, len(metrics)) if colours else (len(metrics), 1)
-        figure = new_figure(max(6.0, wide) if colours else max(3.2, wide + 0.7) * across, 3.2 * down + 0.9)
+    across, down = (1, len(metrics)) if colours else (len(metrics), 1)
+    wide = 1.5 + 0.42 * len(names) * len(arms)
+    with figure_file(path, max(6.0, wide) if colours else max(3.2, wide + 0.7) * across, 3.2 * down + 0.9) as figure:
         figure.suptitle("\n".join([title, *relaxations(evaluation)]), fontsize=10)
         for axes, (key, metric) in zip(np.ravel(figure.subplots(down, across)), metrics.items(), strict=True):
             for number, name in enumerate(names):
@@ -71,7 +71,6 @@ def draw_boxes(
 
             handles = [Patch(facecolor=colour, alpha=0.6, label=arm) for arm, colour in colours.items()]
             figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
-        save(figure, path)
 
 
 def _box(axes: Axes, chosen: pd.DataFrame, at: float, width: float, colour: str, shift: np.random.Generator) -> None:
@@ -89,21 +88,22 @@ def _box(axes: Axes, chosen: pd.DataFrame, at: float, width: float, colour: str,
     axes.plot(x[crossed], chosen["value"][crossed], "x", markersize=size + 2, color=colour)
 
 
-def style() -> Any:
-    """matplotlib's own look: nnU-Net's seaborn.set changes the defaults of the whole process."""
+@contextmanager
+def figure_file(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of these inches that is written to a PNG at the end of the block.
+
+    Without pyplot: no window, no global state. In matplotlib's own look: nnU-Net's seaborn.set changes the defaults of
+    the whole process.
+    """
     import matplotlib.style
-
-    return matplotlib.style.context(["default", {"text.parse_math": False, "font.size": 9}])
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of inches without pyplot: no window, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    return figure
+    with matplotlib.style.context(["default", {"text.parse_math": False, "font.size": 9}]):
+        figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+        FigureCanvasAgg(figure)
+        yield figure
+        save(figure, path)
 
 
 def save(figure: Figure, path: Path) -> None:

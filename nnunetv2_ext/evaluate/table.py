@@ -136,57 +136,48 @@ def _cell(s: dict[str, float]) -> str:
 
 
 def as_dict(evaluation: Evaluation, predictions: str, truth: str) -> dict[str, Any]:
-    """JSON content; ``metric_per_case``, ``mean`` and ``foreground_mean`` are laid out as in nnU-Net's summary.json.
-
-    Undefined values are null.
-    """
+    """For ``as_json``; ``metric_per_case``, ``mean`` and ``foreground_mean`` are as in nnU-Net's summary.json."""
     structures, metrics = evaluation.source.labels.structures, evaluation.metrics
     summary = summarise(with_mean(evaluation.table))
     means = {m.name: {s.key: summary[key, s.name]["mean"] for s in structures} for key, m in metrics.items()}
     columns = [*means, "state", "truth_ml", "prediction_ml"]
     measured = wide(evaluation).set_index(["case", "structure"])[columns].to_dict("index")
-    return plain(
-        {
-            "predictions": predictions,
-            "truth": truth,
-            "structures": {s.key: s.name for s in structures},
-            "tolerance_mm": dict(evaluation.source.rules.tolerance),
-            "empty_policy": evaluation.source.rules.empty,
-            "definitions": definitions(evaluation),
-            "nnunetv2_ext": __version__,
-            "summary": {
-                m.name: {name: summary[key, name] for name in evaluation.columns} for key, m in metrics.items()
-            },
-            "foreground_mean": {name: pd.Series(some).mean() for name, some in means.items()},
-            "mean": {s.key: {name: some[s.key] for name, some in means.items()} for s in structures},
-            "metric_per_case": [
-                {
-                    "case": file.case,
-                    "prediction_file": str(file.prediction),
-                    "reference_file": str(file.truth),
-                    "remark": file.remark,
-                    "metrics": {s.key: measured[file.case, s.name] for s in structures},
-                }
-                for file in evaluation.files.itertuples()
-            ],
-        }
-    )
+    return {
+        "predictions": predictions,
+        "truth": truth,
+        "structures": {s.key: s.name for s in structures},
+        "tolerance_mm": dict(evaluation.source.rules.tolerance),
+        "empty_policy": evaluation.source.rules.empty,
+        "definitions": definitions(evaluation),
+        "nnunetv2_ext": __version__,
+        "summary": {m.name: {name: summary[key, name] for name in evaluation.columns} for key, m in metrics.items()},
+        "foreground_mean": {name: pd.Series(some).mean() for name, some in means.items()},
+        "mean": {s.key: {name: some[s.key] for name, some in means.items()} for s in structures},
+        "metric_per_case": [
+            {
+                "case": file.case,
+                "prediction_file": str(file.prediction),
+                "reference_file": str(file.truth),
+                "remark": file.remark,
+                "metrics": {s.key: measured[file.case, s.name] for s in structures},
+            }
+            for file in evaluation.files.itertuples()
+        ],
+    }
 
 
-def plain(value: Any) -> Any:
-    """The same for JSON: numbers of numpy as Python's, undefined ones as None."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
+def as_json(content: Any) -> str:
+    """The text of a JSON file; undefined numbers are null."""
 
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(inner) for inner in value]
+        value = value.item() if isinstance(value, np.generic) else value
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-def as_json(content: dict[str, Any]) -> str:
-    """The text of a JSON file."""
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+    return json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
 
 
 def wide(evaluation: Evaluation) -> pd.DataFrame:
