@@ -96,8 +96,6 @@ def source_of(args: argparse.Namespace) -> Any:
 def dataset_json_file(args: argparse.Namespace) -> Path:
     """The dataset.json that the arguments name, or the one beside the files."""
     if args.djfile is not None:
-        if not args.djfile.is_file():
-            raise ValueError(f"-djfile {args.djfile} does not exist")
         return args.djfile
     if args.d is not None:
         from nnunetv2_ext.data.find import find_dataset_json

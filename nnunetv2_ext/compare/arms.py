@@ -39,8 +39,7 @@ class Arm:
 def make_arm(name: str, parts: Sequence[tuple[Model, Sequence[str]]], ending: str) -> Arm:
     """An arm from models and the folds wanted of each; those of one results folder, however spelled, are one repeat.
 
-    Raises:
-        ValueError: a fold is missing or unfinished, one is given twice, or two repeats have the same seed.
+    ValueError: a fold is missing or unfinished, one is given twice, or two repeats have the same seed.
     """
     spelled: dict[Path, Path] = {}
     trainings: dict[Path, dict[str, FoldRun]] = {}
@@ -57,8 +56,7 @@ def make_arm(name: str, parts: Sequence[tuple[Model, Sequence[str]]], ending: st
 def predictions_arm(name: str, folders: Sequence[Path], ending: str) -> Arm:
     """An arm from folders of test predictions, one per repeat.
 
-    Raises:
-        ValueError: a folder is missing, has no prediction, or is given twice, however it is spelled.
+    ValueError: a folder is missing, has no prediction, or is given twice, however it is spelled.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError(f"--predictions {name}: a folder was given twice")
@@ -72,8 +70,11 @@ def _labelled(name: str, trainings: Mapping[Path, dict[str, FoldRun]]) -> list[R
     seeds = [{run.seed for run in folds.values()} for folds in trainings.values()]
     if all(len(some) == 1 and None not in some for some in seeds) and len(set().union(*seeds)) == len(seeds):
         labels = [f"seed {some.pop()}" for some in seeds]
-    else:
-        labels = ["repeat 1"] if len(trainings) == 1 else _distinct_parts(list(trainings))
+    elif len(trainings) == 1:
+        labels = ["repeat 1"]
+    else:  # the last part of each path at which they all differ, or the whole path
+        parts = [list(names) for names in zip(*(reversed(folder.parts) for folder in trainings))]
+        labels = next((names for names in parts if len(set(names)) == len(names)), list(map(str, trainings)))
     repeats = [Repeat(label, folds) for label, folds in zip(labels, trainings.values(), strict=True)]
     seen: dict[tuple[str, int, str], str] = {}
     for repeat in repeats:
@@ -89,22 +90,11 @@ def _labelled(name: str, trainings: Mapping[Path, dict[str, FoldRun]]) -> list[R
     return repeats
 
 
-def _distinct_parts(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path at which they all differ, or the whole path."""
-    for names in zip(*(reversed(folder.parts) for folder in folders)):  # up to the shortest path
-        if len(set(names)) == len(names):
-            return list(names)
-    return [str(folder) for folder in folders]
-
-
 def require_comparable(arms: Sequence[Arm], split: Mapping[str, Sequence[str]] | None = None) -> list[str]:
     """Make sure that all arms predicted the same cases in the same folds.
 
-    Returns:
-        Notes for the reader, e.g. that ``split`` (validation cases by fold, of splits_final.json) has changed since.
-
-    Raises:
-        ValueError: fewer than two arms, equal names, different folds, different cases, or a case in two folds.
+    Returns notes for the reader, e.g. that ``split`` (validation cases by fold, of splits_final.json) has changed.
+    ValueError: fewer than two arms, equal names, different folds, different cases, or a case in two folds.
     """
     names = [arm.name for arm in arms]
     if len(arms) < 2:
@@ -120,7 +110,15 @@ def require_comparable(arms: Sequence[Arm], split: Mapping[str, Sequence[str]] |
                     f"({first.label}) has {', '.join(first.folds)}; train the missing ones, or compare fewer with -f"
                 )
             for fold, run in repeat.folds.items():
-                _require_same_cases(run, first.folds[fold], f"{arm.name} ({repeat.label})", names[0])
+                ours, theirs = set(run.cases), set(first.folds[fold].cases)
+                if ours != theirs:
+                    where = "test cases" if fold == "test" else f"validation cases of fold {fold}"
+                    lacks = ((f"{arm.name} ({repeat.label})", theirs - ours), (names[0], ours - theirs))
+                    told = "; ".join(f"{who} has not {listed(sorted(cases))}" for who, cases in lacks if cases)
+                    raise ValueError(
+                        f"the {where} differ, so that there are no pairs to compare ({told}): different splits; train "
+                        "with the same splits_final.json"
+                    )
     notes: list[str] = []
     seen: dict[str, str] = {}
     for fold, run in first.folds.items():
@@ -144,22 +142,10 @@ def require_comparable(arms: Sequence[Arm], split: Mapping[str, Sequence[str]] |
     return notes
 
 
-def _require_same_cases(run: FoldRun, first: FoldRun, name: str, first_name: str) -> None:
-    lost, more = sorted(set(first.cases) - set(run.cases)), sorted(set(run.cases) - set(first.cases))
-    if lost or more:
-        where = "test cases" if run.fold == "test" else f"validation cases of fold {run.fold}"
-        parts = [f"{who} has not {listed(cases)}" for who, cases in ((name, lost), (first_name, more)) if cases]
-        raise ValueError(
-            f"the {where} differ, so that there are no pairs to compare ({'; '.join(parts)}): different splits; train "
-            "with the same splits_final.json"
-        )
-
-
 def differing_facts(arms: Sequence[Arm]) -> dict[str, list[str]]:
     """What differs between the arms' trainings: setting to its value(s) in each arm that has it, ``-`` elsewhere.
 
-    Seeds and what only concerns logging are left out, and so are settings that a single kind of trainer has and all
-    arms of that kind agree on.
+    Without seeds, what only concerns logging, and settings that one kind of trainer has and all its arms agree on.
     """
     found: dict[str, dict[str, set[str]]] = {}
     for arm in arms:
@@ -174,16 +160,10 @@ def differing_facts(arms: Sequence[Arm]) -> dict[str, list[str]]:
 
 
 def require_same_training_cases(arms: Sequence[Arm], allowed: bool = False) -> list[str]:
-    """Make sure that all arms learned from the same training cases of their folds.
+    """Make sure that all arms learned from the same training cases of their folds; returns notes for the reader.
 
     A training without our setting ``train_cases`` (plain nnUNetTrainer, say) learned from all of its fold's. What the
-    models of test predictions learned from is not known.
-
-    Returns:
-        Notes for the reader; also on differences if they are allowed.
-
-    Raises:
-        ValueError: they differ and are not allowed to.
+    models of test predictions learned from is not known. ValueError: they differ and are not allowed to.
     """
     if any(run.fold == "test" for arm in arms for run in arm.runs()):
         return ["folders of predictions do not tell which training cases their models learned from"]

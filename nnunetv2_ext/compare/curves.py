@@ -26,11 +26,9 @@ _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf)\b", re
 
 
 def read_curve(run: FoldRun) -> pd.DataFrame | None:
-    """The curve of a fold, None if it has neither file.
+    """The curve of a fold by epoch from 0, None if it has neither file.
 
-    Returns:
-        By epoch from 0: names as in epochs.csv, NaN where a figure is missing, and ``hours`` since the start, epochs'
-        durations added up.
+    Names as in epochs.csv, NaN where a figure is missing; ``hours`` since the start, epochs' durations added up.
     """
     try:
         rows = pd.read_csv(run.folder / "epochs.csv").drop_duplicates("epoch", keep="last").set_index("epoch")
@@ -67,10 +65,7 @@ def training_hours(arm: Arm) -> float:
 def draw(arms: Sequence[Arm], path: Path, colours: Mapping[str, str]) -> bool:
     """Write a PNG: pseudo Dice and validation loss over steps (or epochs), pseudo Dice over hours.
 
-    Thin lines are single trainings, the thick one is their mean.
-
-    Returns:
-        False, and no file, if no arm has a log.
+    Thin lines are single trainings, the thick one is their mean. False, and no file, if no arm has a log.
     """
     read = [(arm.name, run.steps_per_epoch, read_curve(run)) for arm in arms for run in arm.runs()]
     curves = [(name, steps, curve) for name, steps, curve in read if curve is not None]

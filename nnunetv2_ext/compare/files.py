@@ -14,7 +14,7 @@ from nnunetv2_ext.compare.arms import differing_facts
 from nnunetv2_ext.compare.report import Report, as_markdown, reading
 from nnunetv2_ext.compare.statistics import Difference
 from nnunetv2_ext.core.files import atomic_write_text
-from nnunetv2_ext.evaluate.table import as_json, summarise, wide
+from nnunetv2_ext.evaluate.table import as_csv, as_json, summarise
 
 
 def write(report: Report, output: Path, images: Path | None = None, worst: int = 3) -> None:
@@ -32,8 +32,7 @@ def write(report: Report, output: Path, images: Path | None = None, worst: int =
         if any(report.extremes[d.arm]):
             report.pictures[file] = f"Cases in which {d.arm} lost and gained most against {d.first}"
     atomic_write_text(output / "comparison.json", as_json(as_dict(report)))
-    cases = wide(scores).rename(columns={"arm": "method"})  # everything that was measured, before any averaging
-    atomic_write_text(output / "cases.csv", cases.to_csv(index=False, lineterminator="\n"))
+    atomic_write_text(output / "cases.csv", as_csv(scores))
     atomic_write_text(output / "differences.csv", differences_csv(report))
     atomic_write_text(output / "report.md", as_markdown(report))
 

@@ -59,7 +59,7 @@ def _difference_row(axes, row: int, d: Difference, shift: np.random.Generator) -
     if not d.n:
         return
     colour = {BETTER: _GREEN, WORSE: _RED}.get(d.direction, _GREY)
-    axes.plot(d.values, row + shift.uniform(-0.16, 0.16, d.n), "o", ms=3, mew=0, color=colour, alpha=0.4)
+    axes.plot(d.per_case.dropna(), row + shift.uniform(-0.16, 0.16, d.n), "o", ms=3, mew=0, color=colour, alpha=0.4)
     axes.plot(d.interval, [row, row], color=colour, lw=3, solid_capstyle="butt")
     axes.plot(d.mean, row, "D", ms=6, color=colour, mec="white")
     box = {"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 0.5}

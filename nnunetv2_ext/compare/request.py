@@ -24,7 +24,7 @@ from nnunetv2_ext.data.subjects import pairs_suggested, recorded_subjects, subje
 from nnunetv2_ext.evaluate.folder import Source, make_source
 from nnunetv2_ext.evaluate.metrics import METRICS, WORST
 from nnunetv2_ext.evaluate.pairs import listed, require_output, require_roles
-from nnunetv2_ext.evaluate.structures import Labels, read_labels
+from nnunetv2_ext.evaluate.structures import read_labels
 
 
 @dataclass
@@ -55,49 +55,49 @@ class Request:
     worst: int = 3  # cases drawn of either kind
     output: Path | None = None  # None: comparison_DATASET_CONFIGURATION
 
-
-@dataclass
-class Inputs:
-    """What a request names, found: dataset's name, its dataset.json, arms, what to score, and notes for the reader."""
-
-    dataset: str
-    dataset_json: Mapping[str, Any]
-    arms: list[Arm]
-    source: Source
-    notes: list[str]
+    def __post_init__(self) -> None:
+        if self.processes < 1 or self.worst < 0:
+            given = f"{self.processes} and {self.worst}"
+            raise ValueError(f"-np must be 1 or more and --worst 0 or more, but they are {given}")
+        if bool(self.trainers) + bool(self.runs) + bool(self.predictions) != 1:
+            raise ValueError(
+                "say what to compare in one way: -tr TRAINER TRAINER, or --run NAME DIR, or --predictions NAME DIR"
+            )
+        for named in (*self.runs, *self.predictions):
+            if len(named) < 2:
+                raise ValueError(f"{named[0]!r} is a name without a folder: give NAME DIR [DIR ...]")
+        if self.results and not self.trainers:
+            raise ValueError("--results goes with -tr; name these folders after --run NAME instead")
+        if self.predictions and self.truth is None:
+            raise ValueError("--predictions needs --truth, the folder with the true segmentations of these cases")
+        if self.predictions and self.folds:
+            raise ValueError("-f goes with trainings; --predictions have no folds")
 
 
 def compare(request: Request) -> tuple[Report, Path]:
-    """Check, score and write everything.
+    """Check, score and write everything: the report, with the long table of all measurements, and the output folder.
 
-    Returns:
-        The report, whose ``scores.table`` is the long table of all measurements, and the output folder.
-
-    Raises:
-        ValueError: contradicting options, missing or unfinished results, results without common cases; one line.
+    ValueError: missing or unfinished results, results without common cases, different label sets; one line.
     """
-    if request.processes < 1 or request.worst < 0:
-        given = f"{request.processes} and {request.worst}"
-        raise ValueError(f"-np must be 1 or more and --worst 0 or more, but they are {given}")
-    inputs = gather(request)
-    arms, notes = inputs.arms, inputs.notes
-    split = None if request.predictions else _stock(find.PREPROCESSED, inputs.dataset, "splits_final.json")
+    found = _of_predictions(request) if request.predictions else _of_trainings(request)
+    dataset, dataset_json, arms, source, notes = found
+    split = None if request.predictions else _stock(find.PREPROCESSED, dataset, "splits_final.json")
     folds = read_json(split) if split else []
     notes += require_comparable(arms, {str(i): fold["val"] for i, fold in enumerate(folds)})
     notes += require_same_training_cases(arms, request.allow_different_training_cases)
     cases = [case for run in arms[0].repeats[0].folds.values() for case in run.cases]
-    subjects, remarks = subjects_of(request, inputs.dataset_json, cases)
-    truth = truth_folder(request, inputs.dataset)
-    images = images_folder(request, inputs, cases)
+    subjects, remarks = subjects_of(request, dataset_json, cases)
+    truth = truth_folder(request, dataset)
+    images = images_folder(request, dataset, source.ending, cases)
     folders = [run.predictions for arm in arms for run in arm.runs()]
     for folder in folders:
         require_roles(folder, truth)
-    folder = request.output or Path(f"comparison_{inputs.dataset}_{request.configuration}")
+    folder = request.output or Path(f"comparison_{dataset}_{request.configuration}")
     output = require_output(folder, [*folders, truth, *([images] if images else [])])
-    scores = collect(arms, truth, inputs.source, request.processes, request.truth is None, subjects)
+    scores = collect(arms, truth, source, request.processes, request.truth is None, subjects)
     what = "test set" if request.predictions else f"{request.configuration}, plans {request.plans}"
     report = Report(
-        title=f"{inputs.dataset}, {what}: {', '.join(a.name for a in arms[1:])} against {arms[0].name}",
+        title=f"{dataset}, {what}: {', '.join(a.name for a in arms[1:])} against {arms[0].name}",
         scores=scores,
         differences=all_differences(scores),
         notes=[*scores.notes, *notes, *remarks],
@@ -108,29 +108,11 @@ def compare(request: Request) -> tuple[Report, Path]:
     return report, output
 
 
-def gather(request: Request) -> Inputs:
-    """Find what a request names.
-
-    Raises:
-        ValueError: contradicting options, missing or unfinished results, different label sets.
-    """
-    if bool(request.trainers) + bool(request.runs) + bool(request.predictions) != 1:
-        raise ValueError(
-            "say what to compare in one way: -tr TRAINER TRAINER, or --run NAME DIR, or --predictions NAME DIR"
-        )
-    for given in (*request.runs, *request.predictions):
-        if len(given) < 2:
-            raise ValueError(f"{given[0]!r} is a name without a folder: give NAME DIR [DIR ...]")
-    if request.results and not request.trainers:
-        raise ValueError("--results goes with -tr; name these folders after --run NAME instead")
-    return _of_predictions(request) if request.predictions else _of_trainings(request)
+# dataset's name, its dataset.json, arms, what to score, and notes for the reader
+Found = tuple[str, dict[str, Any], list[Arm], Source, list[str]]
 
 
-def _of_predictions(request: Request) -> Inputs:
-    if request.truth is None:
-        raise ValueError("--predictions needs --truth, the folder with the true segmentations of these cases")
-    if request.folds:
-        raise ValueError("-f goes with trainings; --predictions have no folds")
+def _of_predictions(request: Request) -> Found:
     given = [(name, [Path(f) for f in folders]) for name, *folders in request.predictions]
     # nnUNetv2_predict leaves the dataset.json of the training beside its predictions
     content, source, notes = _source(request, [f for _, folders in given for f in folders])
@@ -138,10 +120,10 @@ def _of_predictions(request: Request) -> Inputs:
     dataset = f"dataset {request.dataset}" if request.dataset.isdigit() else request.dataset
     with suppress(ValueError):
         dataset = find.find_dataset(request.dataset, find.PREPROCESSED, find.RAW).name
-    return Inputs(dataset, content, arms, source, notes)
+    return dataset, content, arms, source, notes
 
 
-def _of_trainings(request: Request) -> Inputs:
+def _of_trainings(request: Request) -> Found:
     where = (request.dataset, request.plans, request.configuration)
     if request.runs:
         models = [(name, [find.find_in(Path(f), *where) for f in folders]) for name, *folders in request.runs]
@@ -169,12 +151,11 @@ def _of_trainings(request: Request) -> Inputs:
         raise ValueError(f"--run names fold {', '.join(unused)}, which -f {' '.join(folds)} leaves out")
     arms = [make_arm(name, [(m, [fold] if fold else folds) for m, fold in parts], source.ending)
             for name, parts in models]  # fmt: skip
-    return Inputs(first.dataset, content, arms, source, notes)
+    return first.dataset, content, arms, source, notes
 
 
 def _source(request: Request, folders: Sequence[Path]) -> tuple[dict[str, Any], Source, list[str]]:
-    """The dataset.json of the trainings, which must have the same labels; what to score; and a note if -d names
-    nothing known."""
+    """The dataset.json of the trainings, which must have the same labels; what to score; notes."""
     files = [file for folder in dict.fromkeys(folders) if (file := folder / "dataset.json").is_file()]
     notes = []
     try:
@@ -185,10 +166,9 @@ def _source(request: Request, folders: Sequence[Path]) -> tuple[dict[str, Any], 
             raise
         if request.predictions:
             notes.append(f"-d {request.dataset} was not found in nnU-Net's folders; the labels are those of {files[0]}")
-    read: list[tuple[dict[str, Any], Labels]] = [read_labels(file) for file in files]
-    first, labels = read[0]
-    for file, (other, _) in zip(files, read, strict=True):
-        if other["labels"] != first["labels"]:
+    first, labels = read_labels(files[0])
+    for file in files[1:]:
+        if (other := read_labels(file)[0])["labels"] != first["labels"]:
             raise ValueError(
                 f"the label sets differ: {files[0]} has {json.dumps(first['labels'])}, {file} has "
                 f"{json.dumps(other['labels'])}; compare trainings of the same labels"
@@ -238,13 +218,12 @@ def truth_folder(request: Request, dataset: str) -> Path:
     return folder
 
 
-def images_folder(request: Request, inputs: Inputs, cases: Sequence[str]) -> Path | None:
+def images_folder(request: Request, dataset: str, ending: str, cases: Sequence[str]) -> Path | None:
     """Where the images for the pictures are, None if nowhere."""
     if (given := request.images) is not None:
-        ending = inputs.source.ending
         if not given.is_dir():
             raise ValueError(f"--images {given} does not exist")
         if not any((given / f"{case}_0000{ending}").is_file() for case in cases):
             raise ValueError(f"--images {given} has no image of {listed(cases)} (CASE_0000{ending})")
         return given
-    return None if request.predictions else _stock(find.RAW, inputs.dataset, "imagesTr")
+    return None if request.predictions else _stock(find.RAW, dataset, "imagesTr")

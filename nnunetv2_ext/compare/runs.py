@@ -65,8 +65,7 @@ class FoldRun:
 def read_fold(model: Model, fold: str, ending: str) -> FoldRun:
     """A fold's validation.
 
-    Raises:
-        ValueError: the fold is missing, its training has not ended, its validation has not been run or was stopped.
+    ValueError: the fold is missing, its training has not ended, its validation has not been run or was stopped.
     """
     folder = model.folder / f"fold_{fold}"
     if not folder.is_dir():

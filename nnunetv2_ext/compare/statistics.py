@@ -73,11 +73,6 @@ class Difference:
     by_fold: dict[str, float]  # mean difference in each fold
 
     @property
-    def values(self) -> pd.Series:
-        """``per_case`` of the cases that count."""
-        return self.per_case.dropna()
-
-    @property
     def n(self) -> int:
         """Cases that count."""
         return self.wins + self.losses + self.ties

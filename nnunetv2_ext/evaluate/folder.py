@@ -37,10 +37,8 @@ class Source:
 def make_source(options: Any, labels: Labels, dataset_json: Mapping[str, Any], ending: str) -> Source:
     """A ``Source`` as typed: ``options`` has the attributes ``metrics``, ``tolerance``, ``empty``, ``ignore_origin``.
 
-    ``ending`` is that of the files if ``dataset_json`` does not say.
-
-    Raises:
-        ValueError: an unknown metric, policy or structure, or an impossible tolerance.
+    ``ending`` is that of the files if ``dataset_json`` does not say. ValueError: an unknown metric, policy or
+    structure, or an impossible tolerance.
     """
     tolerance = tolerances(options.tolerance, labels.structures)
     rules = Rules(tuple(dict.fromkeys(options.metrics)), tolerance, options.empty)

@@ -135,10 +135,8 @@ def score_case(
 ) -> list[Score]:
     """All structures of one case, in their order.
 
-    Args:
-        prediction: (X, Y, Z) label map, (X, Y) in 2-D.
-        truth: same shape; may hold ``ignore_label``, whose voxels are left out.
-        spacing: voxel size in mm along each axis.
+    ``prediction`` and ``truth`` are (X, Y, Z) label maps, (X, Y) in 2-D; voxels where the truth has ``ignore_label``
+    are left out. ``spacing`` is in mm along each axis.
     """
     # of all axes: a volume of one slice has a thickness. Millilitres, of a pixel square centimetres
     voxel_ml = float(np.prod(spacing)) / (1000 if len(spacing) > 2 else 100)
@@ -205,13 +203,8 @@ def surface_distances(
 ) -> tuple[Distances, Distances]:
     """Distances from each surface voxel of one mask to the nearest of the other, in mm.
 
-    Only the box around both masks is looked at, which no nearest surface voxel lies outside of.
-
-    Args:
-        prediction: (X, Y, ...).
-        truth: same shape.
-        spacing: voxel size in mm along each axis.
-        unknown: voxels under the ignore label; both masks must be empty there.
+    Only the box around both masks is looked at, which no nearest surface voxel lies outside of. Masks are (X, Y, ...)
+    and empty where voxels are ``unknown`` (under the ignore label); ``spacing`` is in mm along each axis.
 
     Returns:
         Distances of the prediction's surface voxels to the truth, and of the truth's to the prediction. Both are

@@ -30,8 +30,7 @@ def find_pairs(
 ) -> list[Pair]:
     """Pairs of files of the same name, sorted by case; arguments of ``folder.evaluate_folder``.
 
-    Raises:
-        ValueError: a folder is missing or empty, or cases are missing; all of them are listed.
+    ValueError: a folder is missing or empty, or cases are missing; all of them are listed.
     """
     ours, theirs = case_files(predictions, ending, "predictions"), case_files(truth, ending, "the truth")
     wanted = list(theirs) if cases is None else list(cases)
@@ -55,11 +54,7 @@ _PREDICTION_FILES = ("predict_from_raw_data_args.json", "plans.json", "summary.j
 
 
 def require_roles(predictions: Path, truth: Path) -> None:
-    """Make sure that the two folders are not the same, and not swapped as far as cheap evidence shows.
-
-    Raises:
-        ValueError: they are; says which files tell.
-    """
+    """Raise ValueError if the folders are the same, or look swapped; says which files tell."""
     if predictions.resolve() == truth.resolve():
         raise ValueError(f"predictions and truth are the same folder, {predictions}: give the folder of the truth")
     found = [name for name in _PREDICTION_FILES if (truth / name).is_file()]

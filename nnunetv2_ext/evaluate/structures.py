@@ -60,11 +60,7 @@ def read_labels(file: Path) -> tuple[dict[str, Any], Labels]:
 
 
 def from_dataset_json(dataset_json: Any, source: str | Path = "dataset.json") -> Labels:
-    """Structures, ignore label and allowed values of a dataset.json.
-
-    Raises:
-        ValueError: it has no usable ``labels``; names ``source``.
-    """
+    """Structures, ignore label and allowed values; ValueError, which names ``source``: no usable ``labels``."""
     try:
         found = [_structure(str(name), value) for name, value in dataset_json["labels"].items()]
     except (KeyError, AttributeError, TypeError, ValueError):
@@ -90,8 +86,7 @@ def _structure(name: str, value: Any) -> Structure:
 def from_values(values: Sequence[int], ignore: int | None = None) -> Labels:
     """Label values given by hand; files may hold other labels, which are not looked at.
 
-    Raises:
-        ValueError: a value below 1, one given twice, or the ignore label among them.
+    ValueError: a value below 1, one given twice, or the ignore label among them.
     """
     if not values or any(v < 1 for v in values) or len(set(values)) < len(values):
         raise ValueError(f"--labels needs different values of 1 or more, but got {' '.join(map(str, values))}")
@@ -103,8 +98,7 @@ def from_values(values: Sequence[int], ignore: int | None = None) -> Labels:
 def tolerances(texts: Sequence[str], structures: Sequence[Structure]) -> dict[str, float]:
     """``["1"]`` (mm, for all) or ``["1", "liver=2"]`` (others 1 mm) to mm by structure name.
 
-    Raises:
-        ValueError: not a number, an unknown structure, or a structure left without a tolerance.
+    ValueError: not a number, an unknown structure, or a structure left without a tolerance.
     """
     found: dict[str, float] = {}
     names = [s.name for s in structures]

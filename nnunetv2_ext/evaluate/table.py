@@ -26,10 +26,7 @@ from nnunetv2_ext.evaluate.pairs import listed
 
 
 def summarise(table: pd.DataFrame) -> dict[tuple[str, ...], dict[str, float]]:
-    """Distribution over the cases that have a value.
-
-    Args:
-        table: long, see ``Evaluation.table``.
+    """Distribution over the cases that have a value, of a long table as ``Evaluation.table``.
 
     Returns:
         By (arm if there are any, metric, structure): ``n``, how many have a value; ``mean``; ``sd``, the sample
@@ -192,5 +189,5 @@ def wide(evaluation: Evaluation) -> pd.DataFrame:
 
 
 def as_csv(evaluation: Evaluation) -> str:
-    """One row per case and structure."""
-    return wide(evaluation).to_csv(index=False, lineterminator="\n")
+    """One row per case and structure (and method and repeat): all that was measured, before any averaging."""
+    return wide(evaluation).rename(columns={"arm": "method"}).to_csv(index=False, lineterminator="\n")
