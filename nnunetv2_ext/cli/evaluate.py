@@ -64,49 +64,38 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_ext.evaluate.plot import draw
     from nnunetv2_ext.evaluate.table import as_csv, as_dict, as_json, as_markdown
 
-    for what, folder in (("predictions", args.predictions), ("the truth", args.truth)):
+    folders = predictions, truth = args.predictions, args.truth
+    for what, folder in zip(("predictions", "the truth"), folders, strict=True):
         if not folder.is_dir():
             raise ValueError(f"the folder of {what}, {folder}, does not exist")
-    require_roles(args.predictions, args.truth)
+    require_roles(predictions, truth)
     source = source_of(args)
-    output = require_output(args.o or args.predictions / "evaluation", [args.predictions, args.truth])
-    evaluation = evaluate_folder(args.predictions, args.truth, source, chill=args.chill, processes=args.np)
-    text = as_markdown(evaluation, f"{args.predictions} against {args.truth}")
-    atomic_write_text(output / "evaluation.json", as_json(as_dict(evaluation, str(args.predictions), str(args.truth))))
+    output = require_output(args.o or predictions / "evaluation", folders)
+    evaluation = evaluate_folder(predictions, truth, source, chill=args.chill, processes=args.np)
+    text = as_markdown(evaluation, f"{predictions} against {truth}")
+    atomic_write_text(output / "evaluation.json", as_json(as_dict(evaluation, str(predictions), str(truth))))
     atomic_write_text(output / "evaluation.csv", as_csv(evaluation))
     atomic_write_text(output / "evaluation.md", text)
-    draw(
-        evaluation,
-        output / "evaluation.png",
-        " against ".join(p.resolve().name for p in (args.predictions, args.truth)),
-    )
+    draw(evaluation, output / "evaluation.png", " against ".join(folder.resolve().name for folder in folders))
     print(f"{text}\nwrote evaluation.json, .csv, .md and .png to {output}")
     return 0
 
 
 def source_of(args: argparse.Namespace) -> Any:
     """The ``Source`` that the arguments describe."""
-    from nnunetv2_ext.evaluate import structures
-    from nnunetv2_ext.evaluate.datasets import file_ending, read_object
     from nnunetv2_ext.evaluate.folder import make_source
+    from nnunetv2_ext.evaluate.pairs import file_ending
+    from nnunetv2_ext.evaluate.structures import from_values, read_labels
 
     if args.labels is not None:
-        labels, ending, reader = structures.from_values(args.labels, args.ignore), file_ending(args.truth), None
-    else:
-        file = dataset_json_file(args)
-        dataset_json = read_object(file)
-        labels = structures.from_dataset_json(dataset_json, str(file))
-        ending = dataset_json.get("file_ending") or file_ending(args.truth)
-        reader = dataset_json.get("overwrite_image_reader_writer")
-    options = {key: getattr(args, key) for key in ("metrics", "tolerance", "empty", "ignore_origin")}
-    return make_source(labels, ending, reader, **options)
+        return make_source(args, from_values(args.labels, args.ignore), {}, file_ending(args.truth))
+    content, labels = read_labels(dataset_json_file(args))
+    return make_source(args, labels, content, "" if content.get("file_ending") else file_ending(args.truth))
 
 
 def dataset_json_file(args: argparse.Namespace) -> Path:
     """The dataset.json that the arguments name, or the one beside the files."""
     if args.djfile is not None:
-        if not args.djfile.is_file():
-            raise ValueError(f"-djfile {args.djfile} does not exist")
         return args.djfile
     if args.d is not None:
         from nnunetv2_ext.data.find import find_dataset_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,11 +26,9 @@ _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf)\b", re
 
 
 def read_curve(run: FoldRun) -> pd.DataFrame | None:
-    """The curve of a fold, None if it has neither file.
+    """The curve of a fold by epoch from 0, None if it has neither file.
 
-    Returns:
-        By epoch from 0: names as in epochs.csv, NaN where a figure is missing, and ``hours`` since the start, epochs'
-        durations added up.
+    Names as in epochs.csv, NaN where a figure is missing; ``hours`` since the start, epochs' durations added up.
     """
     try:
         rows = pd.read_csv(run.folder / "epochs.csv").drop_duplicates("epoch", keep="last").set_index("epoch")
@@ -64,49 +62,45 @@ def training_hours(arm: Arm) -> float:
     return float(np.mean([math.nan if c is None else c[HOURS].iloc[-1] for c in curves]))
 
 
-def draw(arms: Sequence[Arm], path: Path, colours: Sequence[str]) -> bool:
+def draw(arms: Sequence[Arm], path: Path, colours: Mapping[str, str]) -> bool:
     """Write a PNG: pseudo Dice and validation loss over steps (or epochs), pseudo Dice over hours.
 
-    Thin lines are single trainings, the thick one is their mean.
-
-    Returns:
-        False, and no file, if no arm has a log.
+    Thin lines are single trainings, the thick one is their mean. False, and no file, if no arm has a log.
     """
-    curves = [
-        [(curve, run.steps_per_epoch) for run in arm.runs() if (curve := read_curve(run)) is not None] for arm in arms
-    ]
-    if not any(curves):
+    read = [(arm.name, run.steps_per_epoch, read_curve(run)) for arm in arms for run in arm.runs()]
+    curves = [(name, steps, curve) for name, steps, curve in read if curve is not None]
+    if not curves:
         return False
     # nothing else tells a short trial run from a long training
-    long = any(c[HOURS].iloc[-1] >= 1 for found in curves for c, _ in found)
-    scale, unit = (1, "hours") if long else (60, "minutes")
-    in_steps = all(steps is not None for found in curves for _, steps in found)
-    with plot.style():
-        figure = plot.new_figure(15, 4.6)
-        left, middle, right = figure.subplots(1, 3)
-        for arm, found, colour in zip(arms, curves, colours, strict=False):
-            at = [(c.index + 1) * (steps or 1) if in_steps else c.index + 1 for c, steps in found]
-            hours = [c[HOURS] * scale for c, _ in found]
-            for axes, xs, name in (left, at, PSEUDO_DICE), (middle, at, VALIDATION_LOSS), (right, hours, PSEUDO_DICE):
-                _lines(axes, xs, [c[name] for c, _ in found], colour, arm.name)
-        x = "optimiser step" if in_steps else "epoch"
-        for axes, what, below in (
-            (left, "pseudo Dice on validation patches, mean of classes", x),
-            (middle, "nnU-Net's loss on validation patches", x),
-            (right, "pseudo Dice against time", f"{unit} (by the clock, on the machine as it was)"),
-        ):
-            axes.set_title(what, fontsize=9)
-            axes.set_xlabel(below)
+    scale, unit = (1, "hours") if any(c[HOURS].iloc[-1] >= 1 for *_, c in curves) else (60, "minutes")
+    in_steps = all(steps is not None for _, steps, _ in curves)
+    for _, steps, curve in curves:
+        curve["step"], curve["time"] = (curve.index + 1) * (steps if in_steps else 1), curve[HOURS] * scale
+    below = {
+        "step": "optimiser step" if in_steps else "epoch",
+        "time": f"{unit} (by the clock, on the machine as it was)",
+    }
+    panels = (
+        ("step", PSEUDO_DICE, "pseudo Dice on validation patches, mean of classes"),
+        ("step", VALIDATION_LOSS, "nnU-Net's loss on validation patches"),
+        ("time", PSEUDO_DICE, "pseudo Dice against time"),
+    )
+    with plot.figure_file(path, 15, 4.6) as figure:
+        for axes, (x, y, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            for arm, colour in colours.items():
+                lines = [(c[x].to_numpy(), c[y].to_numpy()) for name, _, c in curves if name == arm]
+                _lines(axes, lines, colour, arm)
+            axes.set_title(title, fontsize=9)
+            axes.set_xlabel(below[x])
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-        names = left.get_legend_handles_labels()
+        names = figure.axes[0].get_legend_handles_labels()
         figure.legend(*names, loc="outside lower center", ncols=min(4, max(1, len(names[1]))), frameon=False)
-        plot.save(figure, path)
     return True
 
 
-def _lines(axes: Axes, xs: Sequence, ys: Sequence, colour: str, name: str) -> None:
-    lines = [(np.asarray(x), np.asarray(y)) for x, y in zip(xs, ys, strict=True) if np.isfinite(x).all()]
+def _lines(axes: Axes, lines: list[tuple[np.ndarray, np.ndarray]], colour: str, name: str) -> None:
+    lines = [(x, y) for x, y in lines if np.isfinite(x).all()]
     for x, y in lines:
         thin = {"lw": 0.6, "alpha": 0.45} if len(lines) > 1 else {"lw": 1.6, "label": name}
         axes.plot(x, y, color=colour, marker="." if len(x) < 15 and len(lines) == 1 else None, **thin)

@@ -12,27 +12,19 @@ from nnunetv2_ext import __version__
 from nnunetv2_ext.compare import curves, pictures, plots
 from nnunetv2_ext.compare.arms import differing_facts
 from nnunetv2_ext.compare.report import Report, as_markdown, reading
-from nnunetv2_ext.compare.scores import Scores
 from nnunetv2_ext.compare.statistics import Difference
 from nnunetv2_ext.core.files import atomic_write_text
-from nnunetv2_ext.evaluate.table import as_json, plain, summarise, wide
+from nnunetv2_ext.evaluate.table import as_csv, as_json, summarise
 
 
 def write(report: Report, output: Path, images: Path | None = None, worst: int = 3) -> None:
-    """All files of a comparison; pictures first, as the report names them.
-
-    Args:
-        report: gains the names of pictures and extreme cases.
-        output: an existing folder.
-        images: folder with ``CASE_0000.nii.gz``, None draws labels on grey.
-        worst: cases drawn of either kind, 0: none.
-    """
+    """All files of a comparison; pictures first, as the report gains their names and the extreme cases."""
     scores = report.scores
     plots.draw_differences(scores, report.differences, output / "differences.png")
     report.pictures["differences.png"] = "Differences case by case, with their means and 95 % intervals"
     plots.draw_boxes(scores, output / "boxes.png")
     report.pictures["boxes.png"] = "Scores of all cases"
-    if curves.draw(scores.arms, output / "curves.png", plots.colours(len(scores.arms))):
+    if curves.draw(scores.arms, output / "curves.png", plots.colours(scores)):
         report.pictures["curves.png"] = "Learning curves; thin lines: single trainings, thick: their mean"
     for d in report.primary if worst else ():
         file = f"cases_{re.sub(r'[^A-Za-z0-9_.-]+', '_', d.arm)}.png"
@@ -40,45 +32,43 @@ def write(report: Report, output: Path, images: Path | None = None, worst: int =
         if any(report.extremes[d.arm]):
             report.pictures[file] = f"Cases in which {d.arm} lost and gained most against {d.first}"
     atomic_write_text(output / "comparison.json", as_json(as_dict(report)))
-    atomic_write_text(output / "cases.csv", cases_csv(scores))
+    atomic_write_text(output / "cases.csv", as_csv(scores))
     atomic_write_text(output / "differences.csv", differences_csv(report))
     atomic_write_text(output / "report.md", as_markdown(report))
 
 
 def as_dict(report: Report) -> dict[str, Any]:
-    """JSON content; undefined values are null."""
+    """Content for ``as_json``."""
     scores = report.scores
     summary = summarise(scores.averaged)
     shown = ("n", "mean", "sd", "median", "worst")
-    return plain(
-        {
-            "title": report.title,
-            "date": report.date,
-            "command": report.command,
-            "nnunetv2_ext": __version__,
-            "notes": report.notes,
-            "structures": {s.key: s.name for s in scores.source.labels.structures},
-            "tolerance_mm": dict(scores.source.rules.tolerance),
-            "reading": reading(report),
-            "cases": len(scores.cases),
-            "arms": [
-                {
-                    "name": arm.name,
-                    "trainer": arm.trainer,
-                    "repeats": {r.label: {f: str(run.predictions) for f, run in r.folds.items()} for r in arm.repeats},
-                    "scores": {
-                        m.name: {c: {k: summary[arm.name, key, c][k] for k in shown} for c in scores.columns}
-                        for key, m in scores.metrics.items()
-                    },
-                }
-                for arm in scores.arms
-            ],
-            "differing_settings": differing_facts(scores.arms),
-            "differences": [_difference(d) for d in report.differences],
-            "answers": [" ".join(sentences) for sentences in report.answers().values()],
-            "extremes": {name: {"lost": lost, "gained": gained} for name, (lost, gained) in report.extremes.items()},
-        }
-    )
+    return {
+        "title": report.title,
+        "date": report.date,
+        "command": report.command,
+        "nnunetv2_ext": __version__,
+        "notes": report.notes,
+        "structures": {s.key: s.name for s in scores.source.labels.structures},
+        "tolerance_mm": dict(scores.source.rules.tolerance),
+        "reading": reading(report),
+        "cases": len(scores.cases),
+        "arms": [
+            {
+                "name": arm.name,
+                "trainer": arm.trainer,
+                "repeats": {r.label: {f: str(run.predictions) for f, run in r.folds.items()} for r in arm.repeats},
+                "scores": {
+                    m.name: {c: {k: summary[arm.name, key, c][k] for k in shown} for c in scores.columns}
+                    for key, m in scores.metrics.items()
+                },
+            }
+            for arm in scores.arms
+        ],
+        "differing_settings": differing_facts(scores.arms),
+        "differences": [_difference(d) for d in report.differences],
+        "answers": [" ".join(sentences) for sentences in report.answers().values()],
+        "extremes": {name: {"lost": lost, "gained": gained} for name, (lost, gained) in report.extremes.items()},
+    }
 
 
 def _difference(d: Difference) -> dict[str, Any]:
@@ -92,21 +82,14 @@ def _difference(d: Difference) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def cases_csv(scores: Scores) -> str:
-    """One row per method, repeat, case and structure: everything that was measured, before any averaging."""
-    return wide(scores).rename(columns={"arm": "method"}).to_csv(index=False, lineterminator="\n")
-
-
 def differences_csv(report: Report) -> str:
     """One row per method, metric, structure and case: the pairs behind every interval."""
-    scores = report.scores
-    about = scores.per_case
     parts = []
     for d in report.differences:
-        both = scores.case_scores(d.key, d.structure)
-        part = pd.DataFrame({"value": both[d.arm], "reference": both[d.first], "difference": d.per_case})
-        part = about[["fold"]].join(part).join(about.drop(columns="fold")).rename_axis("case").reset_index()
-        parts.append(part.assign(method=d.arm, metric=d.metric.name, structure=d.structure))
+        both = report.scores.case_scores(d.key, d.structure)
+        pairs = {"value": both[d.arm], "reference": both[d.first], "difference": d.per_case}
+        about = report.scores.per_case.assign(method=d.arm, metric=d.metric.name, structure=d.structure, **pairs)
+        parts.append(about.rename_axis("case").reset_index())
     table = pd.concat(parts, ignore_index=True)
-    head = ["method", "metric", "structure"]
+    head = ["method", "metric", "structure", "case", "fold", *pairs]
     return table[[*head, *(c for c in table if c not in head)]].to_csv(index=False, lineterminator="\n")

@@ -18,6 +18,8 @@ from nnunetv2_ext.compare.statistics import Difference, signed
 from nnunetv2_ext.core.figures import add_legend, draw_slice
 from nnunetv2_ext.data.case import find_reader
 from nnunetv2_ext.evaluate import plot
+from nnunetv2_ext.evaluate.folder import Source
+from nnunetv2_ext.evaluate.metrics import bounding_box
 
 PLANES = ("axial", "coronal", "sagittal")
 _MARGIN_MM = 10.0
@@ -25,17 +27,11 @@ _MARGIN_MM = 10.0
 
 @dataclass(frozen=True)
 class Volume:
-    """An array in (Z, Y, X), the patient's left, back and head at the far ends if the file tells directions.
-
-    Attributes:
-        array: (Z, Y, X).
-        spacing: mm along these axes.
-        oriented: whether the file tells directions.
-    """
+    """An array in (Z, Y, X), the patient's left, back and head at the far ends if the file tells directions."""
 
     array: npt.NDArray[Any]
-    spacing: tuple[float, ...]
-    oriented: bool
+    spacing: tuple[float, ...]  # mm along these axes
+    oriented: bool  # whether the file tells directions
 
 
 def worst_first(difference: Difference, number: int) -> tuple[list[str], list[str]]:
@@ -49,45 +45,32 @@ def draw_cases(
 ) -> tuple[list[str], list[str]]:
     """Write a PNG with a row per case: those that lost most by the new arm first, then those that gained most.
 
-    Shown is the slice where the errors of the two differ most.
-
-    Args:
-        scores: what was measured.
-        difference: of the arm and metric to choose by.
-        path: of the PNG; not written if no case differs.
-        images: folder with ``CASE_0000.nii.gz``, None draws labels on grey.
-        number: cases of either kind.
+    Shown is the slice where the errors of the two differ most, on the image in ``images`` (``CASE_0000.nii.gz``) or
+    on grey. If no case differs nothing is written.
 
     Returns:
-        The cases that lost and those that gained.
+        The cases that lost and those that gained, at most ``number`` of each kind.
     """
     losses, gains = worst_first(difference, number)
-    rows = [*losses, *gains]
-    if not rows:
+    if not (rows := [*losses, *gains]):
         return [], []
     classes, metric = _classes(scores), difference.metric
-    cells = scores.trainings(difference.key, difference.structure)
-    with plot.style():
-        figure = plot.new_figure(13, 1.0 + 3.0 * len(rows))
+    cells = scores.trainings(difference.key, difference.structure)[[difference.first, difference.arm]]
+    with plot.figure_file(path, 13, 1.0 + 3.0 * len(rows)) as figure:
         for axes, case in zip(np.atleast_2d(figure.subplots(len(rows), 4)), rows, strict=True):
             shown = shown_repeats(cells.loc[case], difference)
-            which = ""
-            if cells[[difference.first, difference.arm]].shape[1] > 2:
-                which = f" on average\n(shown: {' and '.join(dict.fromkeys(shown.values()))})"
+            which = f" on average\n(shown: {' and '.join(dict.fromkeys(shown.values()))})" if cells.shape[1] > 2 else ""
             titles = [f"{case}: {metric.name} {signed(difference.per_case[case])}{which}", "truth"]
             titles += [f"{arm}\n{metric.title} {cells.loc[case, (arm, label)]:.3f}" for arm, label in shown.items()]
             _draw_row(axes, scores, case, shown, images, classes, titles)
         add_legend(figure, classes)
-        plot.save(figure, path)
     return losses, gains
 
 
 def shown_repeats(values: pd.Series, difference: Difference) -> dict[str, str]:
     """Arm to repeat: the pair of trainings whose difference in this case is nearest to the average one.
 
-    Args:
-        values: of the case, by (arm, repeat).
-        difference: of the two arms.
+    ``values`` are those of the case, by (arm, repeat).
     """
     theirs, ours = values[difference.first], values[difference.arm]
     pairs = [(i, j) for i in theirs.index for j in ours.index if not difference.paired_repeats or i == j]
@@ -98,39 +81,41 @@ def shown_repeats(values: pd.Series, difference: Difference) -> dict[str, str]:
 
 def _classes(scores: Scores) -> dict[int, str]:
     """Label value to name: a class of its own by its name, the parts of regions by their value."""
-    structures = scores.source.labels.structures
-    names = {s.values[0]: s.name for s in structures if len(s.values) == 1}
-    every = sorted({v for s in structures for v in s.values})
-    classes = {v: names.get(v, f"label {v}") for v in every}
-    if scores.source.labels.ignore is not None:
-        classes[scores.source.labels.ignore] = "ignore"
-    return classes
+    labels = scores.source.labels
+    classes = {v: f"label {v}" for s in labels.structures for v in s.values}
+    classes |= {s.values[0]: s.name for s in reversed(labels.structures) if len(s.values) == 1}
+    return classes | ({} if labels.ignore is None else {labels.ignore: "ignore"})
 
 
 def _draw_row(axes, scores: Scores, case: str, shown: dict[str, str], images: Path | None, classes, titles) -> None:
     files = scores.files.set_index(["case", "arm", "repeat"]).loc[case]
-    truth = read_volume(files["truth"].iloc[0], scores)
+    truth = read_volume(files["truth"].iloc[0], scores.source)
     if not truth.oriented and len(spacing := files["spacing"].iloc[0]) == 3:  # the truth's own may be assumed
         truth = replace(truth, spacing=spacing)
-    labels = [truth.array, *(read_volume(files["prediction"][training], scores).array for training in shown.items())]
-    image = _image(scores, case, images, truth)
+    predictions = [read_volume(files["prediction"][training], scores.source).array for training in shown.items()]
+    labels = [truth.array, *predictions]
     axis = viewing_axis(truth)
     at = telling_slice(labels, axis, scores.source.labels.ignore)
-    box = _box(labels, truth, axis)
-    background = _cut(image, axis, at, box, truth.oriented)
+    box = _box(labels, truth.spacing, axis)
+
+    def cut(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(rows, columns) for draw_slice, whose rows grow upwards: radiological view of an oriented volume."""
+        found = np.take(array[box], at, axis=axis)
+        # axial rows run from front to back: front on top. Coronal and sagittal rows run from feet to head: as they
+        # are. Pictures without directions are shown as every viewer does, with the first row on top.
+        return found[::-1] if axis == 0 or not truth.oriented else found
+
+    background = cut(_image(scores.source, case, images, truth.array.shape))
     spacing = tuple(s for a, s in enumerate(truth.spacing) if a != axis)
-    plane = PLANES[axis] if truth.oriented else f"axis {axis}"
-    for where, label, title in zip(axes, (None, *labels), titles, strict=True):
-        cut = None if label is None else _cut(label, axis, at, box, truth.oriented)
-        draw_slice(where, background, cut, classes, fill=0.25, spacing=spacing, title=title)
-    axes[0].set_xlabel(f"{plane}, slice {at}", fontsize=8)
+    for where, label, title in zip(axes, (None, *map(cut, labels)), titles, strict=True):
+        draw_slice(where, background, label, classes, fill=0.25, spacing=spacing, title=title)
+    axes[0].set_xlabel(f"{PLANES[axis] if truth.oriented else f'axis {axis}'}, slice {at}", fontsize=8)
 
 
-def read_volume(path: Path, scores: Scores) -> Volume:
+def read_volume(path: Path, source: Source) -> Volume:
     """A file as (Z, Y, X), turned to the patient's axes where the file tells them (read by SimpleITK)."""
     import SimpleITK as sitk
 
-    source = scores.source
     if source.ending in (".nii.gz", ".nii", ".nrrd", ".mha"):
         image = sitk.ReadImage(str(path))
         if image.GetDimension() == 3:
@@ -141,14 +126,11 @@ def read_volume(path: Path, scores: Scores) -> Volume:
     return Volume(content[0], tuple(float(s) for s in properties["spacing"]), False)
 
 
-def _image(scores: Scores, case: str, images: Path | None, truth: Volume) -> npt.NDArray[Any]:
+def _image(source: Source, case: str, images: Path | None, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """The first channel, or plain grey if it is not at hand or on another grid."""
-    file = None if images is None else images / f"{case}_0000{scores.source.ending}"
-    if file is not None and file.is_file():
-        volume = read_volume(file, scores)
-        if volume.array.shape == truth.array.shape:
-            return volume.array
-    return np.full(truth.array.shape, 0.5)
+    file = None if images is None else images / f"{case}_0000{source.ending}"
+    volume = read_volume(file, source) if file is not None and file.is_file() else None
+    return volume.array if volume is not None and volume.array.shape == shape else np.full(shape, 0.5)
 
 
 def viewing_axis(volume: Volume) -> int:
@@ -163,10 +145,7 @@ def viewing_axis(volume: Volume) -> int:
 def telling_slice(labels: Sequence[npt.NDArray[Any]], axis: int, ignore: int | None = None) -> int:
     """Where the errors of the two predictions differ in most voxels; else where the truth shows most.
 
-    Args:
-        labels: truth and two predictions, (Z, Y, X).
-        axis: to cut across.
-        ignore: voxels of the truth that do not count.
+    ``labels`` are truth and two predictions, (Z, Y, X); voxels where the truth is ``ignore`` do not count.
     """
     truth, first, second = labels
     others = tuple(a for a in range(truth.ndim) if a != axis)
@@ -175,23 +154,11 @@ def telling_slice(labels: Sequence[npt.NDArray[Any]], axis: int, ignore: int | N
     return int(np.argmax(counts if counts.any() else (truth > 0).sum(axis=others)))
 
 
-def _box(labels: Sequence[npt.NDArray[Any]], truth: Volume, axis: int) -> tuple[slice, ...]:
+def _box(labels: Sequence[npt.NDArray[Any]], spacing: Sequence[float], axis: int) -> tuple[slice, ...]:
     """All of the cut axis, and of the others what surrounds the structures by a margin."""
-    any_label = np.logical_or.reduce([label > 0 for label in labels])
-    box = []
-    for a, (size, spacing) in enumerate(zip(truth.array.shape, truth.spacing, strict=True)):
-        found = np.flatnonzero(any_label.any(axis=tuple(b for b in range(any_label.ndim) if b != a)))
-        margin = max(4, round(_MARGIN_MM / spacing))
-        if a == axis or not len(found):
-            box.append(slice(0, size))
-        else:
-            box.append(slice(max(0, int(found[0]) - margin), min(size, int(found[-1]) + 1 + margin)))
+    shown = np.logical_or.reduce([label > 0 for label in labels])
+    box = [slice(None)] * shown.ndim
+    if shown.any():
+        box[:] = bounding_box(shown, [max(4, round(_MARGIN_MM / s)) for s in spacing])
+        box[axis] = slice(None)
     return tuple(box)
-
-
-def _cut(array: npt.NDArray[Any], axis: int, at: int, box: tuple[slice, ...], oriented: bool) -> npt.NDArray[Any]:
-    """(rows, columns) for draw_slice, whose rows grow upwards: radiological view of an oriented volume."""
-    cut = np.take(array[box], at, axis=axis)
-    # axial rows run from front to back: front on top. Coronal and sagittal rows run from feet to head: as they are.
-    # Pictures without directions are shown as every viewer does, with the first row on top.
-    return cut[::-1] if axis == 0 or not oriented else cut

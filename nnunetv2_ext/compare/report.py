@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,27 +22,16 @@ _OUGHT_TO_BE_EQUAL = (*TRAINING_FACTS, "mirroring")
 
 @dataclass
 class Report:
-    """Everything that goes into the files.
+    """Everything that goes into the files."""
 
-    Attributes:
-        title: dataset, configuration, plans.
-        scores: what was measured.
-        differences: of ``statistics.all_differences``.
-        notes: warnings for the reader.
-        command: that repeats this.
-        date: ISO.
-        pictures: file name to caption, of the plots that were written.
-        extremes: arm to the cases that lost and gained most.
-    """
-
-    title: str
+    title: str  # dataset, configuration, plans, arms
     scores: Scores
-    differences: Sequence[Difference]
-    notes: list[str]
-    command: str
-    date: str
-    pictures: dict[str, str] = field(default_factory=dict)
-    extremes: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
+    differences: Sequence[Difference]  # of statistics.all_differences
+    notes: list[str]  # warnings for the reader
+    command: str  # that repeats this
+    date: str  # ISO
+    pictures: dict[str, str] = field(default_factory=dict)  # file name to caption, of the plots that were written
+    extremes: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)  # arm: cases that lost, gained most
 
     def answered(self, arm: str) -> list[Difference]:
         """Of each metric the mean over structures: the figures that were fixed before looking."""
@@ -54,9 +44,10 @@ class Report:
 
     def answers(self) -> dict[str, list[str]]:
         """By arm: all metrics in one sentence, then a verdict on each."""
-        found = {arm.name: self.answered(arm.name) for arm in self.scores.arms[1:]}
-        first = self.scores.first
-        return {a: [f"{a} against {first}: {headline(some)}.", *map(verdict, some)] for a, some in found.items()}
+        found = {d.arm: self.answered(d.arm) for d in self.primary}
+        return {
+            a: [f"{a} against {some[0].first}: {headline(some)}.", *map(verdict, some)] for a, some in found.items()
+        }
 
 
 def as_markdown(report: Report) -> str:
@@ -70,22 +61,34 @@ def as_text(report: Report) -> str:
     answer = []
     for sentence, *verdicts in report.answers().values():
         answer += [f"- **{sentence}**", *(f"  - {one}" for one in verdicts)]
-    repeats = ", ".join(f"{arm.name}: {len(arm.repeats)}" for arm in scores.arms)
+    answer += [f"- {caution}" for caution in cautions(scores)]
     folds = list(scores.per_case["fold"].unique())
-    head = f"{len(scores.cases)} cases, fold {', '.join(folds)}; repeated trainings: {repeats}; {report.date}"
-    if folds == ["test"]:
-        head = f"{len(scores.cases)} test cases; repeats: {repeats}; {report.date}"
+    what = ("test cases", "repeats") if folds == ["test"] else (f"cases, fold {', '.join(folds)}", "repeated trainings")
+    repeats = ", ".join(f"{arm.name}: {len(arm.repeats)}" for arm in scores.arms)
     first = next(iter(scores.metrics.values()))
+    summary, counts = summarise(scores.averaged), count_states(scores.table)
+    table = [["structure", "method", *(m.title for m in scores.metrics.values()), MISSED, INVENTED]]
+    for structure, arm in itertools.product(scores.columns, scores.arms):
+        shown = [summary[arm.name, key, structure] for key in scores.metrics]
+        cells = [f"{number(s['mean'])} ± {number(s['sd'])}" for s in shown]
+        cells += [f"{counts.get((arm.name, structure, s), 0) / len(arm.repeats):g}" for s in (MISSED, INVENTED)]
+        table.append([structure, arm.name, *cells])
+    over = f"95 % over {report.differences[0].unit}"
+    changes = [["metric", "method", "structure", "difference", over, "cases", "better : worse", "reading"]]
+    for d in report.differences:
+        wins = f"{d.wins} : {d.losses}" + (f" ({d.ties} equal)" if d.ties else "")
+        cells = [signed(d.mean), str(d.interval), str(d.n), wins, d.direction]
+        changes.append([d.metric.title, d.arm, d.structure, *cells])
     parts = [
         f"# {report.title}",
-        head,
+        f"{len(scores.cases)} {what[0]}; {what[1]}: {repeats}; {report.date}",
         f"## Answer ({scores.columns[-1]}; {first.name} decides, the rest is detail)",
-        "\n".join([*answer, *(f"- {caution}" for caution in cautions(scores))]),
+        "\n".join(answer),
         "\n".join(f"- Note: {note.removesuffix('.')}." for note in [*report.notes, *relaxations(scores)]),
         "## Scores (mean ± SD over cases, each averaged over repeats)",
-        _scores_table(scores),
+        grid(table, left=2),
         "## Paired differences",
-        _difference_table(report),
+        grid(changes, left=3),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -111,33 +114,21 @@ def cautions(scores: Scores) -> list[str]:
     return lines
 
 
-def _scores_table(scores: Scores) -> str:
-    rows = [["structure", "method", *(m.title for m in scores.metrics.values()), "missed", "invented"]]
-    summary, counts = summarise(scores.averaged), count_states(scores.table)
-    for structure in scores.columns:
-        for arm in scores.arms:
-            shown = [summary[arm.name, key, structure] for key in scores.metrics]
-            cells = [f"{number(s['mean'])} ± {number(s['sd'])}" for s in shown]
-            cells += [f"{counts.get((arm.name, structure, s), 0) / len(arm.repeats):g}" for s in (MISSED, INVENTED)]
-            rows.append([structure, arm.name, *cells])
-    return grid(rows, left=2)
-
-
-def _difference_table(report: Report) -> str:
-    over = f"95 % over {report.differences[0].unit}"
-    rows = [["metric", "method", "structure", "difference", over, "cases", "better : worse", "reading"]]
-    for d in report.differences:
-        span = f"{signed(d.interval.low)} .. {signed(d.interval.high)}"
-        counts = f"{d.wins} : {d.losses}" + (f" ({d.ties} equal)" if d.ties else "")
-        rows.append([d.metric.title, d.arm, d.structure, signed(d.mean), span, str(d.n), counts, d.direction])
-    return grid(rows, left=3)
-
-
 def _details(report: Report) -> list[str]:
-    scores = report.scores
-    parts = ["## Repeated trainings and folds", _repeats_table(report), _repeats_remark(report)]
-    facts = differing_facts(scores.arms)
-    parts.append("## How the trainings differ")
+    scores, facts = report.scores, differing_facts(report.scores.arms)
+    repeats = [["method", "differences by repeat", "95 % over repeats", "differences by fold"]]
+    for d in report.primary:
+        texts = [", ".join(f"{k}: {signed(v)}" for k, v in some.items()) for some in (d.by_repeat, d.by_fold)]
+        repeats.append([d.arm, texts[0], str(d.repeat_interval), texts[1]])
+    remark = "The interval over repeats is Student's t on these figures; with two repeats it is very wide."
+    if all(len(d.by_repeat) < 2 for d in report.primary):
+        remark = "One training each: how much a repeated training would change the result was not measured."
+    elif all(d.paired_repeats for d in report.primary):
+        remark = f"Repeats of the same name are paired. {remark}"
+    else:
+        how = "Repeats have no common names: each one minus the first method's average, interval by Welch's t."
+        remark = f"{how} {remark}"
+    parts = ["## Repeated trainings and folds", grid(repeats), remark, "## How the trainings differ"]
     rows = [["setting", *(arm.name for arm in scores.arms)], *([key, *values] for key, values in facts.items())]
     hours = [training_hours(arm) for arm in scores.arms]
     if any(map(math.isfinite, hours)):
@@ -151,32 +142,12 @@ def _details(report: Report) -> list[str]:
         parts += ["## Cases that differ most", "\n".join(lines)]
     if report.pictures:
         parts += ["## Pictures", "\n\n".join(f"![{text}]({name})\n\n{text}" for name, text in report.pictures.items())]
-    parts += ["## How to read this", "\n".join(f"- {line}" for line in reading(report))]
     folders = [f"- {arm.name}, {r.label}: {', '.join(str(run.predictions) for run in r.folds.values())}"
                for arm in scores.arms for r in arm.repeats]  # fmt: skip
-    parts += ["## Made of", "\n".join(folders), f"nnunetv2-ext {__version__}, {report.date}:\n\n    {report.command}"]
-    return parts
-
-
-def _repeats_table(report: Report) -> str:
-    rows = [["method", "differences by repeat", "95 % over repeats", "differences by fold"]]
-    for d in report.primary:
-        low, high = d.repeat_interval.low, d.repeat_interval.high
-        span = f"{signed(low)} .. {signed(high)}" if math.isfinite(low) else "-"
-        by_repeat, by_fold = (
-            ", ".join(f"{k}: {signed(v)}" for k, v in some.items()) for some in (d.by_repeat, d.by_fold)
-        )
-        rows.append([d.arm, by_repeat, span, by_fold])
-    return grid(rows)
-
-
-def _repeats_remark(report: Report) -> str:
-    if all(len(d.by_repeat) < 2 for d in report.primary):
-        return "One training each: how much a repeated training would change the result was not measured."
-    how = "Repeats of the same name are paired."
-    if not all(d.paired_repeats for d in report.primary):
-        how = "Repeats have no common names: each one minus the first method's average, interval by Welch's t."
-    return f"{how} The interval over repeats is Student's t on these figures; with two repeats it is very wide."
+    return [
+        *parts, "## How to read this", "\n".join(f"- {line}" for line in reading(report)),
+        "## Made of", "\n".join(folders), f"nnunetv2-ext {__version__}, {report.date}:\n\n    {report.command}",
+    ]  # fmt: skip
 
 
 def reading(report: Report) -> list[str]:

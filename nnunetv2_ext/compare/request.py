@@ -8,17 +8,12 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_ext.compare.arms import (
-    Arm,
-    make_arm,
-    predictions_arm,
-    require_comparable,
-    require_same_training_cases,
-)
+from nnunetv2_ext.compare.arms import Arm, make_arm, predictions_arm, require_comparable, require_same_training_cases
 from nnunetv2_ext.compare.files import write
 from nnunetv2_ext.compare.report import Report
 from nnunetv2_ext.compare.scores import collect
@@ -26,97 +21,83 @@ from nnunetv2_ext.compare.statistics import all_differences
 from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.data import find
 from nnunetv2_ext.data.subjects import pairs_suggested, recorded_subjects, subjects_of_dataset
-from nnunetv2_ext.evaluate.datasets import read_object
 from nnunetv2_ext.evaluate.folder import Source, make_source
 from nnunetv2_ext.evaluate.metrics import METRICS, WORST
 from nnunetv2_ext.evaluate.pairs import listed, require_output, require_roles
-from nnunetv2_ext.evaluate.structures import from_dataset_json
+from nnunetv2_ext.evaluate.structures import read_labels
 
 
 @dataclass
 class Request:
     """The options of ``nnUNetv2_ext compare``; one of ``trainers``, ``runs`` and ``predictions`` says what to compare.
 
-    Attributes:
-        dataset: id or name.
-        configuration, plans: of nnU-Net.
-        trainers: names; the first is the reference.
-        folds: None: all that the first has, without ``all`` where it has numbered ones.
-        results: results folders, one per repeat; empty: nnUNet_results.
-        runs: (name, folder, ...), each folder a repeat: a results folder, a model folder or a fold.
-        predictions: (name, folder, ...), each folder a repeat's test predictions; needs ``truth``.
-        truth: true segmentations; None: the dataset's own.
-        images: for pictures; None: imagesTr.
-        group_regex, groups: subjects of cases, see ``data.subjects``; None: as dataset.json records them.
-        allow_different_training_cases: a note instead of an error.
-        metrics, tolerance, empty, ignore_origin: see ``evaluate.folder.make_source``.
-        processes: at a time.
-        worst: cases drawn of either kind.
-        output: folder; None: ``comparison_DATASET_CONFIGURATION``.
+    An entry of ``runs`` or ``predictions`` is a name and its folders, each of them a repeat.
     """
 
-    dataset: str
+    dataset: str  # id or name
     configuration: str = "3d_fullres"
     plans: str = "nnUNetPlans"
-    trainers: Sequence[str] = ()
-    folds: Sequence[str] | None = None
-    results: Sequence[Path] = ()
-    runs: Sequence[Sequence[str]] = ()
-    predictions: Sequence[Sequence[str]] = ()
-    truth: Path | None = None
-    images: Path | None = None
-    group_regex: str | None = None
+    trainers: Sequence[str] = ()  # the first is the reference
+    folds: Sequence[str] | None = None  # None: all that the first has, without "all" where it has numbered ones
+    results: Sequence[Path] = ()  # results folders, one per repeat; empty: nnUNet_results
+    runs: Sequence[Sequence[str]] = ()  # of results folders, model folders or folds
+    predictions: Sequence[Sequence[str]] = ()  # of test predictions; needs truth
+    truth: Path | None = None  # None: the dataset's own
+    images: Path | None = None  # for pictures; None: imagesTr
+    group_regex: str | None = None  # subjects of cases, see data.subjects; None: as dataset.json records them
     groups: Path | None = None
-    allow_different_training_cases: bool = False
-    metrics: Sequence[str] = tuple(METRICS)
+    allow_different_training_cases: bool = False  # a note instead of an error
+    metrics: Sequence[str] = tuple(METRICS)  # this and the next three: see evaluate.folder.make_source
     tolerance: Sequence[str] = ("1",)
     empty: str = WORST
     ignore_origin: bool = False
     processes: int = 1
-    worst: int = 3
-    output: Path | None = None
+    worst: int = 3  # cases drawn of either kind
+    output: Path | None = None  # None: comparison_DATASET_CONFIGURATION
 
-
-@dataclass
-class Inputs:
-    """What a request names, found: dataset's name, its dataset.json, arms, what to score, and notes for the reader."""
-
-    dataset: str
-    dataset_json: Mapping[str, Any]
-    arms: list[Arm]
-    source: Source
-    notes: list[str]
+    def __post_init__(self) -> None:
+        if self.processes < 1 or self.worst < 0:
+            given = f"{self.processes} and {self.worst}"
+            raise ValueError(f"-np must be 1 or more and --worst 0 or more, but they are {given}")
+        if bool(self.trainers) + bool(self.runs) + bool(self.predictions) != 1:
+            raise ValueError(
+                "say what to compare in one way: -tr TRAINER TRAINER, or --run NAME DIR, or --predictions NAME DIR"
+            )
+        for named in (*self.runs, *self.predictions):
+            if len(named) < 2:
+                raise ValueError(f"{named[0]!r} is a name without a folder: give NAME DIR [DIR ...]")
+        if self.results and not self.trainers:
+            raise ValueError("--results goes with -tr; name these folders after --run NAME instead")
+        if self.predictions and self.truth is None:
+            raise ValueError("--predictions needs --truth, the folder with the true segmentations of these cases")
+        if self.predictions and self.folds:
+            raise ValueError("-f goes with trainings; --predictions have no folds")
 
 
 def compare(request: Request) -> tuple[Report, Path]:
-    """Check, score and write everything.
+    """Check, score and write everything: the report, with the long table of all measurements, and the output folder.
 
-    Returns:
-        The report, whose ``scores.table`` is the long table of all measurements, and the output folder.
-
-    Raises:
-        ValueError: contradicting options, missing or unfinished results, results without common cases; one line.
+    ValueError: missing or unfinished results, results without common cases, different label sets; one line.
     """
-    if request.processes < 1 or request.worst < 0:
-        given = f"{request.processes} and {request.worst}"
-        raise ValueError(f"-np must be 1 or more and --worst 0 or more, but they are {given}")
-    inputs = gather(request)
-    arms, notes = inputs.arms, inputs.notes
-    notes += require_comparable(arms, None if request.predictions else _split(inputs.dataset))
+    found = _of_predictions(request) if request.predictions else _of_trainings(request)
+    dataset, dataset_json, arms, source, notes = found
+    split = None if request.predictions else _stock(find.PREPROCESSED, dataset, "splits_final.json")
+    folds = read_json(split) if split else []
+    notes += require_comparable(arms, {str(i): fold["val"] for i, fold in enumerate(folds)})
     notes += require_same_training_cases(arms, request.allow_different_training_cases)
     cases = [case for run in arms[0].repeats[0].folds.values() for case in run.cases]
-    subjects, remarks = subjects_of(request, inputs.dataset_json, cases)
-    truth, own = truth_folder(request, inputs.dataset)
-    images = images_folder(request, inputs, cases)
+    subjects, remarks = subjects_of(request, dataset_json, cases)
+    truth = truth_folder(request, dataset)
+    images = images_folder(request, dataset, source.ending, cases)
     folders = [run.predictions for arm in arms for run in arm.runs()]
     for folder in folders:
         require_roles(folder, truth)
-    folder = request.output or Path(f"comparison_{inputs.dataset}_{request.configuration}")
+    folder = request.output or Path(f"comparison_{dataset}_{request.configuration}")
     output = require_output(folder, [*folders, truth, *([images] if images else [])])
-    scores = collect(arms, truth, inputs.source, request.processes, own, subjects)
+    scores = collect(arms, truth, source, request.processes, request.truth is None, subjects)
     what = "test set" if request.predictions else f"{request.configuration}, plans {request.plans}"
     report = Report(
-        title=f"{inputs.dataset}, {what}: {', '.join(a.name for a in arms[1:])} against {arms[0].name}",
+        title=f"{dataset}, {what}: {', '.join(a.name for a in arms[1:])} against {arms[0].name}",
         scores=scores,
         differences=all_differences(scores),
         notes=[*scores.notes, *notes, *remarks],
@@ -127,96 +108,56 @@ def compare(request: Request) -> tuple[Report, Path]:
     return report, output
 
 
-def gather(request: Request) -> Inputs:
-    """Find what a request names.
-
-    Raises:
-        ValueError: contradicting options, missing or unfinished results, different label sets.
-    """
-    if bool(request.trainers) + bool(request.runs) + bool(request.predictions) != 1:
-        raise ValueError(
-            "say what to compare in one way: -tr TRAINER TRAINER, or --run NAME DIR, or --predictions NAME DIR"
-        )
-    for given in (*request.runs, *request.predictions):
-        if len(given) < 2:
-            raise ValueError(f"{given[0]!r} is a name without a folder: give NAME DIR [DIR ...]")
-    if request.results and not request.trainers:
-        raise ValueError("--results goes with -tr; name these folders after --run NAME instead")
-    return _of_predictions(request) if request.predictions else _of_trainings(request)
+# dataset's name, its dataset.json, arms, what to score, and notes for the reader
+Found = tuple[str, dict[str, Any], list[Arm], Source, list[str]]
 
 
-def _of_predictions(request: Request) -> Inputs:
-    if request.truth is None:
-        raise ValueError("--predictions needs --truth, the folder with the true segmentations of these cases")
-    if request.folds:
-        raise ValueError("-f goes with trainings; --predictions have no folds")
+def _of_predictions(request: Request) -> Found:
     given = [(name, [Path(f) for f in folders]) for name, *folders in request.predictions]
     # nnUNetv2_predict leaves the dataset.json of the training beside its predictions
-    content, notes = _labels(request, [f / "dataset.json" for _, folders in given for f in folders])
-    source = _source(request, content)
+    content, source, notes = _source(request, [f for _, folders in given for f in folders])
     arms = [predictions_arm(name, folders, source.ending) for name, folders in given]
-    return Inputs(_known_dataset(request) or f"dataset {request.dataset}", content, arms, source, notes)
+    dataset = f"dataset {request.dataset}" if request.dataset.isdigit() else request.dataset
+    with suppress(ValueError):
+        dataset = find.find_dataset(request.dataset, find.PREPROCESSED, find.RAW).name
+    return dataset, content, arms, source, notes
 
 
-def _of_trainings(request: Request) -> Inputs:
-    models = _models_of_runs(request) if request.runs else _models_of_trainers(request)
-    first = models[0][1][0][0]
-    datasets = sorted({m.dataset for _, parts in models for m, _ in parts})
-    if len(datasets) > 1:
+def _of_trainings(request: Request) -> Found:
+    where = (request.dataset, request.plans, request.configuration)
+    if request.runs:
+        models = [(name, [find.find_in(Path(f), *where) for f in folders]) for name, *folders in request.runs]
+    else:
+        roots = request.results or [find.nnunet_folder(find.RESULTS)]
+        if missing := [str(root) for root in roots if not root.is_dir()]:
+            raise ValueError(f"the results folder {missing[0]} does not exist")
+        dataset, *rest = where
+        models = [(tr, [(find.find_trainer(root, dataset, tr, *rest), None) for root in roots])
+                  for tr in request.trainers]  # fmt: skip
+    given = [part for _, parts in models for part in parts]
+    first = given[0][0]
+    if len(datasets := sorted({m.dataset for m, _ in given})) > 1:
         raise ValueError(f"the results are of different datasets: {', '.join(datasets)}; compare those of one")
     asked = request.dataset
     if not (asked == first.dataset or (asked.isdigit() and first.dataset.startswith(f"Dataset{int(asked):03d}_"))):
         raise ValueError(f"-d {asked}: the results are of {first.dataset}; give its id or name")
-    content, notes = _labels(request, [m.folder / "dataset.json" for _, parts in models for m, _ in parts])
-    source = _source(request, content)
+    content, source, notes = _source(request, [m.folder for m, _ in given])
     folds = request.folds or [f for f in first.folds() if f != "all"] or first.folds()
     if not folds:
         raise ValueError(f"{first.folder} has no fold; train one")
     if not request.folds and not request.runs and len(folds) < len(first.folds()):
         notes.append("fold all was left out beside the numbered folds: it validates on the cases it was trained on")
-    unused = sorted({fold for _, parts in models for _, fold in parts if fold and request.folds} - set(folds))
-    if unused:
+    if unused := sorted({fold for _, fold in given if fold and request.folds} - set(folds)):
         raise ValueError(f"--run names fold {', '.join(unused)}, which -f {' '.join(folds)} leaves out")
     arms = [make_arm(name, [(m, [fold] if fold else folds) for m, fold in parts], source.ending)
             for name, parts in models]  # fmt: skip
-    return Inputs(first.dataset, content, arms, source, notes)
+    return first.dataset, content, arms, source, notes
 
 
-Models = list[tuple[str, list[tuple[find.Model, str | None]]]]
-
-
-def _models_of_runs(request: Request) -> Models:
-    dataset = _known_dataset(request)
-    return [
-        (name, [find.find_in(Path(folder), dataset, request.plans, request.configuration) for folder in folders])
-        for name, *folders in request.runs
-    ]
-
-
-def _models_of_trainers(request: Request) -> Models:
-    stock = os.environ.get("nnUNet_results")
-    roots = request.results or ([Path(stock)] if stock else [])
-    if not roots:
-        raise ValueError("nnUNet_results is not set; export it as for nnUNetv2_train, or give --results DIR")
-    for root in roots:
-        if not root.is_dir():
-            raise ValueError(f"the results folder {root} does not exist")
-    dataset = find.dataset_name(request.dataset, roots)
-    where = (request.plans, request.configuration)
-    return [(tr, [(find.find_trainer(root, dataset, tr, *where), None) for root in roots]) for tr in request.trainers]
-
-
-def _known_dataset(request: Request) -> str | None:
-    """The dataset's folder name if one of nnU-Net's folders knows it; results can be compared without them."""
-    try:
-        return find.dataset_name(request.dataset, [])
-    except ValueError:
-        return None if request.dataset.isdigit() else request.dataset
-
-
-def _labels(request: Request, candidates: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
-    """The dataset.json of the trainings, which must have the same labels, and a note if -d names nothing known."""
-    files, notes = [file for file in dict.fromkeys(candidates) if file.is_file()], []
+def _source(request: Request, folders: Sequence[Path]) -> tuple[dict[str, Any], Source, list[str]]:
+    """The dataset.json of the trainings, which must have the same labels; what to score; notes."""
+    files = [file for folder in dict.fromkeys(folders) if (file := folder / "dataset.json").is_file()]
+    notes = []
     try:
         own = find.find_dataset_json(request.dataset)
         files += [own] if request.predictions or not files else []
@@ -225,29 +166,20 @@ def _labels(request: Request, candidates: Sequence[Path]) -> tuple[dict[str, Any
             raise
         if request.predictions:
             notes.append(f"-d {request.dataset} was not found in nnU-Net's folders; the labels are those of {files[0]}")
-    first = read_object(files[0])
+    first, labels = read_labels(files[0])
     for file in files[1:]:
-        if (others := read_object(file).get("labels")) != first.get("labels"):
+        if (other := read_labels(file)[0])["labels"] != first["labels"]:
             raise ValueError(
-                f"the label sets differ: {files[0]} has {json.dumps(first.get('labels'))}, {file} has "
-                f"{json.dumps(others)}; compare trainings of the same labels"
+                f"the label sets differ: {files[0]} has {json.dumps(first['labels'])}, {file} has "
+                f"{json.dumps(other['labels'])}; compare trainings of the same labels"
             )
-    return first, notes
+    return first, make_source(request, labels, first, ".nii.gz"), notes
 
 
-def _source(request: Request, content: Mapping[str, Any]) -> Source:
-    options: dict[str, Any] = {k: getattr(request, k) for k in ("metrics", "tolerance", "empty", "ignore_origin")}
-    ending, reader = content.get("file_ending", ".nii.gz"), content.get("overwrite_image_reader_writer")
-    return make_source(from_dataset_json(content), ending, reader, **options)
-
-
-def _split(dataset: str) -> dict[str, list[str]] | None:
-    """Validation cases by fold from splits_final.json, None if it is not at hand."""
-    base = os.environ.get("nnUNet_preprocessed")
-    file = Path(base) / dataset / "splits_final.json" if base else None
-    if file is None or not file.is_file():
-        return None
-    return {str(i): list(fold["val"]) for i, fold in enumerate(read_json(file))}
+def _stock(variable: str, *parts: str) -> Path | None:
+    """A file or folder below one of nnU-Net's, None if it is not at hand."""
+    path = Path(os.environ.get(variable) or ".", *parts)
+    return path if os.environ.get(variable) and path.exists() else None
 
 
 def subjects_of(
@@ -257,18 +189,15 @@ def subjects_of(
 
     The dataset's own dataset.json in nnU-Net's folders is asked where that of the trainings records nothing.
     """
-    subjects = subjects_of_dataset(dataset_json, cases, request.group_regex, request.groups)
     if request.group_regex is not None or request.groups is not None:
-        return subjects, []
-    if subjects is None:
-        try:
-            dataset_json = read_object(find.find_dataset_json(request.dataset))
-        except ValueError:
-            dataset_json = {}
-    if set(recorded_subjects(dataset_json) or ()) & set(cases):
-        return subjects_of_dataset(dataset_json, cases), []
-    pairs = pairs_suggested(cases)
-    if pairs is None:
+        return subjects_of_dataset(dataset_json, cases, request.group_regex, request.groups), []
+    contents = [dataset_json]
+    with suppress(ValueError):
+        contents.append(read_labels(find.find_dataset_json(request.dataset))[0])
+    for content in contents:
+        if set(recorded_subjects(content) or ()) & set(cases):
+            return subjects_of_dataset(content, cases), []
+    if (pairs := pairs_suggested(cases)) is None:
         return None, []
     return None, [
         f"subjects are not known, so cases were resampled one by one; {pairs} (--group-regex; or --groups FILE). "
@@ -276,29 +205,25 @@ def subjects_of(
     ]
 
 
-def truth_folder(request: Request, dataset: str) -> tuple[Path, bool]:
-    """The truth, and whether it is the one that nnU-Net validated with."""
+def truth_folder(request: Request, dataset: str) -> Path:
+    """The truth: the one given, or the one that nnU-Net validated with."""
     if request.truth is not None:
         if not request.truth.is_dir():
             raise ValueError(f"--truth {request.truth} does not exist")
-        return request.truth, False
-    base = os.environ.get("nnUNet_preprocessed")
-    folder = Path(base or ".") / dataset / "gt_segmentations"
-    if not base or not folder.is_dir():
-        where = f"in {folder}" if base else "because nnUNet_preprocessed is not set"
+        return request.truth
+    base = os.environ.get(find.PREPROCESSED)
+    if (folder := _stock(find.PREPROCESSED, dataset, "gt_segmentations")) is None:
+        where = f"in {Path(base, dataset)}" if base else "because nnUNet_preprocessed is not set"
         raise ValueError(f"the true segmentations were not found {where}; give their folder with --truth")
-    return folder, True
+    return folder
 
 
-def images_folder(request: Request, inputs: Inputs, cases: Sequence[str]) -> Path | None:
+def images_folder(request: Request, dataset: str, ending: str, cases: Sequence[str]) -> Path | None:
     """Where the images for the pictures are, None if nowhere."""
     if (given := request.images) is not None:
-        ending = inputs.source.ending
         if not given.is_dir():
             raise ValueError(f"--images {given} does not exist")
         if not any((given / f"{case}_0000{ending}").is_file() for case in cases):
             raise ValueError(f"--images {given} has no image of {listed(cases)} (CASE_0000{ending})")
         return given
-    base = os.environ.get("nnUNet_raw")
-    folder = Path(base) / inputs.dataset / "imagesTr" if base and not request.predictions else None
-    return folder if folder is not None and folder.is_dir() else None
+    return None if request.predictions else _stock(find.RAW, dataset, "imagesTr")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from nnunetv2_ext.compare.arms import Arm
-from nnunetv2_ext.compare.runs import FoldRun, nnunet_dice
+from nnunetv2_ext.compare.runs import FoldRun
 from nnunetv2_ext.evaluate.folder import Evaluation, Source, evaluate_folder, require_one_unit, with_mean
 from nnunetv2_ext.evaluate.metrics import ABSENT, METRICS
-from nnunetv2_ext.evaluate.pairs import listed
 
 _AGREE = 1e-6
 
@@ -25,14 +24,10 @@ class Scores(Evaluation):
     """What was measured: an evaluation whose ``table`` and ``files`` begin with the columns ``arm, repeat, fold``.
 
     Where subjects are known both have a column ``subject`` as well.
-
-    Attributes:
-        arms: the first is what the others are compared with. An arm's repeats are independent trainings.
-        notes: for the reader, on what was left out.
     """
 
-    arms: Sequence[Arm] = ()
-    notes: Sequence[str] = ()
+    arms: Sequence[Arm] = ()  # the first is what the others are compared with; repeats are independent trainings
+    notes: Sequence[str] = ()  # for the reader, on what was left out
 
     @property
     def first(self) -> str:
@@ -57,14 +52,11 @@ class Scores(Evaluation):
         keys = ["arm", "metric", "structure", "case"]
         return self.compared.groupby(keys, sort=False, as_index=False)["value"].mean()
 
-    @cached_property
-    def _parts(self) -> dict[tuple[str, str], pd.DataFrame]:
-        return dict(iter(self.compared.groupby(["metric", "structure"], sort=False)))
-
     def trainings(self, metric: str, structure: str) -> pd.DataFrame:
         """(cases, trainings) of a metric and structure; columns are (arm, repeat), in the order of the arms."""
         order = [(arm.name, repeat.label) for arm in self.arms for repeat in arm.repeats]
-        cells = self._parts[metric, structure].pivot(index="case", columns=["arm", "repeat"], values="value")
+        chosen = self.compared[(self.compared["metric"] == metric) & (self.compared["structure"] == structure)]
+        cells = chosen.pivot(index="case", columns=["arm", "repeat"], values="value")
         return cells.reindex(index=self.cases, columns=pd.MultiIndex.from_tuples(order))
 
     def case_scores(self, metric: str, structure: str) -> pd.DataFrame:
@@ -85,9 +77,7 @@ def collect(
 
     Args:
         arms: checked by ``arms.require_comparable``.
-        truth: folder of the true segmentations.
-        source: what to score and how.
-        processes: at a time.
+        truth, source, processes: as for ``evaluate_folder``.
         own_truth: the truth is nnU-Net's gt_segmentations, so that Dice must agree with validation/summary.json.
         subjects: case to subject, None if not known.
 
@@ -95,50 +85,47 @@ def collect(
         ValueError: files on other grids, strange labels, predictions that are not those of summary.json, or arms whose
             files tell different sizes of a voxel.
     """
-    tables, files = [], []
+    found: dict[tuple[str, str, str], Evaluation] = {}
     for arm in arms:
         for repeat in arm.repeats:
             for fold in arms[0].repeats[0].folds:
-                run = repeat.folds[fold]
-                title = f"{arm.name}, {repeat.label}, fold {fold}"
-                found = evaluate_folder(
-                    run.predictions, truth, source, cases=sorted(run.cases), processes=processes, title=title
-                )
+                run, where = repeat.folds[fold], (arm.name, repeat.label, fold)
+                how: dict[str, Any] = {"cases": sorted(run.cases), "processes": processes, "title": ", ".join(where)}
+                found[where] = evaluate_folder(run.predictions, truth, source, **how)
                 if own_truth:
-                    _require_same_dice(run, found)
-                for column, value in enumerate((arm.name, repeat.label, fold)):
-                    for table in (found.table, found.files):
-                        table.insert(column, ("arm", "repeat", "fold")[column], value)
-                tables.append(found.table)
-                files.append(found.files)
-    scores = Scores(source, pd.concat(tables, ignore_index=True), pd.concat(files, ignore_index=True), arms=list(arms))
-    _require_same_spacing(scores.files)
+                    _require_same_dice(run, found[where])
+    keys = ["arm", "repeat", "fold"]
+    table, files = (
+        pd.concat({where: getattr(one, name) for where, one in found.items()}, names=keys)
+        .reset_index(keys).reset_index(drop=True)
+        for name in ("table", "files")
+    )  # fmt: skip
+    _require_same_spacing(files)
     if subjects is not None:
-        for frame in (scores.table, scores.files):
+        for frame in (table, files):
             frame.insert(4, "subject", frame["case"].map(subjects))
-    return independent(scores)
+    return independent(Scores(source, table, files, arms=list(arms)))
 
 
 def independent(scores: Scores) -> Scores:
     """The scores without repeats that are another one's copy: equal in every case of a fold is not a new training."""
     measured = ["value", "truth_ml", "prediction_ml"]
+    folds = scores.table.groupby(["arm", "repeat", "fold"], sort=False)[measured]
+    prints = {where: part.to_numpy(float).tobytes() for where, part in folds}
     arms, notes = [], []
     for arm in scores.arms:
         seen: dict[tuple[str, bytes], str] = {}
         kept = []
         for repeat in arm.repeats:
-            rows = scores.table[(scores.table["arm"] == arm.name) & (scores.table["repeat"] == repeat.label)]
-            prints = {(f, part[measured].to_numpy(float).tobytes()) for f, part in rows.groupby("fold")}
-            copies = sorted(key for key in prints if key in seen)
-            if copies:
-                fold = copies[0][0]
+            own = sorted((where[2], text) for where, text in prints.items() if where[:2] == (arm.name, repeat.label))
+            if copied := next((key for key in own if key in seen), None):
                 notes.append(
-                    f"{arm.name}: {repeat.label} has the scores of {seen[copies[0]]} in every case of fold {fold}; "
+                    f"{arm.name}: {repeat.label} has the scores of {seen[copied]} in every case of fold {copied[0]}; "
                     "that is one training given twice, and it counts once"
                 )
             else:
                 kept.append(repeat)
-                seen |= dict.fromkeys(prints, repeat.label)
+                seen |= dict.fromkeys(own, repeat.label)
         arms.append(replace(arm, repeats=kept))
     alive = pd.DataFrame([(arm.name, r.label) for arm in arms for r in arm.repeats], columns=["arm", "repeat"])
     table, files = (frame.merge(alive, on=["arm", "repeat"]) for frame in (scores.table, scores.files))
@@ -163,23 +150,21 @@ COMMON_RULE = (
 def _require_same_spacing(files: pd.DataFrame) -> None:
     """Where the truth does not tell the size of a voxel, each arm's predictions do; they must agree."""
     require_one_unit(files)
-    sizes = files.groupby("case", sort=False)["spacing"].agg(lambda some: np.ptp(np.array(list(some)), axis=0).max())
-    different = list(sizes.index[sizes > 1e-3])
-    if different:
-        where = files.loc[files["case"] == different[0], ["prediction", "spacing"]].drop_duplicates("spacing")
-        told = "; ".join(f"{row.prediction}: {row.spacing}" for row in where.itertuples())
-        raise ValueError(f"{listed(different)}: the predictions tell different sizes of a voxel in mm ({told})")
+    for case, rows in files.groupby("case", sort=False):
+        if np.ptp(np.array(list(rows["spacing"])), axis=0).max() > 1e-3:
+            different = rows.drop_duplicates("spacing")
+            told = "; ".join(f"{file}: {size}" for file, size in zip(different["prediction"], different["spacing"]))
+            raise ValueError(f"case {case}: the predictions tell different sizes of a voxel in mm ({told})")
 
 
 def _require_same_dice(run: FoldRun, evaluation: Evaluation) -> None:
     """Predictions or truth changed after nnU-Net's validation would otherwise be compared with those of other days."""
-    theirs = nnunet_dice(run, evaluation.source.ending)
     keys = {structure.name: structure.key for structure in evaluation.source.labels.structures}
     for row in evaluation.table[evaluation.table["metric"] == "dice"].itertuples():
-        there, here = theirs.get(row.case, {}).get(keys[row.structure]), row.value
-        if there is None or (math.isnan(there) and math.isnan(here)) or abs(there - here) <= _AGREE:
-            continue
-        raise ValueError(
-            f"{run.predictions}: Dice of {row.case}, {row.structure}, is {here:.4f} by its files but {there:.4f} in "
-            "summary.json: predictions or truth have changed since the validation; run it again with --val"
-        )
+        there = run.dice.get(row.case, {}).get(keys[row.structure], row.value)
+        if not np.isclose(there, row.value, rtol=0, atol=_AGREE, equal_nan=True):
+            raise ValueError(
+                f"{run.predictions}: Dice of {row.case}, {row.structure}, is {row.value:.4f} by its files but "
+                f"{there:.4f} in summary.json: predictions or truth have changed since the validation; run it again "
+                "with --val"
+            )

@@ -7,10 +7,12 @@ cases. How much a repeated training changes the answer is another question, with
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,8 +29,7 @@ _TIE = 1e-9
 BETTER, WORSE, UNCLEAR, EQUAL = "better", "worse", "unclear", "equal"
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A 95 % interval; NaN where there is none."""
 
     low: float
@@ -39,62 +40,42 @@ class Interval:
         """Whether zero lies outside; False without an interval."""
         return self.low > 0 or self.high < 0
 
+    def __str__(self) -> str:
+        return f"[{signed(self.low)}, {signed(self.high)}]" if math.isfinite(self.low) else "-"
+
 
 NO_INTERVAL = Interval(math.nan, math.nan)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One arm minus the first, for one metric and structure.
-
-    Attributes:
-        arm, first: names of the two.
-        key: of ``METRICS``.
-        metric: with the unit that the values have.
-        structure: its name, or ``MEAN`` over structures.
-        per_case: by case, NaN where it does not count.
-        mean: over cases.
-        interval: bootstrap over ``units``.
-        units: number of subjects among the cases that count, or of these cases where subjects are not known.
-        unit: ``subjects`` or ``cases``.
-        wins, losses, ties: cases that got better, worse, or stayed.
-        by_repeat: mean difference of each repeat: of equal labels if both arms have the same, else of the arm's repeats
-            to the first arm's average.
-        paired_repeats: whether the labels are the same.
-        agreeing: of how many pairs of trainings, and in how many of them the difference has the sign of the mean; pairs
-            of equal labels, or all pairs.
-        repeat_interval: over repeats (Student's t); none with a single repeat in either arm or without any spread.
-        by_fold: mean difference in each fold.
-    """
+    """One arm minus the first, for one metric and structure."""
 
     arm: str
     first: str
-    key: str
-    metric: Metric
-    structure: str
-    per_case: pd.Series
-    mean: float
-    interval: Interval
-    units: int
-    unit: str
-    wins: int
+    key: str  # of METRICS
+    metric: Metric  # with the unit that the values have
+    structure: str  # its name, or MEAN over structures
+    per_case: pd.Series  # by case, NaN where it does not count
+    mean: float  # over cases
+    interval: Interval  # bootstrap over subjects or cases
+    units: int  # number of subjects among the cases that count, or of these cases where subjects are not known
+    unit: str  # "subjects" or "cases"
+    wins: int  # cases that got better
     losses: int
     ties: int
+    # mean difference of each repeat: of equal labels if both arms have the same, else to the first arm's average
     by_repeat: dict[str, float]
-    paired_repeats: bool
+    paired_repeats: bool  # whether the labels are the same
+    # of how many pairs of trainings, and in how many the difference has the sign of the mean; of equal labels, or all
     agreeing: tuple[int, int]
-    repeat_interval: Interval
-    by_fold: dict[str, float]
+    repeat_interval: Interval  # Student's t; none with a single repeat in either arm or without any spread
+    by_fold: dict[str, float]  # mean difference in each fold
 
     @property
     def n(self) -> int:
         """Cases that count."""
         return self.wins + self.losses + self.ties
-
-    @property
-    def sign(self) -> int:
-        """1 if the arm is better on average, -1 if worse."""
-        return int(np.sign(self.mean)) * (1 if self.metric.higher_is_better else -1)
 
     @property
     def direction(self) -> str:
@@ -103,60 +84,37 @@ class Difference:
             return EQUAL
         if self.units < TOO_FEW_CASES or not self.interval.excludes_zero:
             return UNCLEAR
-        return BETTER if self.sign > 0 else WORSE
+        return BETTER if (self.mean > 0) == self.metric.higher_is_better else WORSE
 
 
 def paired_difference(scores: Scores, arm: str, key: str, structure: str, seed: int = 0) -> Difference:
-    """Arm ``arm`` minus the first arm.
-
-    Args:
-        scores: what was measured.
-        arm: name.
-        key: of ``METRICS``.
-        structure: name, or ``MEAN``.
-        seed: of the bootstrap, so that a report can be repeated.
-    """
+    """Arm ``arm`` minus the first arm; the same ``seed`` of the bootstrap repeats a report."""
     metric, about = scores.metrics[key], scores.per_case
     cells = scores.trainings(key, structure)
     per_case = cells[arm].mean(axis=1) - cells[scores.first].mean(axis=1)
     values = per_case.dropna()
     gain = values if metric.higher_is_better else -values
-    subjects = about.loc[values.index, "subject"] if "subject" in about else values.index.to_series()
-    by_repeat, paired, pairs = _over_repeats(*(cells.loc[values.index, name].mean() for name in (arm, scores.first)))
-    return Difference(
-        arm=arm,
-        first=scores.first,
-        key=key,
-        metric=metric,
-        structure=structure,
-        per_case=per_case,
-        mean=float(values.mean()),
-        interval=bootstrap_interval(values, subjects, seed),
-        units=subjects.nunique(),
-        unit="subjects" if "subject" in about else "cases",
-        wins=int((gain > _TIE).sum()),
-        losses=int((gain < -_TIE).sum()),
-        ties=int((gain.abs() <= _TIE).sum()),
-        by_repeat=by_repeat,
-        paired_repeats=paired,
-        agreeing=(pairs.size, int((pairs * np.sign(values.mean()) > 0).sum())),
-        repeat_interval=_repeat_interval(pairs, paired),
-        by_fold=values.groupby(about.loc[values.index, "fold"], sort=False).mean().to_dict(),
+    about = about.loc[values.index]
+    subjects = about["subject"] if "subject" in about else values.index.to_series()
+    by_repeat, paired, pairs, repeat_interval = _over_repeats(
+        *(cells.loc[values.index, name].mean() for name in (arm, scores.first))
     )
+    return Difference(
+        arm=arm, first=scores.first, key=key, metric=metric, structure=structure, per_case=per_case,
+        mean=float(values.mean()), interval=bootstrap_interval(values, subjects, seed),
+        units=subjects.nunique(), unit="subjects" if "subject" in about else "cases",
+        wins=int((gain > _TIE).sum()), losses=int((gain < -_TIE).sum()), ties=int((gain.abs() <= _TIE).sum()),
+        by_repeat=by_repeat, paired_repeats=paired, repeat_interval=repeat_interval,
+        agreeing=(pairs.size, int((pairs * np.sign(values.mean()) > 0).sum())),
+        by_fold=values.groupby(about["fold"], sort=False).mean().to_dict(),
+    )  # fmt: skip
 
 
 def bootstrap_interval(values: pd.Series, subjects: pd.Series | None = None, seed: int = 0) -> Interval:
     """95 % interval of the mean of cases, bias-corrected and accelerated (scipy.stats.bootstrap).
 
-    Subjects are drawn, each with all of its cases. Values that are all the same give that value twice.
-
-    Args:
-        values: by case, finite.
-        subjects: by case; None: each case is its own.
-        seed: of the draws.
-
-    Returns:
-        ``NO_INTERVAL`` below two subjects.
+    Subjects are drawn, each with all of its cases; without ``subjects`` each case is its own. Both are by case.
+    ``NO_INTERVAL`` below two subjects; values that are all the same give that value twice.
     """
     sums = values.groupby(np.arange(len(values)) if subjects is None else subjects.to_numpy()).agg(["sum", "count"])
     if len(sums) < 2:
@@ -164,68 +122,46 @@ def bootstrap_interval(values: pd.Series, subjects: pd.Series | None = None, see
     if np.ptp(values.to_numpy()) <= _TIE:
         return Interval(float(values.mean()), float(values.mean()))
     generator = np.random.default_rng(seed)
-
-    def draw(method: str):
-        return stats.bootstrap(
-            (sums["sum"].to_numpy(), sums["count"].to_numpy()),
-            lambda total, number, axis: total.sum(axis) / number.sum(axis),
-            paired=True, vectorized=True, n_resamples=RESAMPLES, method=method, random_state=generator,
-        ).confidence_interval  # fmt: skip
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a degenerate acceleration is answered below
-        found = draw("BCa")
-        if not (math.isfinite(found.low) and math.isfinite(found.high)):
-            found = draw("percentile")
+    for method in ("BCa", "percentile"):  # the latter where the acceleration is degenerate
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = stats.bootstrap(
+                (sums["sum"].to_numpy(), sums["count"].to_numpy()),
+                lambda total, number, axis: total.sum(axis) / number.sum(axis),
+                paired=True, vectorized=True, n_resamples=RESAMPLES, method=method, random_state=generator,
+            ).confidence_interval  # fmt: skip
+        if np.isfinite(found).all():
+            break
     return Interval(float(found.low), float(found.high))
 
 
-def _over_repeats(ours: pd.Series, theirs: pd.Series) -> tuple[dict[str, float], bool, np.ndarray]:
-    """``by_repeat``, ``paired_repeats`` and the differences of all pairs of trainings.
+def _over_repeats(ours: pd.Series, theirs: pd.Series) -> tuple[dict[str, float], bool, np.ndarray, Interval]:
+    """``by_repeat``, ``paired_repeats``, the differences of all pairs of trainings, and ``repeat_interval``.
 
-    Args:
-        ours, theirs: mean of each repeat, by label.
-
-    Returns:
-        The pairs are (repeats,) where labels are the same, else (our repeats, their repeats).
+    From the mean of each repeat, by label. Pairs are (repeats,) of the same labels, else (our repeats, their repeats).
     """
-    if set(ours.index) == set(theirs.index):
-        differences = ours - theirs.loc[ours.index]
-        return differences.to_dict(), True, differences.to_numpy()
-    return (ours - theirs.mean()).to_dict(), False, np.subtract.outer(ours.to_numpy(), theirs.to_numpy())
-
-
-def _repeat_interval(pairs: np.ndarray, paired: bool) -> Interval:
-    """Of the mean over repeated trainings, on these cases. Trainings that agree to the last digit tell nothing."""
+    paired = set(ours.index) == set(theirs.index)
+    by_repeat = ours - (theirs.loc[ours.index] if paired else theirs.mean())
+    pairs = by_repeat.to_numpy() if paired else np.subtract.outer(ours.to_numpy(), theirs.to_numpy())
+    # trainings that agree to the last digit tell nothing
     if min(pairs.shape) < 2 or not np.isfinite(pairs).all() or np.ptp(pairs) <= _TIE:
-        return NO_INTERVAL
+        return by_repeat.to_dict(), paired, pairs, NO_INTERVAL
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of precision, where repeats are nearly the same
-        if paired:
-            test = stats.ttest_1samp(pairs, 0)
-        else:  # both arms' repeats, less the other arm's first one
-            test = stats.ttest_ind(pairs[:, 0], pairs[0, 0] - pairs[0], equal_var=False)
-        interval = test.confidence_interval()
-    return Interval(float(interval.low), float(interval.high))
+        test = stats.ttest_1samp(pairs, 0) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
+        low, high = test.confidence_interval()
+    return by_repeat.to_dict(), paired, pairs, Interval(float(low), float(high))
 
 
 def all_differences(scores: Scores) -> list[Difference]:
     """Every arm against the first, every metric and structure; the mean over structures comes first."""
     *structures, last = scores.columns
-    return [
-        paired_difference(scores, arm.name, key, structure)
-        for key in scores.metrics
-        for arm in scores.arms[1:]
-        for structure in (last, *structures)
-    ]
+    asked = itertools.product(scores.metrics, [arm.name for arm in scores.arms[1:]], [last, *structures])
+    return [paired_difference(scores, arm, key, structure) for key, arm, structure in asked]
 
 
 def headline(differences: Sequence[Difference]) -> str:
-    """All metrics in one sentence: ``No difference in Dice; HD95 worse by 0.41 mm [0.16, 0.67]``.
-
-    Args:
-        differences: of one arm and structure, one per metric.
-    """
+    """All metrics of one arm and structure: ``No difference in Dice; HD95 worse by 0.41 mm [0.16, 0.67]``."""
     units = min(d.units for d in differences)
     if units < TOO_FEW_CASES:
         return f"Too few {differences[0].unit} to conclude anything ({units})"
@@ -235,7 +171,7 @@ def headline(differences: Sequence[Difference]) -> str:
         if d.metric.name in none[:1]:
             parts.append(f"no difference in {' and '.join(none)}")
         elif d.metric.name not in none:
-            low, high = sorted((abs(d.interval.low), abs(d.interval.high)))
+            low, high = sorted(map(abs, d.interval))
             unit, digits = (f" {d.metric.unit}", 2) if d.metric.unit else ("", 3)
             size = f"{abs(d.mean):.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
             parts.append(f"{d.metric.name} {d.direction} by {size}")
@@ -245,56 +181,42 @@ def headline(differences: Sequence[Difference]) -> str:
 
 def verdict(d: Difference) -> str:
     """What may be concluded of one metric, in one sentence; the parts of chance (cases, training) are told apart."""
-    unit = d.metric.unit
     if not d.n:
         return f"{d.metric.name}: no case counts, so nothing can be said."
-    what = f"{d.metric.name} ({d.structure}) {signed(d.mean)}{' ' + unit if unit else ''}"
-    counts = f"better in {d.wins}, worse in {d.losses} of {d.n} cases"
+    what = f"{d.metric.name} ({d.structure}) {signed(d.mean)} {d.metric.unit}".rstrip()
     if d.units < 2:
         return f"{what} on a single {d.unit[:-1]}, which says nothing about others."
     over = f"{d.units} subjects" if d.unit == "subjects" else "cases"
-    span = f"95 % interval {signed(d.interval.low)} to {signed(d.interval.high)} over {over}"
-    return f"{what}, {span}; {counts}. {_conclusion(d)}"
+    counts = f"better in {d.wins}, worse in {d.losses} of {d.n} cases"
+    if d.units < TOO_FEW_CASES:
+        conclusion = f"**Too few {d.unit} to conclude anything**: {d.units}; score at least {TOO_FEW_CASES}."
+    elif d.direction == EQUAL:
+        conclusion = f"**Equal {d.metric.name} in every case.**"
+    else:
+        few = f" With {d.units} {d.unit} the interval is itself rough." if d.units < FEW_CASES else ""
+        conclusion = _conclusion(d) + few
+    return f"{what}, 95 % interval {d.interval} over {over}; {counts}. {conclusion}"
 
 
 def _conclusion(d: Difference) -> str:
-    if d.units < TOO_FEW_CASES:
-        return f"**Too few {d.unit} to conclude anything**: {d.units}; score at least {TOO_FEW_CASES}."
-    few = f" With {d.units} {d.unit} the interval is itself rough." if d.units < FEW_CASES else ""
-    if d.direction == EQUAL:
-        return f"**Equal {d.metric.name} in every case.**"
+    (pairs, agree), word = d.agreeing, d.direction.capitalize()
+    span = "" if d.repeat_interval is NO_INTERVAL else f" (interval over repeats: {d.repeat_interval})"
     if d.direction == UNCLEAR:
-        return (
-            f"**No difference in {d.metric.name} beyond chance**: the interval holds zero; it also says how large an "
-            f"effect, in either direction, these cases cannot exclude.{few}"
-        )
-    pairs, agree = d.agreeing
-    word = d.direction.capitalize()
-    if pairs < 2:
-        return (
-            f"**{word} on these cases, for these two trainings**: a repeated training of either could change it, which "
-            f"one repeat cannot show. Add seeds before relying on it.{few}"
-        )
-    if agree < pairs:
-        return (
-            f"**{word} on average, but not in every pair of trainings** ({agree} of {pairs} agree): luck of the "
-            f"training may be as large as the effect{_repeat_span(d)}.{few}"
-        )
-    if d.repeat_interval.excludes_zero:
-        low, high = signed(d.repeat_interval.low), signed(d.repeat_interval.high)
-        return (
-            f"**{word}, beyond chance in cases and in training**: all {pairs} pairs of trainings agree and the "
-            f"interval over repeats ({low} to {high}) excludes zero.{few}"
-        )
-    return (
-        f"**{word} on these cases, in all {pairs} pairs of trainings**, but the repeats are too few or too different "
-        f"to exclude luck of the training{_repeat_span(d)}. Add seeds.{few}"
-    )
-
-
-def _repeat_span(d: Difference) -> str:
-    low, high = d.repeat_interval.low, d.repeat_interval.high
-    return f" (interval over repeats: {signed(low)} to {signed(high)})" if math.isfinite(low) else ""
+        claim = f"No difference in {d.metric.name} beyond chance"
+        rest = ": the interval holds zero; it also says how large an effect these cases cannot exclude."
+    elif pairs < 2:
+        claim = f"{word} on these cases, for these two trainings"
+        rest = ": a repeated training of either could change it. Add seeds before relying on it."
+    elif agree < pairs:
+        claim = f"{word} on average, but not in every pair of trainings"
+        rest = f" ({agree} of {pairs} agree): luck of the training may be as large as the effect{span}."
+    elif d.repeat_interval.excludes_zero:
+        claim = f"{word}, beyond chance in cases and in training"
+        rest = f": all {pairs} pairs of trainings agree, and the interval over repeats excludes zero{span}."
+    else:
+        claim = f"{word} on these cases, in all {pairs} pairs of trainings"
+        rest = f", but the repeats are too few or too different to exclude luck of the training{span}. Add seeds."
+    return f"**{claim}**{rest}"
 
 
 def signed(value: float) -> str:

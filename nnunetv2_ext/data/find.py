@@ -41,17 +41,23 @@ def find_dataset(dataset: int | str, *variables: str, holding: str = "", instead
         ValueError: no variable is set, or no or several datasets have this id; says which there are.
     """
     there = [nnunet_folder(v) for v in variables] if len(variables) == 1 else _set_folders(variables)
-    for root in there:
+    instead = instead or _NEXT[variables[0]].format(dataset)
+    if not there:
+        raise ValueError(f"there is no dataset {dataset} in {' and '.join(variables)}, which are not set; {instead}")
+    return find_below(there, dataset, instead, holding)
+
+
+def find_below(roots: Sequence[Path], dataset: int | str, instead: str, holding: str = "") -> Path:
+    """`find_dataset` in folders of one's own, at least one."""
+    for root in roots:
         matching = [p for p in _matching(root, dataset) if not holding or (p / holding).is_file()]
         if len(matching) > 1:
             names = ", ".join(p.name for p in matching)
             raise ValueError(f"dataset {dataset} is ambiguous in {root}: {names}; give the full name")
         if matching:
             return matching[0]
-    places = " and ".join(f"{root} ({_datasets_in(root)})" for root in there)
-    if not there:
-        places = f"{' and '.join(variables)}, which are not set"
-    raise ValueError(f"there is no dataset {dataset} in {places}; {instead or _NEXT[variables[0]].format(dataset)}")
+    places = " and ".join(f"{root} ({_datasets_in(root)})" for root in roots)
+    raise ValueError(f"there is no dataset {dataset} in {places}; {instead}")
 
 
 def find_dataset_json(dataset: int | str) -> Path:
@@ -63,21 +69,6 @@ def find_dataset_json(dataset: int | str) -> Path:
 def datasets_of_id(number: int) -> list[str]:
     """Names of all datasets with this id among raw data, preprocessed data and results, sorted."""
     return sorted({p.name for root in _set_folders((RAW, PREPROCESSED, RESULTS)) for p in _matching(root, number)})
-
-
-def dataset_name(dataset: int | str, roots: Sequence[Path]) -> str:
-    """``4`` to ``Dataset004_x``, from nnUNet_preprocessed, nnUNet_raw or the given results folders.
-
-    Raises:
-        ValueError: nowhere there.
-    """
-    try:
-        return find_dataset(dataset, PREPROCESSED, RAW, instead="correct -d").name
-    except ValueError:
-        found = sorted({p.name for root in roots for p in _matching(root, dataset)})
-        if len(found) == 1:
-            return found[0]
-        raise
 
 
 def _set_folders(variables: Sequence[str]) -> list[Path]:
@@ -109,18 +100,12 @@ class Model:
     Attributes:
         folder: ``TRAINER__PLANS__CONFIGURATION``.
         trainer, plans, configuration: the parts of its name.
-        root: the results folder that holds the dataset's folder.
     """
 
     folder: Path
     trainer: str
     plans: str
     configuration: str
-
-    @property
-    def root(self) -> Path:
-        """The results folder (``nnUNet_results`` of that training)."""
-        return self.folder.parent.parent
 
     @property
     def dataset(self) -> str:
@@ -139,44 +124,34 @@ def as_model(folder: Path) -> Model | None:
     return Model(folder, *parts) if len(parts) == 3 and folder.is_dir() else None
 
 
-def models_of(root: Path, dataset: str) -> list[Model]:
-    """All models of a dataset in a results folder, by name."""
-    folders = sorted((root / dataset).glob("*")) if (root / dataset).is_dir() else []
-    return [model for folder in folders if (model := as_model(folder)) is not None]
+def models_of(dataset: Path) -> list[Model]:
+    """All models in a dataset's folder of results, by name."""
+    return [model for folder in sorted(dataset.glob("*")) if (model := as_model(folder)) is not None]
 
 
-def find_trainer(root: Path, dataset: str, trainer: str, plans: str, configuration: str) -> Model:
+def find_trainer(root: Path, dataset: int | str, trainer: str, plans: str, configuration: str) -> Model:
     """The model of a trainer in a results folder.
 
     Raises:
-        ValueError: there is none; says which trainers, plans or configurations there are instead.
+        ValueError: there is none; says which datasets, trainers, plans or configurations there are instead.
     """
-    there = models_of(root, dataset)
-    if not there:
-        raise ValueError(f"{root} has no results of {dataset} ({_datasets_in(root)}); --results names another folder")
-    same = [m for m in there if m.trainer == trainer]
-    if not same:
-        names = sorted({m.trainer for m in there})
-        near = difflib.get_close_matches(trainer, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"there are no results of {trainer} in {root / dataset}: {hint}It has {', '.join(names)}")
-    fitting = [m for m in same if m.configuration == configuration]
-    if not fitting:
-        names = sorted({m.configuration for m in same})
-        raise ValueError(
-            f"{trainer} has no results of {configuration} in {root / dataset}; -c takes {', '.join(names)}"
-        )
-    for model in fitting:
-        if model.plans == plans:
-            return model
-    names = sorted({m.plans for m in fitting})
-    raise ValueError(
-        f"{trainer} has no {configuration} results with the plans {plans} in {root / dataset}; "
-        f"-p takes {', '.join(names)}"
-    )
+    folder = find_below([root], dataset, "train it first, or name another folder with --results")
+    there = models_of(folder)
+    for option, part, wanted in (
+        ("-tr", "trainer", trainer), ("-c", "configuration", configuration), ("-p", "plans", plans)
+    ):  # fmt: skip
+        names = sorted({getattr(model, part) for model in there})
+        there = [model for model in there if getattr(model, part) == wanted]
+        if not there:
+            near = difflib.get_close_matches(wanted, names, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            what = f"{part} {wanted}" + (f" of {trainer}" if part != "trainer" else "")
+            takes = ", ".join(names) or "none, as there is no model"
+            raise ValueError(f"there are no results of the {what} in {folder}: {hint}{option} takes {takes}")
+    return there[0]
 
 
-def find_in(folder: Path, dataset: str | None, plans: str, configuration: str) -> tuple[Model, str | None]:
+def find_in(folder: Path, dataset: int | str, plans: str, configuration: str) -> tuple[Model, str | None]:
     """The one model that a folder of ``--run`` stands for: a fold, a model or a results folder.
 
     Returns:
@@ -188,30 +163,22 @@ def find_in(folder: Path, dataset: str | None, plans: str, configuration: str) -
     folder = folder.absolute()
     if not folder.is_dir():
         raise ValueError(f"--run: the folder {folder} does not exist")
-    for candidate, fold in ((folder, None), (folder.parent, folder.name.removeprefix("fold_"))):
-        model = as_model(candidate)
-        if model is not None and (fold is None or folder.name.startswith("fold_")):
-            return _require_fitting(model, plans, configuration), fold
-    datasets = [dataset] if dataset else sorted(p.name for p in folder.glob("Dataset*"))
-    there = [model for name in datasets for model in models_of(folder, name)]
-    fitting = [m for m in there if (m.plans, m.configuration) == (plans, configuration)]
+    fold = folder.name.removeprefix("fold_") if folder.name.startswith("fold_") else None
+    model = as_model(folder.parent if fold else folder)
+    there = [model] if model else [one for below in _matching(folder, dataset) for one in models_of(below)]
+    fitting = [one for one in there if (one.plans, one.configuration) == (plans, configuration)]
     if len(fitting) == 1:
-        return fitting[0], None
-    names = ", ".join(m.folder.name for m in fitting or there) or "none"
-    cause = "more than one model of" if fitting else "no model of"
-    raise ValueError(
-        f"--run: {folder} has {cause} {dataset or 'a dataset'} with plans {plans}, {configuration} (there: {names}); "
-        "give the folder TRAINER__PLANS__CONFIGURATION itself, or another -p or -c"
-    )
-
-
-def _require_fitting(model: Model, plans: str, configuration: str) -> Model:
-    if (model.plans, model.configuration) != (plans, configuration):
+        return fitting[0], fold
+    if model is not None:
         raise ValueError(
             f"{model.folder} was trained with plans {model.plans}, {model.configuration}, not {plans}, "
             f"{configuration}: one comparison is about one plan; give -p and -c that fit"
         )
-    return model
+    names = ", ".join(one.folder.name for one in fitting or there) or "none"
+    raise ValueError(
+        f"--run: {folder} has {'more than one' if fitting else 'no'} model of dataset {dataset} with plans {plans}, "
+        f"{configuration} (there: {names}); give the folder TRAINER__PLANS__CONFIGURATION itself, or another -p or -c"
+    )
 
 
 def find_checkpoint(folder: Path, fold: str, checkpoint: str = "checkpoint_final.pth") -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -16,7 +16,7 @@ import pandas as pd
 
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.data.case import find_reader
-from nnunetv2_ext.evaluate.metrics import ABSENT, METRICS, WORST, Metric, Rules, Score, score_case
+from nnunetv2_ext.evaluate.metrics import ABSENT, METRICS, Metric, Rules, score_case
 from nnunetv2_ext.evaluate.pairs import Pair, case_files, find_pairs, listed, read, require_roles
 from nnunetv2_ext.evaluate.structures import Labels, tolerances
 
@@ -25,40 +25,25 @@ MEAN = "mean of structures"
 
 @dataclass(frozen=True)
 class Source:
-    """What is scored and how its files are read.
-
-    Attributes:
-        labels: structures, ignore label, allowed values.
-        rules: metrics, tolerance, empty policy.
-        ending: of the files, ``.nii.gz``.
-        reader: dataset.json's ``overwrite_image_reader_writer``.
-        compare_origin: whether origin and direction of the two files have to agree.
-    """
+    """What is scored and how its files are read."""
 
     labels: Labels
     rules: Rules
     ending: str = ".nii.gz"
-    reader: str | None = None
-    compare_origin: bool = True
+    reader: str | None = None  # dataset.json's overwrite_image_reader_writer
+    ignore_origin: bool = False  # origin and direction of the two files may differ
 
 
-def make_source(
-    labels: Labels,
-    ending: str,
-    reader: str | None = None,
-    *,
-    metrics: Sequence[str] = tuple(METRICS),
-    tolerance: Sequence[str] = ("1",),
-    empty: str = WORST,
-    ignore_origin: bool = False,
-) -> Source:
-    """A ``Source`` from options as they are typed; ``tolerance`` as for ``structures.tolerances``.
+def make_source(options: Any, labels: Labels, dataset_json: Mapping[str, Any], ending: str) -> Source:
+    """A ``Source`` as typed: ``options`` has the attributes ``metrics``, ``tolerance``, ``empty``, ``ignore_origin``.
 
-    Raises:
-        ValueError: an unknown metric, policy or structure.
+    ``ending`` is that of the files if ``dataset_json`` does not say. ValueError: an unknown metric, policy or
+    structure, or an impossible tolerance.
     """
-    rules = Rules(tuple(dict.fromkeys(metrics)), tolerances(tolerance, labels.structures), empty)
-    return Source(labels, rules, ending, reader, not ignore_origin)
+    tolerance = tolerances(options.tolerance, labels.structures)
+    rules = Rules(tuple(dict.fromkeys(options.metrics)), tolerance, options.empty)
+    reader = dataset_json.get("overwrite_image_reader_writer")
+    return Source(labels, rules, dataset_json.get("file_ending") or ending, reader, options.ignore_origin)
 
 
 @dataclass
@@ -66,19 +51,17 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        source: what was asked.
         table: a row per case, structure and metric: ``case, structure, state, truth_ml, prediction_ml, metric, value``,
             in this order of cases, structures and metrics. ``metric`` is a key of ``METRICS``, ``value`` NaN where a
             score is undefined, ``state`` one of ``metrics.FOUND`` and so on. Volumes are NaN without a known spacing.
         files: a row per case: ``case, prediction, truth`` (paths), ``spacing`` (mm), ``spacing_known``, ``remark``
             (what was let pass) and ``ignored`` (whether the truth has the ignore label).
-        left_out: cases of the truth without a prediction.
     """
 
     source: Source
     table: pd.DataFrame
     files: pd.DataFrame
-    left_out: Sequence[str] = ()
+    left_out: Sequence[str] = ()  # cases of the truth without a prediction
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -89,7 +72,7 @@ class Evaluation:
 
     @property
     def cases(self) -> list[str]:
-        """Names of the cases."""
+        """Their names, in the order of ``files``."""
         return list(self.files["case"].unique())
 
     @property
@@ -136,29 +119,23 @@ def evaluate_folder(
     require_roles(predictions, truth)
     pairs = find_pairs(predictions, truth, source.ending, chill, cases)
     rows, files = [], []
-    with closing(_scores(pairs, source, processes)) as scores, progress_bar(len(pairs), title) as bar:
-        for pair, (case_scores, file) in zip(pairs, scores, strict=True):
-            for structure, score in zip(source.labels.structures, case_scores, strict=True):
-                head = {"case": pair.case, "structure": structure.name, "state": score.state}
-                head |= {"truth_ml": score.truth_ml, "prediction_ml": score.prediction_ml}
-                rows += [{**head, "metric": metric, "value": value} for metric, value in score.values.items()]
-            files.append({"case": pair.case, "prediction": pair.prediction, "truth": pair.truth, **file})
+    with closing(_scored(pairs, source, processes)) as scored, progress_bar(len(pairs), title) as bar:
+        for some, file in scored:
+            rows += some
+            files.append(file)
             bar.update()
-    left_out = () if cases is not None else sorted({*case_files(truth, source.ending)} - {p.case for p in pairs})
+    left_out = (
+        () if cases is not None else sorted({*case_files(truth, source.ending, "the truth")} - {p.case for p in pairs})
+    )
     result = Evaluation(source, pd.DataFrame(rows), pd.DataFrame(files), left_out)
     require_one_unit(result.files)
-    if source.labels.allowed is None:  # label values given by hand
-        _require_present(result)
+    absent = result.table["state"].eq(ABSENT).groupby(result.table["structure"], sort=False).all()
+    missing = list(absent.index[absent])
+    if source.labels.ignore is not None and not result.files["ignored"].any():
+        missing.append(f"label {source.labels.ignore}, which is to be ignored")
+    if missing and source.labels.allowed is None:  # label values given by hand
+        raise ValueError(f"no case has {', '.join(missing)}: give values that the files hold")
     return result
-
-
-def _require_present(evaluation: Evaluation) -> None:
-    labels, table = evaluation.source.labels, evaluation.table
-    absent = [s.name for s in labels.structures if (table.loc[table["structure"] == s.name, "state"] == ABSENT).all()]
-    if labels.ignore is not None and not evaluation.files["ignored"].any():
-        absent.append(f"label {labels.ignore}, which is to be ignored")
-    if absent:
-        raise ValueError(f"no case has {', '.join(absent)}: give values that the files hold")
 
 
 def require_one_unit(files: pd.DataFrame) -> None:
@@ -173,7 +150,10 @@ def require_one_unit(files: pd.DataFrame) -> None:
         )
 
 
-def _scores(pairs: list[Pair], source: Source, processes: int) -> Generator[Any, None, None]:
+Rows = list[dict[str, Any]]
+
+
+def _scored(pairs: list[Pair], source: Source, processes: int) -> Generator[tuple[Rows, dict[str, Any]], None, None]:
     tasks = [(pair, source, pairs[0].truth) for pair in pairs]
     if min(processes, len(pairs)) <= 1:
         yield from map(score_pair, tasks)
@@ -190,20 +170,19 @@ def _scores(pairs: list[Pair], source: Source, processes: int) -> Generator[Any,
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def score_pair(task: tuple[Pair, Source, Path]) -> tuple[list[Score], dict[str, Any]]:
-    """Read and score one case: its files, what to score, and a file that decides on nnU-Net's reader.
-
-    Returns:
-        The scores of the structures, and the case's row of ``Evaluation.files`` without names.
-    """
-    pair, source, example = task
-    case = read(pair, find_reader(source.ending, source.reader, example), source.compare_origin)
-    labels = source.labels
+def score_pair(task: tuple[Pair, Source, Path]) -> tuple[Rows, dict[str, Any]]:
+    """The rows of ``Evaluation.table`` and the row of ``Evaluation.files`` of one case."""
+    pair, source, example = task  # the example decides on nnU-Net's reader
+    case, labels = read(pair, find_reader(source.ending, source.reader, example), source.ignore_origin), source.labels
     labels.check(f"case {pair.case}: the prediction {pair.prediction}", np.unique(case.prediction).tolist(), False)
     labels.check(f"case {pair.case}: the truth {pair.truth}", np.unique(case.truth).tolist(), True)
     scores = score_case(case.prediction, case.truth, case.spacing, labels.structures, source.rules, labels.ignore)
-    if not case.spacing_known:
-        scores = [replace(score, truth_ml=np.nan, prediction_ml=np.nan) for score in scores]
+    rows = []
+    for structure, score in zip(labels.structures, scores, strict=True):
+        ml = (score.truth_ml, score.prediction_ml) if case.spacing_known else (np.nan, np.nan)
+        head = {"case": pair.case, "structure": structure.name, "state": score.state}
+        volumes = dict(zip(("truth_ml", "prediction_ml"), ml, strict=True))
+        rows += [{**head, **volumes, "metric": metric, "value": value} for metric, value in score.values.items()]
     ignored = labels.ignore is not None and bool((case.truth == labels.ignore).any())
-    row = {"spacing": case.spacing, "spacing_known": case.spacing_known, "remark": case.remark, "ignored": ignored}
-    return scores, row
+    about = {"spacing": case.spacing, "spacing_known": case.spacing_known, "remark": case.remark, "ignored": ignored}
+    return rows, {"case": pair.case, "prediction": pair.prediction, "truth": pair.truth, **about}

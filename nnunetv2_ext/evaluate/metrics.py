@@ -7,15 +7,19 @@ companion on pitfalls (Reinke et al. 2024, doi:10.1038/s41592-023-02150-0). Publ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 
 from nnunetv2_ext.evaluate.structures import Structure
-from nnunetv2_ext.evaluate.surfaces import Distances, Mask, drop_thin_axes, surface_distances
+
+Mask = npt.NDArray[np.bool_]
+Distances = npt.NDArray[np.float64]
 
 _SLACK = 1e-6  # mm; 3 x 0.3 mm must count as within 0.9 mm
 
@@ -37,21 +41,12 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "dice": Metric("Dice", "", True, "2 |P and T| / (|P| + |T|), in voxels"),
-    "hd95": Metric(
-        "HD95",
-        "mm",
-        False,
-        "the larger of the two directed 95th percentiles of surface distances (not the percentile of both pooled), "
-        "numpy's linear interpolation",
-    ),
-    "nsd": Metric(
-        "NSD",
-        "",
-        True,
-        "normalised surface distance (surface Dice): share of the surface voxels of both that lie within the tolerance "
-        "of the other surface; every surface voxel counts the same, whatever area it stands for",
-    ),
-}
+    "hd95": Metric("HD95", "mm", False, "the larger of the two directed 95th percentiles of surface distances (not the "
+                   "percentile of both pooled), numpy's linear interpolation"),
+    "nsd": Metric("NSD", "", True, "normalised surface distance (surface Dice): share of the surface voxels of both "
+                  "that lie within the tolerance of the other surface; every surface voxel counts the same, whatever "
+                  "area it stands for"),
+}  # fmt: skip
 SURFACE_DEFINITION = (
     "surface voxels are those of the structure that touch a voxel outside it by a face (beyond the image is outside); "
     "distances run between voxel centres, Euclidean, in mm"
@@ -75,17 +70,11 @@ IGNORE_DEFINITION = (
 
 @dataclass(frozen=True)
 class Rules:
-    """How cases are scored.
+    """How cases are scored."""
 
-    Attributes:
-        metrics: keys of ``METRICS``.
-        tolerance: of NSD in mm, by structure name.
-        empty: a key of ``EMPTY_POLICIES``.
-    """
-
-    metrics: tuple[str, ...]
-    tolerance: Mapping[str, float]
-    empty: str = WORST
+    metrics: tuple[str, ...]  # keys of METRICS
+    tolerance: Mapping[str, float]  # of NSD in mm, by structure name
+    empty: str = WORST  # a key of EMPTY_POLICIES
 
     def __post_init__(self) -> None:
         unknown = [m for m in self.metrics if m not in METRICS]
@@ -100,16 +89,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Score:
-    """One structure of one case.
+    """One structure of one case; volumes in millilitres (square centimetres in 2-D files), without ignored voxels."""
 
-    Attributes:
-        state: found, absent (empty in both), missed (empty in the prediction) or invented (empty in the truth).
-        values: by key of ``METRICS``; NaN where there is none.
-        truth_ml, prediction_ml: volumes in millilitres (square centimetres in 2-D files), without ignored voxels.
-    """
-
-    state: str
-    values: dict[str, float]
+    state: str  # found, absent (empty in both), missed (empty in the prediction) or invented (empty in the truth)
+    values: dict[str, float]  # by key of METRICS; NaN where there is none
     truth_ml: float
     prediction_ml: float
 
@@ -117,7 +100,7 @@ class Score:
 def dice(prediction: Mask, truth: Mask) -> float:
     """2 |P and T| / (|P| + |T|); NaN if both are empty."""
     total = int(np.count_nonzero(prediction)) + int(np.count_nonzero(truth))
-    return 2 * int(np.count_nonzero(prediction & truth)) / total if total else float("nan")
+    return 2 * int(np.count_nonzero(prediction & truth)) / total if total else math.nan
 
 
 def hd95(to_truth: Distances, to_prediction: Distances) -> float:
@@ -127,7 +110,7 @@ def hd95(to_truth: Distances, to_prediction: Distances) -> float:
     with; not the percentile of both directions pooled.
     """
     if not len(to_truth) or not len(to_prediction):
-        return float("nan")
+        return math.nan
     return float(max(np.percentile(to_truth, 95), np.percentile(to_prediction, 95)))
 
 
@@ -139,65 +122,7 @@ def nsd(to_truth: Distances, to_prediction: Distances, tolerance: float) -> floa
     """
     total = len(to_truth) + len(to_prediction)
     within = np.count_nonzero(to_truth <= tolerance + _SLACK) + np.count_nonzero(to_prediction <= tolerance + _SLACK)
-    return float(within / total) if total else float("nan")
-
-
-def score(
-    prediction: Mask,
-    truth: Mask,
-    spacing: Sequence[float],
-    rules: Rules,
-    tolerance: float,
-    unknown: Mask | None = None,
-    voxel_ml: float | None = None,
-) -> Score:
-    """One structure of one case.
-
-    Args:
-        prediction: (X, Y, ...), empty where ``unknown`` is True.
-        truth: same.
-        spacing: voxel size in mm along each axis.
-        rules: metrics and empty policy.
-        tolerance: of NSD, mm.
-        unknown: voxels under the ignore label.
-        voxel_ml: volume of a voxel; by ``spacing`` if None.
-    """
-    has = bool(truth.any()), bool(prediction.any())
-    state = {(True, True): FOUND, (True, False): MISSED, (False, True): INVENTED, (False, False): ABSENT}[has]
-    values: dict[str, float] = {}
-    if state == FOUND:
-        needed = any(m != "dice" for m in rules.metrics)
-        ours, theirs = surface_distances(prediction, truth, spacing, unknown) if needed else (np.empty(0), np.empty(0))
-        available = {
-            "dice": lambda: dice(prediction, truth),
-            "hd95": lambda: hd95(ours, theirs),
-            "nsd": lambda: nsd(ours, theirs, tolerance),
-        }
-        values = {m: available[m]() for m in rules.metrics}
-    else:
-        values = {m: empty_value(m, state, truth.shape, spacing, rules.empty) for m in rules.metrics}
-    size = voxel_volume(spacing) if voxel_ml is None else voxel_ml
-    volumes = (int(np.count_nonzero(m)) * size for m in (truth, prediction))
-    return Score(state, values, *volumes)
-
-
-def voxel_volume(spacing: Sequence[float]) -> float:
-    """Millilitres of a voxel of these sizes in mm; square centimetres of a pixel."""
-    return float(np.prod(spacing)) / (1000 if len(spacing) > 2 else 100)
-
-
-def empty_value(metric: str, state: str, shape: Sequence[int], spacing: Sequence[float], policy: str) -> float:
-    """The value of a structure that is empty in the truth, the prediction or both; see ``EMPTY_POLICIES``."""
-    if state == ABSENT:
-        return float("nan")
-    if METRICS[metric].higher_is_better:
-        return 0.0
-    return diagonal(shape, spacing) if policy == WORST else float("nan")
-
-
-def diagonal(shape: Sequence[int], spacing: Sequence[float]) -> float:
-    """The largest distance between two voxels' centres of an image, in mm."""
-    return float(np.linalg.norm([(n - 1) * s for n, s in zip(shape, spacing)]))
+    return float(within / total) if total else math.nan
 
 
 def score_case(
@@ -208,17 +133,13 @@ def score_case(
     rules: Rules,
     ignore_label: int | None = None,
 ) -> list[Score]:
-    """All structures of one case.
+    """All structures of one case, in their order.
 
-    Args:
-        prediction: (X, Y, Z) label map, (X, Y) in 2-D.
-        truth: same shape; may hold ``ignore_label``.
-        spacing: voxel size in mm along each axis.
-        structures: what to score, in this order.
-        rules: how.
-        ignore_label: voxels with this value in the truth are left out.
+    ``prediction`` and ``truth`` are (X, Y, Z) label maps, (X, Y) in 2-D; voxels where the truth has ``ignore_label``
+    are left out. ``spacing`` is in mm along each axis.
     """
-    voxel_ml = voxel_volume(spacing)  # of all axes: a volume of one slice has a thickness
+    # of all axes: a volume of one slice has a thickness. Millilitres, of a pixel square centimetres
+    voxel_ml = float(np.prod(spacing)) / (1000 if len(spacing) > 2 else 100)
     (prediction, truth), spacing = drop_thin_axes(spacing, prediction, truth)
     unknown = None if ignore_label is None else truth == ignore_label
     if unknown is not None and not unknown.any():
@@ -228,6 +149,74 @@ def score_case(
         ours, theirs = structure.mask(prediction), structure.mask(truth)
         if unknown is not None:
             ours, theirs = ours & ~unknown, theirs & ~unknown
-        tolerance = rules.tolerance.get(structure.name, 0.0)
-        scores.append(score(ours, theirs, spacing, rules, tolerance, unknown, voxel_ml))
+        state, values = _score(ours, theirs, spacing, rules, rules.tolerance.get(structure.name, 0.0), unknown)
+        volumes = (int(np.count_nonzero(mask)) * voxel_ml for mask in (theirs, ours))
+        scores.append(Score(state, {metric: values[metric] for metric in rules.metrics}, *volumes))
     return scores
+
+
+def _score(
+    ours: Mask, theirs: Mask, spacing: Sequence[float], rules: Rules, tolerance: float, unknown: Mask | None
+) -> tuple[str, dict[str, float]]:
+    """State and all values of a structure; those of the surface are NaN where ``rules`` asks for none of them."""
+    nothing = np.empty(0), np.empty(0)
+    if ours.any() and theirs.any():
+        needed = any(metric != "dice" for metric in rules.metrics)
+        distances = surface_distances(ours, theirs, spacing, unknown) if needed else nothing
+        return FOUND, {"dice": dice(ours, theirs), "hd95": hd95(*distances), "nsd": nsd(*distances, tolerance)}
+    if not ours.any() and not theirs.any():
+        return ABSENT, dict.fromkeys(METRICS, math.nan)
+    # between the centres of the voxels in opposite corners
+    diagonal = float(np.linalg.norm([(n - 1) * s for n, s in zip(theirs.shape, spacing)]))
+    values = {"dice": 0.0, "hd95": diagonal if rules.empty == WORST else math.nan, "nsd": 0.0}
+    return MISSED if theirs.any() else INVENTED, values
+
+
+def drop_thin_axes(spacing: Sequence[float], *volumes: npt.NDArray[Any]) -> tuple[list[Any], list[float]]:
+    """Volumes without axes of length 1, and the spacing of the axes that stay.
+
+    In a volume of one slice (nnU-Net reads a 2-D image as such) every voxel would touch the outside; its surfaces are
+    the outlines within the slice. A volume with no longer axis keeps one.
+    """
+    keep = [axis for axis, size in enumerate(volumes[0].shape) if size > 1] or [0]
+    shape = [volumes[0].shape[axis] for axis in keep]
+    return [volume.reshape(shape) for volume in volumes], [float(spacing[axis]) for axis in keep]
+
+
+def bounding_box(mask: Mask, margin: int | Sequence[int] = 1) -> tuple[slice, ...]:
+    """The smallest box around a mask that is not empty, widened by ``margin`` voxels and clipped to the image."""
+    (box,) = find_objects(mask.astype(np.uint8))
+    margins = np.broadcast_to(margin, mask.ndim).tolist()
+    return tuple(slice(max(0, s.start - m), min(n, s.stop + m)) for s, m, n in zip(box, margins, mask.shape))
+
+
+def surface(mask: Mask, unknown: Mask | None = None) -> Mask:
+    """Voxels of ``mask``, (X, Y, ...), that touch a voxel outside it by a face.
+
+    ``unknown`` voxels (under the ignore label) are neither inside nor outside, so that they give a mask no surface.
+    """
+    return mask & ~binary_erosion(mask if unknown is None else mask | unknown)
+
+
+def surface_distances(
+    prediction: Mask, truth: Mask, spacing: Sequence[float], unknown: Mask | None = None
+) -> tuple[Distances, Distances]:
+    """Distances from each surface voxel of one mask to the nearest of the other, in mm.
+
+    Only the box around both masks is looked at, which no nearest surface voxel lies outside of. Masks are (X, Y, ...)
+    and empty where voxels are ``unknown`` (under the ignore label); ``spacing`` is in mm along each axis.
+
+    Returns:
+        Distances of the prediction's surface voxels to the truth, and of the truth's to the prediction. Both are
+        empty if one of the masks has no surface.
+    """
+    nothing = np.empty(0)
+    if not prediction.any() or not truth.any():
+        return nothing, nothing
+    box = bounding_box(prediction | truth)
+    hidden = None if unknown is None else unknown[box]
+    ours, theirs = surface(prediction[box], hidden), surface(truth[box], hidden)
+    if not ours.any() or not theirs.any():
+        return nothing, nothing
+    to_theirs, to_ours = (distance_transform_edt(~mask, sampling=tuple(spacing)) for mask in (theirs, ours))
+    return np.asarray(to_theirs)[ours], np.asarray(to_ours)[theirs]

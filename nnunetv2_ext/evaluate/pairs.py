@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,9 @@ class Pair:
 def find_pairs(
     predictions: Path, truth: Path, ending: str, chill: bool = False, cases: Sequence[str] | None = None
 ) -> list[Pair]:
-    """Pairs of files of the same name, sorted by case.
+    """Pairs of files of the same name, sorted by case; arguments of ``folder.evaluate_folder``.
 
-    Args:
-        predictions: folder with ``CASE{ending}``.
-        truth: folder with files of the same names.
-        ending: ``.nii.gz``.
-        chill: cases without a prediction are left out (the meaning of nnU-Net's ``--chill``).
-        cases: exactly these must have a prediction and a truth; None: the truth's.
-
-    Raises:
-        ValueError: a folder is missing or empty, or cases are missing; all of them are listed.
+    ValueError: a folder is missing or empty, or cases are missing; all of them are listed.
     """
     ours, theirs = case_files(predictions, ending, "predictions"), case_files(truth, ending, "the truth")
     wanted = list(theirs) if cases is None else list(cases)
@@ -62,11 +54,7 @@ _PREDICTION_FILES = ("predict_from_raw_data_args.json", "plans.json", "summary.j
 
 
 def require_roles(predictions: Path, truth: Path) -> None:
-    """Make sure that the two folders are not the same, and not swapped as far as cheap evidence shows.
-
-    Raises:
-        ValueError: they are; says which files tell.
-    """
+    """Raise ValueError if the folders are the same, or look swapped; says which files tell."""
     if predictions.resolve() == truth.resolve():
         raise ValueError(f"predictions and truth are the same folder, {predictions}: give the folder of the truth")
     found = [name for name in _PREDICTION_FILES if (truth / name).is_file()]
@@ -78,29 +66,32 @@ def require_roles(predictions: Path, truth: Path) -> None:
 
 
 def require_output(folder: Path, inputs: Sequence[Path]) -> Path:
-    """The output folder, writable and none of the inputs, where its pictures would pass for cases.
-
-    Raises:
-        ValueError: it is one of them, or cannot be written.
-    """
+    """The output folder. ValueError: it cannot be written, or is an input, where its pictures would pass for cases."""
     if folder.resolve() in [given.resolve() for given in inputs]:
         raise ValueError(f"the output folder {folder} holds the input: choose another with -o")
     return require_writable(folder)
 
 
-def case_files(folder: Path, ending: str, what: str = "segmentations") -> dict[str, Path]:
-    """Case name to file, sorted.
-
-    Raises:
-        ValueError: no such folder, or no file with this ending in it.
-    """
+def case_files(folder: Path, ending: str, what: str) -> dict[str, Path]:
+    """Case name to file, sorted; ValueError: no such folder ("of ``what``"), or no file with this ending in it."""
     if not folder.is_dir():
         raise ValueError(f"the folder of {what}, {folder}, does not exist")
-    files = {p.name.removesuffix(ending): p for p in sorted(folder.iterdir()) if p.name.endswith(ending)}
-    files = {case: p for case, p in files.items() if p.is_file() and not p.name.startswith(".")}
-    if not files:
+    there = [p for p in sorted(folder.glob(f"*{ending}")) if p.is_file() and not p.name.startswith(".")]
+    if not there:
         raise ValueError(f"the folder of {what}, {folder}, has no file that ends in {ending}")
-    return files
+    return {p.name.removesuffix(ending): p for p in there}
+
+
+def file_ending(folder: Path) -> str:
+    """The ending that most files of a folder have, of those that nnU-Net reads; ValueError: none has."""
+    from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+
+    known = sorted({e for reader in LIST_OF_IO_CLASSES for e in reader.supported_file_endings}, key=len, reverse=True)
+    counts = {ending: sum(p.is_file() for p in folder.glob(f"*{ending}")) for ending in known}
+    best = max(counts, key=lambda ending: counts[ending])
+    if not counts[best]:
+        raise ValueError(f"{folder} has no file that nnU-Net reads ({', '.join(known)})")
+    return best
 
 
 def listed(cases: Sequence[str]) -> str:
@@ -112,23 +103,16 @@ def listed(cases: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A case as read.
-
-    Attributes:
-        prediction, truth: (X, Y, Z) in array order; (X, Y) of 2-D files.
-        spacing: voxel size in mm along these axes; ones where no file tells it.
-        spacing_known: whether a file tells it.
-        remark: what was not as it should be and was let pass; empty if nothing.
-    """
+    """A case as read; label maps are (X, Y, Z) in array order, (X, Y) of 2-D files."""
 
     prediction: npt.NDArray[np.int32]
     truth: npt.NDArray[np.int32]
-    spacing: tuple[float, ...]
-    spacing_known: bool
-    remark: str
+    spacing: tuple[float, ...]  # mm along these axes; ones where no file tells it
+    spacing_known: bool  # whether a file tells it
+    remark: str  # what was not as it should be and was let pass
 
 
-def read(pair: Pair, from_file: Any, compare_origin: bool = True) -> Case:
+def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> Case:
     """Prediction and truth of a case.
 
     nnU-Net's readers of TIFF and of pictures assume a spacing where the file has none. An assumed spacing is not
@@ -136,42 +120,42 @@ def read(pair: Pair, from_file: Any, compare_origin: bool = True) -> Case:
     but copies none to gt_segmentations.
 
     Args:
-        pair: the files.
         from_file: one of nnU-Net's readers, see ``data.case.find_reader``.
-        compare_origin: whether origin and direction have to agree; shape and known spacings always have to.
+        ignore_origin: origin and direction may differ; shape and known spacings always have to agree.
 
     Raises:
         ValueError: unreadable, not a label map, or on different grids; names the case.
     """
-    ours, our_properties = read_label_map(pair.case, pair.prediction, from_file, "prediction")
-    theirs, their_properties = read_label_map(pair.case, pair.truth, from_file, "truth")
+    ours, our_header = read_label_map(pair.case, pair.prediction, from_file, "prediction")
+    theirs, their_header = read_label_map(pair.case, pair.truth, from_file, "truth")
     if ours.shape != theirs.shape:
         raise ValueError(
             f"case {pair.case}: the prediction has {by(ours.shape)} voxels, the truth {by(theirs.shape)} (array "
             "order); predict on the images that the truth was drawn on"
         )
-    known = [_tells_spacing(from_file, path) for path in (pair.prediction, pair.truth)]
+    assumes = type(from_file).__name__
+    known = [assumes != "NaturalImage2DIO" and (assumes != "Tiff3DIO" or path.with_suffix(".json").is_file())
+             for path in (pair.prediction, pair.truth)]  # fmt: skip
     remarks = [] if all(known) or not any(known) else [f"spacing of the {'prediction' if known[0] else 'truth'} only"]
-    if all(known):
-        _require_same(pair.case, "spacing", our_properties, their_properties)
-    if compare_origin:
-        for what in ("direction", "origin"):
-            _require_same(pair.case, what, our_properties, their_properties)
-    else:
-        differ = [what for what in ("direction", "origin") if difference(what, our_properties, their_properties)]
+    differ = []
+    for what in ("spacing", "direction", "origin") if all(known) else ("direction", "origin"):
+        if (found := difference(what, our_header, their_header)) is None:
+            continue
+        if what == "spacing" or not ignore_origin:
+            here, there = map(short, found)
+            raise ValueError(
+                f"case {pair.case}: prediction and truth differ in {what}, {here} and {there}; {_REMEDIES[what]}"
+            )
+        differ.append(what)
+    if ignore_origin:
         remarks.append("direction and origin not compared" + (f", differing: {', '.join(differ)}" if differ else ""))
-    spacing = [float(s) for s in spacing_of(our_properties if known == [True, False] else their_properties)]
+    spacing = [float(s) for s in spacing_of(our_header if known == [True, False] else their_header)]
     if not all(np.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"case {pair.case}: the voxels measure {by(spacing)} mm; correct the spacing in the file")
     # readers of 2-D files put an axis in front, 999 times as thick as the largest pixel
     if theirs.shape[0] == 1 and np.isclose(spacing[0], 999 * max(spacing[1:])):
         ours, theirs, spacing = ours[0], theirs[0], spacing[1:]
     return Case(ours, theirs, tuple(spacing), any(known), "; ".join(remarks))
-
-
-def _tells_spacing(from_file: Any, path: Path) -> bool:
-    name = type(from_file).__name__
-    return path.with_suffix(".json").is_file() if name == "Tiff3DIO" else name != "NaturalImage2DIO"
 
 
 _REMEDIES = {
@@ -181,9 +165,3 @@ _REMEDIES = {
     "origin": "--ignore-origin scores them voxel by voxel, as nnU-Net does. Use the option only if the header is wrong "
     "and the voxels are right",
 }
-
-
-def _require_same(case: str, what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    if (found := difference(what, ours, theirs)) is not None:
-        here, there = map(short, found)
-        raise ValueError(f"case {case}: prediction and truth differ in {what}, {here} and {there}; {_REMEDIES[what]}")

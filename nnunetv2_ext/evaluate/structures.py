@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from nnunetv2_ext.core.files import read_json
+
 
 @dataclass(frozen=True)
 class Structure:
-    """A class (one label value) or a region (several).
+    """A class (one label value) or a region (several)."""
 
-    Attributes:
-        name: as in dataset.json.
-        values: label values that belong to it.
-        region: whether dataset.json gives a list, which may have a single value.
-    """
-
-    name: str
+    name: str  # as in dataset.json
     values: tuple[int, ...]
-    region: bool = False
+    region: bool = False  # whether dataset.json gives a list, which may have a single value
 
     @property
     def key(self) -> str:
@@ -36,17 +33,11 @@ class Structure:
 
 @dataclass(frozen=True)
 class Labels:
-    """The structures of a dataset and what its files may hold.
-
-    Attributes:
-        structures: what is scored.
-        ignore: the ignore label's value, None if there is none.
-        allowed: every value a prediction may hold; None allows any.
-    """
+    """The structures of a dataset and what its files may hold."""
 
     structures: tuple[Structure, ...]
-    ignore: int | None = None
-    allowed: frozenset[int] | None = None
+    ignore: int | None = None  # the ignore label's value
+    allowed: frozenset[int] | None = None  # every value a prediction may hold; None allows any
 
     def check(self, what: str, values: Sequence[int], may_ignore: bool) -> None:
         """Raise ValueError if a file, described by ``what``, holds values that the dataset does not have."""
@@ -62,33 +53,40 @@ class Labels:
             )
 
 
-def from_dataset_json(dataset_json: Mapping[str, Any], source: str = "dataset.json") -> Labels:
-    """Structures, ignore label and allowed values of a dataset.json.
+def read_labels(file: Path) -> tuple[dict[str, Any], Labels]:
+    """A dataset.json and what it says about labels; ValueError: it cannot be read, or has no usable ``labels``."""
+    content = read_json(file)
+    return content, from_dataset_json(content, file)
 
-    Raises:
-        ValueError: it has no usable ``labels``.
-    """
+
+def from_dataset_json(dataset_json: Any, source: str | Path = "dataset.json") -> Labels:
+    """Structures, ignore label and allowed values; ValueError, which names ``source``: no usable ``labels``."""
     try:
-        values = {str(name): _as_values(value) for name, value in dataset_json["labels"].items()}
+        found = [_structure(str(name), value) for name, value in dataset_json["labels"].items()]
     except (KeyError, AttributeError, TypeError, ValueError):
         raise ValueError(
             f'{source} has no labels of the form "labels": {{"background": 0, "name": 1, ...}}; give nnU-Net\'s file'
         ) from None
-    ignore = values.pop("ignore", None)
     # as nnU-Net's LabelManager: the background is recognised by its value
-    lists = {str(name) for name, value in dataset_json["labels"].items() if isinstance(value, (list, tuple))}
-    structures = tuple(Structure(name, v, name in lists) for name, v in values.items() if any(v))
+    structures = tuple(s for s in found if s.name != "ignore" and any(s.values))
     if not structures:
         raise ValueError(f"{source} has no label beside the background, so there is nothing to evaluate")
-    allowed = frozenset({0, *(v for s in structures for v in s.values)})
-    return Labels(structures, None if ignore is None else ignore[0], allowed)
+    ignore = next((s.values[0] for s in found if s.name == "ignore"), None)
+    return Labels(structures, ignore, frozenset({0, *(v for s in structures for v in s.values)}))
+
+
+def _structure(name: str, value: Any) -> Structure:
+    region = isinstance(value, (list, tuple))
+    values = tuple(value) if region else (value,)
+    if not values or any(int(v) != v for v in values):
+        raise ValueError(value)
+    return Structure(name, tuple(int(v) for v in values), region)
 
 
 def from_values(values: Sequence[int], ignore: int | None = None) -> Labels:
     """Label values given by hand; files may hold other labels, which are not looked at.
 
-    Raises:
-        ValueError: a value below 1, one given twice, or the ignore label among them.
+    ValueError: a value below 1, one given twice, or the ignore label among them.
     """
     if not values or any(v < 1 for v in values) or len(set(values)) < len(values):
         raise ValueError(f"--labels needs different values of 1 or more, but got {' '.join(map(str, values))}")
@@ -97,35 +95,21 @@ def from_values(values: Sequence[int], ignore: int | None = None) -> Labels:
     return Labels(tuple(Structure(f"label {v}", (v,)) for v in values), ignore)
 
 
-def _as_values(value: Any) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if not values or any(int(v) != v for v in values):
-        raise ValueError(value)
-    return tuple(int(v) for v in values)
-
-
 def tolerances(texts: Sequence[str], structures: Sequence[Structure]) -> dict[str, float]:
     """``["1"]`` (mm, for all) or ``["1", "liver=2"]`` (others 1 mm) to mm by structure name.
 
-    Raises:
-        ValueError: not a number, an unknown structure, or a structure left without a tolerance.
+    ValueError: not a number, an unknown structure, or a structure left without a tolerance.
     """
-    common: float | None = None
-    own: dict[str, float] = {}
+    found: dict[str, float] = {}
     names = [s.name for s in structures]
     for text in texts:
         name, separator, number = text.rpartition("=")
         try:
-            value = float(number)
+            found[name] = float(number)
         except ValueError:
             raise ValueError(f"--tolerance {text!r} is neither a number of mm nor NAME=mm") from None
         if separator and name not in names:
             raise ValueError(f"--tolerance {text!r}: there is no structure {name!r}; there are {', '.join(names)}")
-        if separator:
-            own[name] = value
-        else:
-            common = value
-    without = [name for name in names if name not in own]
-    if common is None and without:
+    if without := [name for name in names if not {name, ""} & set(found)]:
         raise ValueError(f"--tolerance says nothing of {', '.join(without)}; add NAME=mm or one number for all others")
-    return {name: own[name] if name in own else float(common or 0.0) for name in names}
+    return {name: found[name] if name in found else found[""] for name in names}

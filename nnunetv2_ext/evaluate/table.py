@@ -26,10 +26,7 @@ from nnunetv2_ext.evaluate.pairs import listed
 
 
 def summarise(table: pd.DataFrame) -> dict[tuple[str, ...], dict[str, float]]:
-    """Distribution over the cases that have a value.
-
-    Args:
-        table: long, see ``Evaluation.table``.
+    """Distribution over the cases that have a value, of a long table as ``Evaluation.table``.
 
     Returns:
         By (arm if there are any, metric, structure): ``n``, how many have a value; ``mean``; ``sd``, the sample
@@ -56,24 +53,27 @@ def count_states(table: pd.DataFrame) -> pd.Series:
 def definitions(evaluation: Evaluation) -> list[str]:
     """What the numbers mean, one sentence each, and everything that was let pass."""
     rules, ignore, metrics = evaluation.source.rules, evaluation.source.labels.ignore, evaluation.metrics
+    known = evaluation.files["spacing_known"].all()
     lines = [f"{m.name}: {m.definition}." for m in metrics.values()]
     if "nsd" in metrics:
-        lines.append(f"Tolerance of NSD: {_tolerances(evaluation)}.")
+        told = {name: f"{value:g} {'mm' if known else 'voxels'}" for name, value in rules.tolerance.items()}
+        same = len(set(told.values())) == 1
+        each = next(iter(told.values())) if same else ", ".join(f"{name} {value}" for name, value in told.items())
+        lines.append(f"Tolerance of NSD: {each}.")
     if any(m != "dice" for m in metrics):
         lines.append(f"Surfaces: {SURFACE_DEFINITION}.")
     lines.append(f"Empty structures: {EMPTY_POLICIES[rules.empty]}")
     if ignore is not None:
         lines.append(f"Ignore label {ignore}: {IGNORE_DEFINITION}.")
-    if evaluation.files["spacing"].map(len).eq(2).any() and evaluation.files["spacing_known"].all():
+    if evaluation.files["spacing"].map(len).eq(2).any() and known:
         lines.append("Volumes: of 2-D files, truth_ml and prediction_ml are areas in square centimetres.")
     return [*lines, *relaxations(evaluation), "Spread: SD over cases; quartiles in brackets."]
 
 
 def relaxations(evaluation: Evaluation) -> list[str]:
     """What was not compared or not known, one sentence each; belongs into every output."""
-    lines = []
-    files = evaluation.files
-    if not evaluation.source.compare_origin:
+    lines, files = [], evaluation.files
+    if evaluation.source.ignore_origin:
         differ = files.loc[files["remark"].str.contains("differing"), "case"].unique()
         found = f"they differ in {listed(list(differ))}" if len(differ) else "they agree in all cases"
         lines.append(f"Grids: origin and direction were not compared (--ignore-origin); {found}.")
@@ -82,30 +82,29 @@ def relaxations(evaluation: Evaluation) -> list[str]:
     elif files["remark"].str.contains("only").any():
         lines.append("Spacing: one of a case's two files does not tell the size of a voxel; the other's was taken.")
     if evaluation.left_out:
-        lines.append(f"Cases: without a prediction and left out (--chill): {listed(list(evaluation.left_out))}.")
+        lines.append(f"Cases: without a prediction and left out (--chill): {listed(evaluation.left_out)}.")
     return lines
-
-
-def _tolerances(evaluation: Evaluation) -> str:
-    tolerance = evaluation.source.rules.tolerance
-    unit = "mm" if evaluation.files["spacing_known"].all() else "voxels"
-    if len(set(tolerance.values())) == 1:
-        return f"{next(iter(tolerance.values())):g} {unit}"
-    return ", ".join(f"{name} {value:g} {unit}" for name, value in tolerance.items())
 
 
 def as_markdown(evaluation: Evaluation, title: str) -> str:
     """Title, one table over all structures and metrics, worst cases, definitions; reads well on a terminal too."""
-    metrics = evaluation.metrics
-    rows = [["structure", *(m.title for m in metrics.values()), "cases", "found", "missed", "invented"]]
-    summary, counts = summarise(with_mean(evaluation.table)), count_states(evaluation.table)
+    metrics, table = evaluation.metrics, with_mean(evaluation.table)
+    rows = [["structure", *(m.title for m in metrics.values()), "cases", FOUND, MISSED, INVENTED]]
+    summary, counts = summarise(table), count_states(evaluation.table)
     for name in evaluation.columns:
         absent, *others = (int(counts.get((name, state), 0)) for state in (ABSENT, FOUND, MISSED, INVENTED))
-        cases = str(len(evaluation.cases) if name == MEAN else sum(others))
-        cases += f" (absent in {absent})" if absent and name != MEAN else ""
+        cases = str(sum(others)) + (f" (absent in {absent})" if absent else "")
+        if name == MEAN:
+            cases = str(len(evaluation.cases))
         rows.append([name, *(_cell(summary[m, name]) for m in metrics), cases, *map(str, others)])
-    parts = [f"# {title}", grid(rows), _worst(evaluation), "\n".join(f"- {line}" for line in definitions(evaluation))]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    parts = [f"# {title}", grid(rows)]
+    key, metric = next(iter(metrics.items()))  # the worst cases by the last column of the table
+    means = table[(table["metric"] == key) & (table["structure"] == name)].dropna(subset="value")
+    worst = means.sort_values("value", ascending=metric.higher_is_better, kind="stable").head(3)
+    if len(worst):
+        names = (f"{case} ({number(value)})" for case, value in zip(worst["case"], worst["value"], strict=True))
+        parts.append(f"Worst cases by {metric.title}: {', '.join(names)}")
+    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in definitions(evaluation))]) + "\n"
 
 
 def grid(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -133,88 +132,62 @@ def _cell(s: dict[str, float]) -> str:
     return f"{number(s['mean'])} ± {number(s['sd'])} [{number(s['q1'])}, {number(s['median'])}, {number(s['q3'])}]"
 
 
-def _worst(evaluation: Evaluation, shown: int = 3) -> str:
-    """The cases with the lowest mean over structures of the first metric."""
-    key, metric = next(iter(evaluation.metrics.items()))
-    table = with_mean(evaluation.table)
-    means = table[(table["metric"] == key) & (table["structure"] == evaluation.columns[-1])].set_index("case")["value"]
-    worst = means.dropna().sort_values(ascending=metric.higher_is_better, kind="stable").head(shown)
-    names = ", ".join(f"{case} ({number(value)})" for case, value in worst.items())
-    return f"Worst cases by {metric.title}: {names}" if names else ""
-
-
 def as_dict(evaluation: Evaluation, predictions: str, truth: str) -> dict[str, Any]:
-    """JSON content; ``metric_per_case``, ``mean`` and ``foreground_mean`` are laid out as in nnU-Net's summary.json.
-
-    Undefined values are null.
-    """
+    """For ``as_json``; ``metric_per_case``, ``mean`` and ``foreground_mean`` are as in nnU-Net's summary.json."""
     structures, metrics = evaluation.source.labels.structures, evaluation.metrics
     summary = summarise(with_mean(evaluation.table))
-    mean = {s.key: {metric.name: summary[m, s.name]["mean"] for m, metric in metrics.items()} for s in structures}
-    measured = wide(evaluation).to_dict("records")
-    names = [*(metric.name for metric in metrics.values()), "state", "truth_ml", "prediction_ml"]
-    return plain(
-        {
-            "predictions": predictions,
-            "truth": truth,
-            "structures": {s.key: s.name for s in structures},
-            "tolerance_mm": dict(evaluation.source.rules.tolerance),
-            "empty_policy": evaluation.source.rules.empty,
-            "definitions": definitions(evaluation),
-            "nnunetv2_ext": __version__,
-            "summary": {
-                metric.name: {name: summary[m, name] for name in evaluation.columns} for m, metric in metrics.items()
-            },
-            "foreground_mean": {
-                metric.name: pd.Series([mean[s.key][metric.name] for s in structures]).mean()
-                for metric in metrics.values()
-            },
-            "mean": mean,
-            "metric_per_case": [
-                {
-                    "case": file.case,
-                    "prediction_file": str(file.prediction),
-                    "reference_file": str(file.truth),
-                    "remark": file.remark,
-                    "metrics": {
-                        s.key: {name: row[name] for name in names}
-                        for s, row in zip(structures, measured[i * len(structures) :], strict=False)
-                    },
-                }
-                for i, file in enumerate(evaluation.files.itertuples())
-            ],
-        }
-    )
+    means = {m.name: {s.key: summary[key, s.name]["mean"] for s in structures} for key, m in metrics.items()}
+    columns = [*means, "state", "truth_ml", "prediction_ml"]
+    measured = wide(evaluation).set_index(["case", "structure"])[columns].to_dict("index")
+    return {
+        "predictions": predictions,
+        "truth": truth,
+        "structures": {s.key: s.name for s in structures},
+        "tolerance_mm": dict(evaluation.source.rules.tolerance),
+        "empty_policy": evaluation.source.rules.empty,
+        "definitions": definitions(evaluation),
+        "nnunetv2_ext": __version__,
+        "summary": {m.name: {name: summary[key, name] for name in evaluation.columns} for key, m in metrics.items()},
+        "foreground_mean": {name: pd.Series(some).mean() for name, some in means.items()},
+        "mean": {s.key: {name: some[s.key] for name, some in means.items()} for s in structures},
+        "metric_per_case": [
+            {
+                "case": file.case,
+                "prediction_file": str(file.prediction),
+                "reference_file": str(file.truth),
+                "remark": file.remark,
+                "metrics": {s.key: measured[file.case, s.name] for s in structures},
+            }
+            for file in evaluation.files.itertuples()
+        ],
+    }
 
 
-def plain(value: Any) -> Any:
-    """The same for JSON: numbers of numpy as Python's, undefined ones as None."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
+def as_json(content: Any) -> str:
+    """The text of a JSON file; undefined numbers are null."""
 
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(inner) for inner in value]
+        value = value.item() if isinstance(value, np.generic) else value
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-def as_json(content: dict[str, Any]) -> str:
-    """The text of a JSON file."""
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+    return json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
 
 
 def wide(evaluation: Evaluation) -> pd.DataFrame:
     """One row per case and structure, and per arm and repeat if there are any; metrics are columns by their names."""
     table = evaluation.table
-    keys = [key for key in ("arm", "repeat", "fold", "case") if key in table and key in evaluation.files]
-    parts = [table[table["metric"] == m].reset_index(drop=True) for m in evaluation.metrics]
-    result = parts[0].drop(columns=["metric", "value", "truth_ml", "prediction_ml"])
-    for metric, part in zip(evaluation.metrics.values(), parts, strict=True):
-        result[metric.name] = part["value"]
-    result[["truth_ml", "prediction_ml"]] = parts[0][["truth_ml", "prediction_ml"]]
+    first, *_ = parts = [table[table["metric"] == key].reset_index(drop=True) for key in evaluation.metrics]
+    values = {m.name: part["value"] for m, part in zip(evaluation.metrics.values(), parts, strict=True)}
+    volumes = ["truth_ml", "prediction_ml"]
+    result = first.drop(columns=["metric", "value", *volumes]).assign(**values).join(first[volumes])
+    keys = [key for key in ("arm", "repeat", "fold", "case") if key in table]
     return result.merge(evaluation.files[[*keys, "remark"]], on=keys, how="left")
 
 
 def as_csv(evaluation: Evaluation) -> str:
-    """One row per case and structure."""
-    return wide(evaluation).to_csv(index=False, lineterminator="\n")
+    """One row per case and structure (and method and repeat): all that was measured, before any averaging."""
+    return wide(evaluation).rename(columns={"arm": "method"}).to_csv(index=False, lineterminator="\n")

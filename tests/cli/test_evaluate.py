@@ -87,7 +87,7 @@ def test_label_values_by_hand(data, tmp_path: Path, capsys) -> None:
     ("arguments", "message"),
     [
         (["-d", "9"], "there is no dataset 9 in"),
-        (["-djfile", "no.json"], "-djfile no.json does not exist"),
+        (["-djfile", "no.json"], "no.json cannot be read as JSON"),
         (["--labels", "0"], "different values of 1 or more"),
         (["--ignore", "2"], "--ignore goes with --labels"),
         (["--tolerance", "c=1"], "no structure 'c'; there are a, b"),

@@ -52,8 +52,8 @@ def test_picture_and_duration(tmp_path, monkeypatch) -> None:
     arm = Arm("x", [Repeat("seed 0", {"0": fold(tmp_path / "a", facts), "1": fold(tmp_path / "a", facts)})])
     empty = Arm("y", [Repeat("seed 0", {"0": fold(tmp_path)})])
     assert curves.training_hours(arm) == pytest.approx(0.01) and math.isnan(curves.training_hours(empty))
-    assert curves.draw([arm, empty], tmp_path / "x.png", ["C0", "C1"])
+    assert curves.draw([arm, empty], tmp_path / "x.png", {"x": "C0", "y": "C1"})
     axes = drawn[0].axes[0]
     assert axes.get_xlabel() == "optimiser step" and max(axes.lines[0].get_xdata()) == 10
     assert [line.get_label() for line in axes.lines if not line.get_label().startswith("_")] == ["x"]
-    assert not curves.draw([empty], tmp_path / "y.png", ["C0"]) and len(drawn) == 1
+    assert not curves.draw([empty], tmp_path / "y.png", {"y": "C0"}) and len(drawn) == 1

@@ -25,7 +25,7 @@ def test_a_finished_fold(world) -> None:
     world.train("nnUNetTrainerMedContext", settings={"seed": 3, "medcontext.beta": 1.0})
     run = runs.read_fold(model_of(world, "nnUNetTrainerMedContext"), "0", ENDING)
     assert run.cases == ("c0", "c1", "c2", "c3") and run.seed == 3 and run.steps == 10
-    assert set(runs.nnunet_dice(run, ENDING)["c0"]) == {"1", "2"}
+    assert set(run.dice["c0"]) == {"1", "2"}
 
 
 def without_final(fold: Path) -> None:
@@ -134,7 +134,7 @@ def test_predictions_of_a_test_set(world, tmp_path) -> None:
     folder = world.train("nnUNetTrainer") / "fold_0" / "validation"
     found = predictions_arm("x", [folder], ENDING)
     assert found.runs()[0].fold == "test" and len(found.runs()[0].cases) == 4
-    assert runs.nnunet_dice(found.runs()[0], ENDING) == {}
+    assert found.runs()[0].dice == {}
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"predictions of y, .*empty, has no file"):
         predictions_arm("y", [tmp_path / "empty"], ENDING)
@@ -191,7 +191,7 @@ def test_results_of_windows_are_read(world) -> None:
         row["prediction_file"] = "C:\\Users\\me\\" + row["prediction_file"].lstrip("/").replace("/", "\\")
     summary.write_text(json.dumps(content))
     run = runs.read_fold(model_of(world), "0", ENDING)
-    assert set(runs.nnunet_dice(run, ENDING)) == set(run.cases) == {"c0", "c1", "c2", "c3"}
+    assert set(run.dice) == set(run.cases) == {"c0", "c1", "c2", "c3"}
 
 
 def test_cases_of_two_folds_are_answered_by_something_that_helps(world) -> None:

@@ -11,12 +11,13 @@ from nnunetv2_ext.compare import pictures
 from nnunetv2_ext.compare.arms import Arm, predictions_arm
 from nnunetv2_ext.compare.scores import Scores, collect, independent
 from nnunetv2_ext.compare.statistics import all_differences
-from nnunetv2_ext.evaluate.folder import make_source
+from nnunetv2_ext.evaluate.folder import Source
+from nnunetv2_ext.evaluate.metrics import Rules
 from nnunetv2_ext.evaluate.structures import from_dataset_json
 from tests.compare.conftest import LABELS, save, truth_of
 from tests.compare.test_statistics import scores_of
 
-SOURCE = make_source(from_dataset_json({"labels": LABELS}), ".nii.gz", metrics=("dice", "hd95"))
+SOURCE = Source(from_dataset_json({"labels": LABELS}), Rules(("dice", "hd95"), {}))
 
 
 def predicted(world, name: str, shift: int, cases=("c0", "c1")) -> str:
@@ -73,7 +74,7 @@ def test_a_copied_training_counts_once(copied: str, world) -> None:
 
 def test_3d_tiff_is_compared_in_the_mm_of_the_predictions(world, monkeypatch, capsys) -> None:
     """nnU-Net's gt_segmentations have no .json with the spacing, its predictions do."""
-    source = make_source(from_dataset_json({"labels": LABELS}), ".tif", metrics=("hd95",))
+    source = Source(from_dataset_json({"labels": LABELS}), Rules(("hd95",), {}), ".tif")
     arms = []
     for name, shift in (("truth", 0), ("x", 2), ("y", 1)):
         (world.root / name).mkdir()

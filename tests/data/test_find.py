@@ -13,18 +13,23 @@ def test_a_folder_name_is_taken_apart(world) -> None:
     (folder / "fold_all").mkdir()
     model = find.find_trainer(world.root / "results", world.name, "nnUNetTrainer", "nnUNetPlans", "3d_fullres")
     assert (model.trainer, model.plans, model.configuration) == ("nnUNetTrainer", "nnUNetPlans", "3d_fullres")
-    assert model.folder == folder and model.root == world.root / "results" and model.dataset == world.name
+    assert model.folder == folder and model.dataset == world.name
     assert model.folds() == ["0", "1", "all"]
     (folder.parent / "ensembles").mkdir()
-    assert [m.trainer for m in find.models_of(model.root, world.name)] == ["nnUNetTrainer"]
+    assert [m.trainer for m in find.models_of(folder.parent)] == ["nnUNetTrainer"]
 
 
 @pytest.mark.parametrize(
     ("trainer", "plans", "configuration", "message"),
     [
-        ("nnUNetTrainerMedContxt", "nnUNetPlans", "3d_fullres", "did you mean nnUNetTrainerMedContext? It has nnUNetT"),
-        ("nnUNetTrainer", "other", "3d_fullres", "no 3d_fullres results with the plans other in"),
-        ("nnUNetTrainer", "nnUNetPlans", "2d", "nnUNetTrainer has no results of 2d"),
+        (
+            "nnUNetTrainerMedContxt",
+            "nnUNetPlans",
+            "3d_fullres",
+            "did you mean nnUNetTrainerMedContext? -tr",
+        ),
+        ("nnUNetTrainer", "other", "3d_fullres", "no results of the plans other of nnUNetTrainer in"),
+        ("nnUNetTrainer", "nnUNetPlans", "2d", "no results of the configuration 2d of nnUNetTrainer in"),
     ],
 )
 def test_what_is_not_there_is_answered_by_what_is(trainer, plans, configuration, message, world) -> None:
@@ -39,7 +44,7 @@ def test_what_is_not_there_is_answered_by_what_is(trainer, plans, configuration,
 
 def test_another_dataset(world) -> None:
     world.train("nnUNetTrainer")
-    with pytest.raises(ValueError, match=r"has no results of Dataset006_y \(it has Dataset005_x\)"):
+    with pytest.raises(ValueError, match=r"no dataset Dataset006_y in .*results \(it has Dataset005_x\); .*--results"):
         find.find_trainer(world.root / "results", "Dataset006_y", "nnUNetTrainer", "nnUNetPlans", "3d_fullres")
 
 
@@ -59,17 +64,21 @@ def test_a_run_that_could_be_two(world) -> None:
     with pytest.raises(ValueError, match="more than one model of"):
         find.find_in(world.root / "results", world.name, "nnUNetPlans", "3d_fullres")
     with pytest.raises(ValueError, match="does not exist"):
-        find.find_in(world.root / "nowhere", None, "nnUNetPlans", "3d_fullres")
+        find.find_in(world.root / "nowhere", 5, "nnUNetPlans", "3d_fullres")
 
 
 def test_the_dataset_by_id_also_from_results_alone(world, monkeypatch) -> None:
-    assert find.dataset_name("5", []) == world.name
-    world.train("nnUNetTrainer")
-    monkeypatch.delenv("nnUNet_preprocessed")
-    monkeypatch.delenv("nnUNet_raw")
-    assert find.dataset_name("5", [world.root / "results"]) == world.name
-    with pytest.raises(ValueError, match="there is no dataset 6 in"):
-        find.dataset_name("6", [world.root / "results"])
+    model = world.train("nnUNetTrainer")
+    for variable in ("preprocessed", "raw", "results"):
+        monkeypatch.delenv(f"nnUNet_{variable}")
+    where = ("nnUNetPlans", "3d_fullres")
+    assert find.find_trainer(world.root / "results", "5", "nnUNetTrainer", *where).folder == model
+    assert find.find_in(world.root / "results", "5", *where)[0].folder == model
+    with pytest.raises(ValueError, match="no model of dataset 6 with plans"):
+        find.find_in(world.root / "results", "6", *where)
+    (model.parent.parent / "Dataset005_y").mkdir()
+    with pytest.raises(ValueError, match=r"dataset 5 is ambiguous in .*; give the full name"):
+        find.find_trainer(world.root / "results", "5", "nnUNetTrainer", *where)
 
 
 @pytest.fixture

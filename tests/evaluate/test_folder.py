@@ -13,7 +13,7 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder_s
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_ext.evaluate import pairs, plot, table
-from nnunetv2_ext.evaluate.folder import Evaluation, Source, evaluate_folder, make_source, with_mean
+from nnunetv2_ext.evaluate.folder import Evaluation, Source, evaluate_folder, with_mean
 from nnunetv2_ext.evaluate.metrics import Rules
 from nnunetv2_ext.evaluate.structures import Labels, from_dataset_json, from_values
 
@@ -60,7 +60,7 @@ def test_dice_and_layout_are_those_of_nnunet(folders, two_cases, tmp_path) -> No
     where = folders({**two_cases, "w": (two_cases["x"][0], truth)})
     result = evaluate_folder(*where, SOURCE)
     file = tmp_path / "ours.json"
-    file.write_text(json.dumps(table.as_dict(result, "p", "t")))
+    file.write_text(table.as_json(table.as_dict(result, "p", "t")))
     ours = load_summary_json(str(file))
     stock = tmp_path / "summary.json"
     compute_metrics_on_folder_simple(str(where[1]), str(where[0]), [1, 2], str(stock), 1, ignore_label=3)
@@ -129,7 +129,7 @@ def test_a_file_on_another_grid(geometry, message: str, folders, two_cases, labe
     with pytest.raises(ValueError, match=message) as caught:
         evaluate_folder(ours, theirs, SOURCE)
     assert ("--ignore-origin" in str(caught.value)) == (list(geometry) == ["origin"])  # no remedy for mirrored voxels
-    relaxed = Source(LABELS, RULES, compare_origin=False)
+    relaxed = Source(LABELS, RULES, ignore_origin=True)
     if "spacing" in geometry:
         with pytest.raises(ValueError, match="differ in spacing"):
             evaluate_folder(ours, theirs, relaxed)
@@ -185,7 +185,7 @@ def test_2d_pictures(tmp_path) -> None:
     assert result.metrics["hd95"].title == "HD95 [voxels]" and result.table["truth_ml"].isna().all()
     text = table.as_markdown(result, "x")
     assert "HD95 [voxels]" in text and "distances and tolerances are in voxels" in text and "1 voxels" in text
-    assert table.as_dict(result, "p", "t")["metric_per_case"][0]["metrics"]["1"]["truth_ml"] is None
+    assert '"truth_ml": null' in table.as_json(table.as_dict(result, "p", "t"))
 
 
 def test_2d_files_that_tell_the_size_of_a_pixel(tmp_path, label_file) -> None:
@@ -234,7 +234,7 @@ def test_label_values_that_no_file_holds(folders, two_cases) -> None:
         ([1], 9, "no case has label 9, which is to"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate_folder(*where, make_source(from_values(values_, ignore), ".nii.gz"))
+            evaluate_folder(*where, Source(from_values(values_, ignore), RULES))
 
 
 # --- tables and pictures
@@ -266,7 +266,7 @@ def test_table_json_and_csv(folders, two_cases) -> None:
         "Ignore label 3",
     ):
         assert words in text
-    content = json.loads(json.dumps(table.as_dict(result, "p", "t"), allow_nan=False))
+    content = json.loads(table.as_json(table.as_dict(result, "p", "t")))
     assert content["metric_per_case"][1]["metrics"]["2"] | {"truth_ml": 0} == {
         "Dice": None, "HD95": None, "NSD": None, "state": "absent", "truth_ml": 0, "prediction_ml": 0,
     }  # fmt: skip
