@@ -51,9 +51,6 @@ class ViewDataset:
         target = LazyTarget(label, self._ignore, self._planes.get(identifier, Planes()), propagated)
         return data, target, None, properties
 
-    def __getitem__(self, identifier: str) -> tuple[Any, LazyTarget, None, dict[str, Any]]:
-        return self.load_case(identifier)
-
 
 def number_labelled(batch_size: int, labelled_share: float, min_labelled: int, has_unlabelled: bool) -> int:
     """Labelled samples in a batch: the share, rounded up, and no less than ``min_labelled``.
@@ -82,11 +79,7 @@ class TwoStreamLoader(nnUNetDataLoader):
     ``oversample_foreground_percent`` for each sample on a foreground voxel: nnU-Net forces the last third of a batch,
     which would be unlabelled samples here. Patches of unlabelled cases lie anywhere.
 
-    Args:
-        data: with both kinds of cases, or with labelled ones alone.
-        labelled_share: of each batch.
-        min_labelled: labelled samples a batch has at least.
-        others: of `nnUNetDataLoader`, by name.
+    `others` are arguments of `nnUNetDataLoader`; for `labelled_share` and `min_labelled` see `number_labelled`.
     """
 
     _data: ViewDataset

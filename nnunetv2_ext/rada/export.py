@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _MEMBER = re.compile(r"members\.(\d+)\.network\.")
+_GATE = re.compile(r"members\.\d+\.head\.gate")
 
 
 def export_network(network_weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -25,13 +26,13 @@ def export_network(network_weights: Mapping[str, Tensor], name: str) -> dict[str
         ValueError: not a RADA model, no such network, or its semantics are active.
     """
     number = len({match[1] for key in network_weights if (match := _MEMBER.match(key))})
-    if not number:
+    names = [f"net{k}" for k in range(1, number + 1)]
+    if not names:
         raise ValueError("these weights are not those of a RADA model; export a model trained with nnUNetTrainerRADA")
-    names = [f"net{k + 1}" for k in range(number)]
-    if name == "student" and number == 1:
+    if name == "student" and len(names) == 1:
         name = "net1"
     if name not in names:
-        several = f"a RADA model has {number} networks, not one" if name == "student" else f"there is no {name!r}"
+        several = f"a RADA model has {len(names)} networks, not one" if name == "student" else f"there is no {name!r}"
         raise ValueError(f"{several}; choose with --weights {'|'.join(names)}")
     k = names.index(name)
     gate = float(network_weights.get(f"members.{k}.head.gate", torch.zeros(())))
@@ -52,9 +53,7 @@ def drop_semantics(checkpoint: dict[str, Any]) -> dict[str, Any]:
         ValueError: there is no semantic head.
     """
     weights = checkpoint["network_weights"]
-    gates = {
-        name: torch.zeros_like(v) for name, v in weights.items() if re.fullmatch(r"members\.\d+\.head\.gate", name)
-    }
+    gates = {key: torch.zeros_like(value) for key, value in weights.items() if _GATE.fullmatch(key)}
     if not gates:
         raise ValueError("this model has no semantic heads (rada.semantics=off); export it without --drop-semantics")
     return checkpoint | {"network_weights": weights | gates}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from functools import reduce
+from typing import Any
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -14,23 +15,8 @@ from nnunetv2_ext.rada.member import Member, MemberOutput
 from nnunetv2_ext.rada.requirements import require_volumes
 from nnunetv2_ext.rada.semantics.align import alignment_loss
 from nnunetv2_ext.rada.semantics.bank import NUM_AXES, SemanticBank, own_or_bank
-from nnunetv2_ext.rada.semantics.head import EMBEDDING_DIM
+from nnunetv2_ext.rada.semantics.head import EMBEDDING_DIM, SemanticHead
 from nnunetv2_ext.rada.settings import RADASettings
-
-
-class _Decoders:
-    """What nnU-Net switches deep supervision at: `network.decoder.deep_supervision`."""
-
-    def __init__(self, net: RADANet) -> None:
-        self._net = net
-
-    @property
-    def deep_supervision(self) -> bool:
-        return self._net.members[0].network.decoder.deep_supervision  # type: ignore[return-value, union-attr]
-
-    @deep_supervision.setter
-    def deep_supervision(self, enabled: bool) -> None:
-        self._net.set_deep_supervision(enabled)
 
 
 class RADANet(nn.Module):
@@ -39,21 +25,12 @@ class RADANet(nn.Module):
     Args:
         networks: of one architecture, with different weights.
         semantics: see `Member`.
-        infer: `mean` of the logits, or the index of the only network that predicts.
+        infer: index of the only network that predicts; None: the mean of all logits.
         dimension: D, of the class vectors.
-
-    Attributes:
-        members: the networks with what belongs to each.
-        bank: `image`, `text` and `views`; buffers, which take the size of what is loaded.
-        infer: as given.
     """
 
     def __init__(
-        self,
-        networks: Sequence[nn.Module],
-        semantics: str = "off",
-        infer: Literal["mean"] | int = "mean",
-        dimension: int = EMBEDDING_DIM,
+        self, networks: Sequence[nn.Module], semantics: str, infer: int | None, dimension: int = EMBEDDING_DIM
     ) -> None:
         super().__init__()
         num_classes: int = networks[0].decoder.seg_layers[-1].out_channels  # type: ignore[union-attr, index, assignment]
@@ -62,14 +39,29 @@ class RADANet(nn.Module):
         # until the trainer says which axes there are, or a checkpoint does
         axes = ((0, 1, 2),) if len(networks) == 1 else ((0, 1), (0, 2), (1, 2))
         self.bank = SemanticBank(num_classes, dimension if semantics == "clip" else 0, axes)
-        self.members = nn.ModuleList(
-            [Member(network, semantics, self.bank, k, dimension) for k, network in enumerate(networks)]
-        )
+        members = [Member(network, semantics, dimension) for network in networks]
+        self.members = nn.ModuleList(members)
 
     @property
-    def decoder(self) -> Any:
-        """For nnU-Net, which sets its `deep_supervision`."""
-        return _Decoders(self)
+    def decoder(self) -> RADANet:
+        """Itself, for nnU-Net, which sets `network.decoder.deep_supervision`."""
+        return self
+
+    @property
+    def deep_supervision(self) -> bool:
+        """Whether each network returns logits of all resolutions or of the highest only."""
+        return self.member(0).decoder.deep_supervision
+
+    @deep_supervision.setter
+    def deep_supervision(self, enabled: bool) -> None:
+        for k in range(len(self.members)):
+            self.member(k).decoder.deep_supervision = enabled
+
+    @property
+    def heads(self) -> list[SemanticHead]:
+        """Of the networks in their order; empty without semantics."""
+        found = (self.member(k).head for k in range(len(self.members)))
+        return [head for head in found if head is not None]
 
     @property
     def buffers_of_any_size(self) -> frozenset[str]:
@@ -88,57 +80,37 @@ class RADANet(nn.Module):
         return self.members[k]  # type: ignore[return-value]
 
     def forward_member(self, k: int, data: Tensor, vectors: Tensor | None = None) -> MemberOutput:
-        """What network k computes; see `Member.forward`."""
-        if vectors is None and self.semantics == "clip":
-            # looked up here: inside, torch.compile would make a graph for each network and reach its limit of eight
-            vectors = self.bank.in_view(k)[None]
-        return self.members[k](data, vectors)
+        """What network k computes of `data`, `(B, channels, *S)`.
+
+        For `clip`, `vectors` are the image vectors `(B, C, D)` the samples are conditioned on (see `conditioning`);
+        None: the bank's.
+        """
+        if self.semantics != "clip":
+            return self.members[k](data)
+        # looked up here: inside, torch.compile would make a graph for each network and reach its limit of eight
+        return self.members[k](data, (self.bank.text, self.bank.in_view(k)[None] if vectors is None else vectors))
 
     def forward(self, data: Tensor) -> Tensor:
         """Full-resolution logits `(B, C, *S)`, the mean of all networks or those of one, as `infer` says.
 
         The tensor is new and may be written to.
         """
-        if self.infer != "mean":
+        if self.infer is not None:
             return self.forward_member(self.infer, data).full_resolution
-        total = self.forward_member(0, data).full_resolution
-        for k in range(1, len(self.members)):
-            total = total + self.forward_member(k, data).full_resolution
-        return total / len(self.members)
-
-    def set_deep_supervision(self, enabled: bool) -> None:
-        """Whether each network returns logits of all resolutions or of the highest only."""
-        for member in self.members:
-            member.network.decoder.deep_supervision = enabled  # type: ignore[union-attr]
-
-    def freeze_unused_segmentation_layers(self, mode: Literal["pool", "off"]) -> None:
-        """Take the gradient from segmentation layers without a loss: DDP would wait for it.
-
-        Args:
-            mode: `pool`: the lowest, whose weight is 0; `off`: all but the highest.
-        """
-        for member in self.members:
-            layers: Any = member.network.decoder.seg_layers  # type: ignore[union-attr]  # lowest resolution first
-            unused = list(layers)[:-1] if mode == "off" else list(layers)[:-1][:1]
-            for layer in layers:
-                layer.requires_grad_(not any(layer is other for other in unused))
+        logits = (self.forward_member(k, data).full_resolution for k in range(len(self.members)))
+        return reduce(torch.add, logits) / len(self.members)
 
     def set_bank(self, image: Tensor, text: Tensor) -> None:
-        """Fill the bank; vectors of another dimension than so far start the layers that read them anew.
+        """Fill the bank with R, `(3, C, D)`, and U, `(C, D)`; ValueError if they are not finite.
 
-        Args:
-            image: R, `(3, C, D)`.
-            text: U, `(C, D)`.
-
-        Raises:
-            ValueError: vectors that are not finite.
+        Vectors of another dimension than so far start the layers that read them anew.
         """
+        before, now = self.bank.text.shape[-1], text.shape[-1]
         self.bank.set(image, text)
-        for k in range(len(self.members)):
-            member = self.member(k)
-            assert member.head is not None and member.projection is not None
-            member.head.resize(text.shape[-1])
-            member.projection.resize(text.shape[-1])
+        for module in self.modules():
+            if isinstance(module, ResizableLinear):
+                size = module.in_features if module.free == "in" else module.out_features
+                module.resize(size // before * now)
 
     def conditioning(self, k: int, vectors: Tensor, valid: Tensor, use_own: Tensor) -> Tensor:
         """What network k is conditioned on, `(B, C, D)`, for `forward_member`; see `own_or_bank`."""
@@ -156,12 +128,7 @@ class RADANet(nn.Module):
     ) -> Tensor | None:
         """`align.alignment_loss` of network k with its projection, and the bank or its tokens.
 
-        Args:
-            features, label, bits, tau, min_voxels: see there.
-            own: vectors of the samples and which are valid, needed for `clip`.
-
-        Returns:
-            None if no class has enough voxels on a plane in view.
+        Args as there; `own`: vectors of the samples and which are valid, needed for `clip`.
         """
         member = self.member(k)
         assert member.projection is not None
@@ -174,23 +141,11 @@ class RADANet(nn.Module):
             text, bank = self.bank.text, self.bank.image
             assert own is not None
             vectors, valid = own
-        return alignment_loss(
-            features,
-            label,
-            bits,
-            self.bank.view_axes[k],
-            vectors,
-            valid,
-            text,
-            member.projection,
-            tau,
-            min_voxels,
-            bank,
-        )
+        axes, projection = self.bank.view_axes[k], member.projection
+        return alignment_loss(features, label, bits, axes, vectors, valid, text, projection, tau, min_voxels, bank)
 
 
 def build_rada_network(
-    plans_manager: Any,
     configuration_manager: Any,
     num_input_channels: int,
     num_output_channels: int,
@@ -200,13 +155,8 @@ def build_rada_network(
 ) -> RADANet:
     """The networks of the plans, initialised one after the other, then their heads.
 
-    So the first network starts with the weights that a plain nnU-Net gets from the same random state.
-
-    Args:
-        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision: as of
-            nnUNetTrainer.build_network_architecture.
-        settings: `num_networks`, `semantics` and `infer` matter.
-        dimension: D, of the class vectors; loading weights changes it to theirs.
+    So the first network starts with the weights that a plain nnU-Net gets from the same random state. Arguments are
+    those of nnUNetTrainer.build_network_architecture; loading weights changes `dimension`, D, to theirs.
 
     Raises:
         ValueError: a 2-D configuration, or a network without encoder and U-Net decoder.
@@ -224,5 +174,4 @@ def build_rada_network(
         )
         for _ in range(settings.num_networks)
     ]
-    infer = settings.single_network
-    return RADANet(networks, settings.semantics, "mean" if infer is None else infer, dimension)
+    return RADANet(networks, settings.semantics, settings.single_network, dimension)

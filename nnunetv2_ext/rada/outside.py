@@ -20,9 +20,7 @@ METHOD = Method(
                 "ddp": "nnUNetTrainerRADA runs on one GPU",
             },
             promises={
-                "": _COST,
-                "rada.semantics=learned": _COST,
-                "rada.semantics=off": _COST,
+                **dict.fromkeys(("", "rada.semantics=learned", "rada.semantics=off"), _COST),
                 "rada.semantics=learned rada.infer=single:1": Promise(cpu=3.6, cuda=3.6, memory=1.6, predict=1.0),
             },
         )

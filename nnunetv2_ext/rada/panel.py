@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.style
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
+import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor
 
 from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, take_slice
 from nnunetv2_ext.core.labelmaps import class_names
-from nnunetv2_ext.rada.views import INSIDE
+from nnunetv2_ext.core.step import Batch
+from nnunetv2_ext.parts.pseudo_labels import Lesson
+from nnunetv2_ext.rada.views import AXES, INSIDE
 
 Array = npt.NDArray[Any]
 
@@ -30,8 +32,7 @@ _STATES = {
 }
 
 
-@dataclass(frozen=True)
-class SampleView:
+class SampleView(NamedTuple):
     """One patch. All arrays are (X, Y, Z) but `predictions`."""
 
     case: str
@@ -40,6 +41,16 @@ class SampleView:
     bits: Array  # view map
     predictions: Array  # (networks, X, Y, Z), the most likely classes
     states: Array  # what becomes of the pseudo-labels, see `pseudo_label_states`
+
+
+def sample_views(batch: Batch, lessons: Sequence[Lesson], unannotated: Tensor) -> list[SampleView]:
+    """What to draw of each sample, of what the networks say; `unannotated` (B, X, Y, Z) as below."""
+    labels, keeps = (
+        torch.stack([getattr(lesson, name) for lesson in lessons], 1).cpu().numpy() for name in ("label", "keep")
+    )
+    image, target, free = (x.cpu().numpy() for x in (batch.data[:, 0], batch.top_target, unannotated))
+    states = map(pseudo_label_states, labels, keeps, free)
+    return [SampleView(*patch) for patch in zip(batch.keys, image, target[:, 0], target[:, 1], labels, states)]
 
 
 def pseudo_label_states(labels: Array, keeps: Array, unannotated: Array) -> npt.NDArray[np.uint8]:
@@ -59,7 +70,7 @@ def pseudo_label_states(labels: Array, keeps: Array, unannotated: Array) -> npt.
 
 def cuts(view: SampleView, ignore: int) -> list[tuple[int, int]]:
     """(axis, index) to draw: per axis the annotated plane with most foreground, or, without any, the fullest slice."""
-    annotated = (view.label != ignore) & (view.bits & 0b111 != 0)
+    annotated = (view.label != ignore) & (view.bits & AXES != 0)
     found = []
     for axis in range(3):
         on_axis = annotated & (view.bits & (1 << axis) != 0)
@@ -74,54 +85,40 @@ def cuts(view: SampleView, ignore: int) -> list[tuple[int, int]]:
 def draw_panel(
     views: Sequence[SampleView],
     path: Path,
-    title: str,
+    heading: str,
     dataset_json: dict,
     labels: LabelManager,
     spacing: Sequence[float],
 ) -> None:
     """Write the picture: a row per cut; columns image with annotation, each network's prediction, pseudo-labels.
 
-    The classes are those of `dataset_json` and `labels`; `spacing` is in mm per axis of the patches.
+    `spacing` is in mm per axis of the patches.
     """
     ignore = int(labels.ignore_label)  # type: ignore[arg-type]
     classes = {value: name for value, name in class_names(dataset_json, labels).items() if value != ignore}
-    rows = [(view, axis, index) for view in views for axis, index in cuts(view, ignore)]
+    rows = [(view, *cut) for view in views for cut in cuts(view, ignore)]
     number = len(views[0].predictions)
     # nnU-Net's progress plot changes the fonts of the whole process
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(2.35 * (number + 2), 2.6 * len(rows) + 1.0), layout="constrained")
-        figure.suptitle(title)
+        figure.suptitle(heading)
         grid = figure.subplots(len(rows), number + 2, squeeze=False)
         for cells, (view, axis, index) in zip(grid, rows, strict=True):
-            _draw_row(cells, view, axis, index, classes, ignore, spacing)
+            # rows are the later of the two remaining axes, as take_slice has it
+            mm = tuple(spacing[a] for a in (2, 1, 0) if a != axis)
+            options: dict[str, Any] = {"window": tuple(np.percentile(view.image, (1, 99.5))), "spacing": mm}
+            image = take_slice(view.image, axis, index)
+            hidden = (view.label == ignore) | (view.bits & INSIDE == 0)
+            annotation = take_slice(np.where(hidden, 0, view.label), axis, index)
+            title = f"{view.case}, axis {axis}, slice {index}\nannotation"
+            draw_slice(cells[0], image, annotation, classes, fill=0, title=title, **options)
+            for k, (cell, prediction) in enumerate(zip(cells[1:-1], view.predictions, strict=True), 1):
+                draw_slice(cell, image, take_slice(prediction, axis, index), classes, title=f"network {k}", **options)
+            draw_slice(cells[-1], image, title="pseudo-labels", **options)
+            states = take_slice(view.states, axis, index)
+            cover = np.zeros((*states.shape, 4))
+            for state, (_, colour) in _STATES.items():
+                cover[states == state] = (*to_rgb(colour), 0.55)
+            cells[-1].imshow(cover, origin="lower", interpolation="nearest", aspect=cells[-1].get_aspect())
         add_legend(figure, classes, further=[Patch(color=colour, label=name) for name, colour in _STATES.values()])
         figure.savefig(path, dpi=110)
-
-
-def _draw_row(
-    cells: Sequence[Axes],
-    view: SampleView,
-    axis: int,
-    index: int,
-    classes: dict[int, str],
-    ignore: int,
-    spacing: Sequence[float],
-) -> None:
-    rest = [a for a in range(3) if a != axis]
-    options: dict[str, Any] = {
-        "window": tuple(np.percentile(view.image, (1, 99.5))),
-        # rows are the later of the two remaining axes, as take_slice has it
-        "spacing": (spacing[rest[1]], spacing[rest[0]]),
-    }
-    image = take_slice(view.image, axis, index)
-    annotation = np.where((view.label == ignore) | (view.bits & INSIDE == 0), 0, view.label)
-    title = f"{view.case}, axis {axis}, slice {index}\nannotation"
-    draw_slice(cells[0], image, take_slice(annotation, axis, index), classes, fill=0, title=title, **options)
-    for k, (cell, prediction) in enumerate(zip(cells[1:-1], view.predictions, strict=True), 1):
-        draw_slice(cell, image, take_slice(prediction, axis, index), classes, title=f"network {k}", **options)
-    draw_slice(cells[-1], image, title="pseudo-labels", **options)
-    states = take_slice(view.states, axis, index)
-    cover = np.zeros((*states.shape, 4))
-    for state, (_, colour) in _STATES.items():
-        cover[states == state] = (*to_rgb(colour), 0.55)
-    cells[-1].imshow(cover, origin="lower", interpolation="nearest", aspect=cells[-1].get_aspect())

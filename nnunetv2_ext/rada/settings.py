@@ -6,13 +6,11 @@ Sources: "paper" is arXiv 2604.11164, of which only the opening was read; "SGTC"
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from nnunetv2_ext.core.settings import LOCAL_PATH, RESUMABLE, STRUCTURAL, Settings
-from nnunetv2_ext.rada.requirements import require_alpha
 
 
 class RADASettings(Settings):
@@ -28,15 +26,13 @@ class RADASettings(Settings):
     }
 
     preset: Literal["paper-digest"] | None = Field(
-        None,
-        description="Named set of defaults beneath the keys you give: paper-digest = with registration, as a digest by "
-        "others describes the paper. Source: second-hand.",
+        None, description="Defaults beneath the keys you give: paper-digest = with registration. Source: second-hand."
     )
     # ---- what is part of the network
     num_networks: Literal[1, 3] = Field(
         3,
-        description="3: each network learns from two of the three plane axes; 1, a control: one network learns from "
-        "all planes, without co-training. Source: SGTC (3), ours (1).",
+        description="3: each network learns from two of the three plane axes; 1, a control: from all planes, without "
+        "co-training. Source: SGTC (3), ours (1).",
         json_schema_extra=STRUCTURAL,
     )
     semantics: Literal["clip", "learned", "off"] = Field(
@@ -55,8 +51,7 @@ class RADASettings(Settings):
     clip_model: str = Field(
         "ViT-B-16-quickgelu",
         min_length=1,
-        description="open_clip's name of the architecture; OpenAI's and Alpha-CLIP's weights need the -quickgelu "
-        "ones. Source: ours.",
+        description="open_clip's name; OpenAI's and Alpha-CLIP's weights need a -quickgelu one. Source: ours.",
         json_schema_extra=STRUCTURAL,
     )
     # ---- batches and supervision
@@ -66,36 +61,28 @@ class RADASettings(Settings):
     min_labelled: int = Field(
         2,
         ge=1,
-        description="Labelled patches a batch has at least; a batch that is no larger is all labelled, and a larger "
-        "batch_size takes the unlabelled cases in. Source: measured (one labelled patch a step loses more than "
-        "unlabelled ones bring).",
+        description="Labelled patches a batch has at least; a batch that is no larger is all labelled. "
+        "Source: measured (one labelled patch a step loses more than unlabelled ones bring).",
     )
     deep_supervision: Literal["pool", "off"] = Field(
         "pool",
         description="Targets of the lower resolutions: pool (a block is annotated if any of its voxels is, with their "
         "majority label), or off (full resolution only). Source: measured.",
     )
-    clip_norm: float = Field(
-        12, gt=0, description="Gradient norm at which each network is clipped on its own. Source: nnU-Net."
-    )
+    clip_norm: float = Field(12, gt=0, description="Norm at which each network's gradient is clipped. Source: nnU-Net.")
     # ---- co-training
     lambda_max: float = Field(
-        0.1,
-        ge=0,
-        le=0.5,
-        description="Weight of each teacher at the end of the training; 0: no co-training. Source: SGTC.",
+        0.1, ge=0, le=0.5, description="Weight of each teacher at the end; 0: no co-training. Source: SGTC."
     )
     passes: int = Field(
         0,
         ge=0,
         le=32,
-        description="Noisy forward passes per teacher for the entropy; 0: the clean pass alone, whose gate is the "
-        "same within 0.11 % of voxels. Source: measured (SGTC: 8).",
+        description="Noisy passes per teacher for the entropy; 0: the clean pass alone, whose gate is the same within "
+        "0.11 % of voxels. Source: measured (SGTC: 8).",
     )
     noise_std: float = Field(
-        0.1,
-        ge=0,
-        description="Standard deviation of that noise, in units of z-scored intensity. Source: SGTC.",
+        0.1, ge=0, description="Standard deviation of that noise, in units of z-scored intensity. Source: SGTC."
     )
     noise_clip: float = Field(
         0.2, ge=0, description="Largest absolute value of that noise, in units of z-scored intensity. Source: SGTC."
@@ -109,8 +96,7 @@ class RADASettings(Settings):
     clip_weights: str | None = Field(
         "openai",
         min_length=1,
-        description="open_clip's tag of the weights (downloaded on first use), hf-hub: name, or a local file. "
-        "Source: ours.",
+        description="open_clip's tag (downloaded on first use), hf-hub: name, or a local file. Source: ours.",
         json_schema_extra={**RESUMABLE, **LOCAL_PATH},  # where they are may change, what they are may not
     )
     alpha_weights: str | None = Field(
@@ -126,8 +112,7 @@ class RADASettings(Settings):
     )
     image_channel: int = Field(0, ge=0, description="Image channel CLIP sees, counted from 0. Source: ours.")
     prompts: dict[str, str] | None = Field(
-        None,
-        description="Sentence per class name that replaces the built-in prompt. Source: ours.",
+        None, description="Sentence per class name that replaces the built-in prompt. Source: ours."
     )
     mu_align: float = Field(
         0.1, ge=0, description="Weight of the alignment of voxel features with the region's vector. Source: ours."
@@ -140,34 +125,33 @@ class RADASettings(Settings):
         0.5,
         ge=0,
         le=1,
-        description="Probability that a labelled sample is conditioned on its own vectors instead of the bank's. "
-        "Source: ours.",
+        description="Probability that a labelled sample has its own vectors, not the bank's. Source: ours.",
     )
     # ---- propagated pseudo-labels
     registration: Literal["on", "off"] = Field(
         "off",
-        description="Spread the plane a network does not hold by slice-to-slice registration. Source: measured (off), "
-        "second-hand reading of the paper (on).",
+        description="Spread the planes a network does not hold, by registration of neighbouring slices. "
+        "Source: measured (off), second-hand reading of the paper (on).",
     )
     max_distance: int = Field(6, ge=1, le=64, description="How far a plane is spread, in slices. Source: measured.")
 
-    @field_validator("deep_supervision", "semantics", "registration", mode="before")
+    @field_validator("deep_supervision", "semantics", "registration", "gate_base", mode="before")
     @classmethod
-    def _on_and_off_are_names(cls, value: Any) -> Any:
+    def _words(cls, value: Any) -> Any:
         # other programs write the words on and off as true and false: YAML 1.1 knows no difference
-        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-
-    @field_validator("gate_base", mode="before")
-    @classmethod
-    def _two_is_a_name(cls, value: Any) -> Any:
-        return "2" if value == 2 and not isinstance(value, bool) else value
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        return "2" if value == 2 else value
 
     @model_validator(mode="after")
     def _consistent(self) -> RADASettings:
-        single = re.match(r"single:(\d)", self.infer)
-        if single and int(single[1]) > self.num_networks:
+        if (self.single_network or 0) >= self.num_networks:
             raise ValueError(f"infer ({self.infer}) names a network that num_networks ({self.num_networks}) lacks")
-        require_alpha(self.region, self.alpha_weights is not None)
+        if self.region == "alpha" and self.alpha_weights is None:
+            raise ValueError(
+                "rada.region=alpha needs Alpha-CLIP's weights, without which the mask is invisible: "
+                "give rada.alpha_weights=/path/to/file, or use rada.region=crop or pool"
+            )
         if self.semantics == "clip" and self.clip_weights is None:
             raise ValueError(
                 "semantics=clip needs clip_weights (a tag such as openai, or a file); else use semantics=learned or off"
@@ -175,11 +159,11 @@ class RADASettings(Settings):
         return self
 
     @property
-    def has_semantics(self) -> bool:
-        """Whether the networks have semantic heads."""
-        return self.semantics != "off"
-
-    @property
     def single_network(self) -> int | None:
         """Index from 0 of the only network that predicts; None for the mean."""
         return None if self.infer == "mean" else int(self.infer.partition(":")[2]) - 1
+
+    @property
+    def region_shown(self) -> Any:
+        """`region`, of which ``auto`` is ``alpha`` with Alpha-CLIP's weights and ``crop`` without."""
+        return self.region if self.region != "auto" else "crop" if self.alpha_weights is None else "alpha"

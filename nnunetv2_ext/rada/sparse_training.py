@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset
 from nnunetv2_ext.rada.propagation.propagate import propagate_cases
 from nnunetv2_ext.rada.settings import RADASettings
 from nnunetv2_ext.rada.targets import supervised_target
-from nnunetv2_ext.rada.views import AXES, view_masks
+from nnunetv2_ext.rada.views import AXES, axes_in, view_masks
 
 
 class SparseTraining(MethodTrainer):
@@ -28,7 +29,6 @@ class SparseTraining(MethodTrainer):
     # SGTC's 6000 iterations are 24 such epochs; three networks cost 3.5 times a plain step
     default_settings: ClassVar[dict[str, Any]] = {"num_epochs": 250}
 
-    annotations: dict[str, Annotation] | None = None  # of all cases of the dataset
     labelled_cases: frozenset[str] = frozenset()  # those with any annotated voxel
     training_data: Any = None  # nnU-Net's dataset of the training cases
     plane_axes: tuple[int, ...] = ()  # on which training cases have planes
@@ -45,13 +45,11 @@ class SparseTraining(MethodTrainer):
         """nnU-Net's, after the refusals.
 
         nnU-Net's own deep supervision stays off: its targets lose thin planes, ours are pooled on the device.
-        """
-        self._refuse_what_cannot_work()
-        self.enable_deep_supervision = False
-        super().initialize()
 
-    def _refuse_what_cannot_work(self) -> None:
-        """Raises ValueError with the reason: 2-D, cascade, regions, no ignore label; NotImplementedError: DDP."""
+        Raises:
+            ValueError: 2-D, cascade, regions, no ignore label.
+            NotImplementedError: DDP.
+        """
         if self.is_ddp:
             raise NotImplementedError(
                 "nnUNetTrainerRADA runs on one GPU: its three networks are trained one after the other, each of which "
@@ -60,20 +58,14 @@ class SparseTraining(MethodTrainer):
         base = Path(self.preprocessed_dataset_folder_base)
         self.preprocessed = require_trainable(base, self.plans_manager, self.configuration_name, self.dataset_json)
         self.ignore_label = self.preprocessed.ignore
+        self.enable_deep_supervision = False
+        super().initialize()
 
     # ---- who is labelled ---------------------------------------------------------------------------------------------
-    def _survey(self) -> dict[str, Annotation]:
-        """What is annotated in every case of the dataset; read once."""
-        if self.annotations is None:
-            self.annotations = self.preprocessed.survey()
-        return self.annotations
-
-    def _check_planes(self, annotations: dict[str, Annotation]) -> None:
-        """Log what was found; raises ValueError if preprocessing erased a plane."""
-        data = self.preprocessed
-        lines = [*log_lines(annotations), *data.warnings(annotations), *erased_annotations(data, annotations)]
-        self.print_to_log_file("RADA found these planes (slices of the preprocessed arrays):\n" + "\n".join(lines))
-        require_planes_survived(data, annotations)
+    @cached_property
+    def annotations(self) -> dict[str, Annotation]:
+        """What is annotated in every case of the dataset."""
+        return self.preprocessed.survey()
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's: unlabelled cases train in every fold and validate in none (see `split.labelled_splits`).
@@ -81,7 +73,7 @@ class SparseTraining(MethodTrainer):
         Raises:
             ValueError: no labelled case to train on, or none to validate on.
         """
-        annotations = self._survey()
+        annotations = self.annotations
         labelled = {case for case, annotation in annotations.items() if annotation.labelled}
         if self.fold == "all":
             train, validation = super().do_split()
@@ -111,16 +103,18 @@ class SparseTraining(MethodTrainer):
     # ---- batches -----------------------------------------------------------------------------------------------------
     def get_tr_and_val_datasets(self) -> tuple[ViewDataset, ViewDataset]:
         """nnU-Net's, whose cases carry their view map; before that the planes are checked."""
-        annotations = self._survey()
-        self._check_planes(annotations)
+        annotations, data = self.annotations, self.preprocessed
+        lines = [*log_lines(annotations), *data.warnings(annotations), *erased_annotations(data, annotations)]
+        self.print_to_log_file("RADA found these planes (slices of the preprocessed arrays):\n" + "\n".join(lines))
+        require_planes_survived(data, annotations)
         train, validation = super().get_tr_and_val_datasets()
         self.training_data = train
         self.plane_axes = tuple(
             axis for axis in range(3) if any(axis in annotations[case].planes.axes for case in train.identifiers)
         )
         self.masks = view_masks(self.plane_axes, self.rada.num_networks)
-        names = ["axes " + ", ".join(str(a) for a in range(3) if mask >> a & 1) for mask in self.masks]
-        text = "; ".join(f"network {k} learns from planes of {name}" for k, name in enumerate(names, 1))
+        names = [", ".join(map(str, axes_in(mask))) for mask in self.masks]
+        text = "; ".join(f"network {k} learns from planes of axes {name}" for k, name in enumerate(names, 1))
         self.print_to_log_file(f"RADA: {text}.")
         planes = {case: annotation.planes for case, annotation in annotations.items()}
         self.labelled_cases = frozenset(case for case, annotation in annotations.items() if annotation.labelled)
@@ -130,45 +124,35 @@ class SparseTraining(MethodTrainer):
     def training_sources(self) -> list[CaseSource]:
         """The training cases with planes, as embedding and registration want them."""
         assert self.training_data is not None
-        annotations = self._survey()
-        planes = {case: annotations[case].planes for case in self.training_data.identifiers}
+        planes = {case: self.annotations[case].planes for case in self.training_data.identifiers}
         return case_sources(self.preprocessed, planes, self.configuration_manager.spacing, self.rada.image_channel)
 
     def _propagated(self) -> dict[str, Path] | None:
         """Files of the training cases' propagated planes; None without registration."""
         if self.rada.registration == "off":
             return None
-        return propagate_cases(
-            self.training_sources(),
-            cache_root(self.preprocessed_dataset_folder_base),
-            self.preprocessed.key(),
-            self.ignore_label,
-            self.rada.max_distance,
-            log=self.print_to_log_file,
-        )
+        root, key = cache_root(self.preprocessed_dataset_folder_base), self.preprocessed.key()
+        options = self.ignore_label, self.rada.max_distance, self.print_to_log_file
+        return propagate_cases(self.training_sources(), root, key, *options)
 
     def make_train_loader(self, dataset: ViewDataset, **nnunet_arguments: Any) -> TwoStreamLoader:
         """Labelled and unlabelled patches in each batch."""
         nnunet_arguments.pop("probabilistic_oversampling")
         loader = TwoStreamLoader(dataset, self.rada.labelled_share, self.rada.min_labelled, **nnunet_arguments)
-        self._describe_streams(dataset, loader)
-        return loader
-
-    def _describe_streams(self, train: ViewDataset, loader: TwoStreamLoader) -> None:
-        rest = loader.batch_size - loader.number_labelled
-        text = f"{loader.number_labelled} patches of {len(train.labelled)} labelled cases"
-        if rest:
-            text += f" and {rest} of {len(train.unlabelled)} unlabelled cases"
-        elif train.unlabelled:
-            why = (
-                f"a batch keeps rada.min_labelled={self.rada.min_labelled} labelled patches; a larger batch_size takes "
-                "the unlabelled cases in"
-            )
-            why = "rada.labelled_share=1" if self.rada.labelled_share == 1 else why
-            text += f"; the {len(train.unlabelled)} unlabelled cases are left out ({why})"
+        number, unlabelled = loader.number_labelled, len(dataset.unlabelled)
+        if number < loader.batch_size:
+            rest = f" and {loader.batch_size - number} of {unlabelled} unlabelled cases"
+        elif unlabelled:
+            why = "rada.labelled_share=1"
+            if self.rada.labelled_share < 1:
+                why = f"a batch keeps rada.min_labelled={self.rada.min_labelled} labelled patches; a larger batch_size "
+                why += "takes the unlabelled cases in"
+            rest = f"; the {unlabelled} unlabelled cases are left out ({why})"
         else:
-            text += "; there are no unlabelled cases, the networks teach each other on what is not annotated in these"
-        self.print_to_log_file(f"RADA draws for each batch {text}.")
+            rest = "; there are no unlabelled cases, the networks teach each other on what is not annotated in these"
+        labelled = f"{number} patches of {len(dataset.labelled)} labelled cases"
+        self.print_to_log_file(f"RADA draws for each batch {labelled}{rest}.")
+        return loader
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's, on the annotated voxels of the full resolution."""

@@ -37,8 +37,7 @@ def unannotated(target: Tensor, ignore: int) -> Tensor:
 def supervised_strides(pool_op_kernel_sizes: Sequence[Sequence[int]]) -> list[list[int]]:
     """Strides of the resolutions that have a loss: as in nnU-Net all of the decoder's but the lowest.
 
-    Args:
-        pool_op_kernel_sizes: of the plans, one per encoder stage; the bottleneck's is the last.
+    The plans' kernel sizes are one per encoder stage; the bottleneck's is the last.
     """
     strides = [list(stride) for stride in pool_op_kernel_sizes][:-1]
     return strides[:-1] or strides
@@ -129,11 +128,7 @@ def propagated_loss(logits: Tensor, label: Tensor, weight: Tensor, ignore: int) 
 
     The sum is divided by the number of voxels, not by their weights, so that it fades out when all weights do.
 
-    Args:
-        logits: (B, C, X, Y, Z).
-        label: (B, X, Y, Z), ``ignore`` where there is none.
-        weight: (B, X, Y, Z) float32.
-        ignore: the ignore label.
+    Shapes: logits (B, C, X, Y, Z); label (B, X, Y, Z), ``ignore`` where there is none; weight (B, X, Y, Z) float32.
     """
     losses = F.cross_entropy(logits.float(), label.long(), ignore_index=ignore, reduction="none")
     return (losses * weight).sum() / (label != ignore).sum().clamp_min(1)

@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nnunetv2_ext.rada.annotation.planes import Planes, off_plane
+from nnunetv2_ext.rada.annotation.planes import OUTSIDE, Array, Planes, plane_bits
 from nnunetv2_ext.rada.propagation.propagate import NONE
-
-Array = npt.NDArray[Any]
 
 AXES = 0b0111  # bit a: on an annotated plane of array axis a; all three: annotated, but on no plane
 INSIDE = 0b1000  # inside the image; padding has no bit at all
@@ -30,21 +28,13 @@ def view_map(label: Array, ignore: int, planes: Planes, beside: Planes | None = 
         planes: of this part of the volume.
         beside: the slices beside planes; None: ``planes.neighbours``. A plane may lie just outside of this part.
     """
-    bits = np.full(label.shape, INSIDE, dtype=np.int16)
-    _mark(bits, planes)
-    loose = off_plane(label, ignore, planes)
+    bits = plane_bits(label.shape, planes)
+    loose = (bits == 0) & (label != ignore) & (label != OUTSIDE)
     if loose.any():
-        edges = np.zeros_like(bits)
-        _mark(edges, planes.neighbours if beside is None else beside)
-        bits[loose] |= np.where(edges[loose] > 0, edges[loose], AXES).astype(np.int16)
+        edges = plane_bits(label.shape, planes.neighbours if beside is None else beside)[loose]
+        bits[loose] = np.where(edges > 0, edges, AXES)
+    bits |= INSIDE
     return bits
-
-
-def _mark(bits: npt.NDArray[np.int16], planes: Planes) -> None:
-    """Set bit a on the slices of axis a that lie in the array."""
-    for axis in range(3):
-        inside = [index for index in planes.indices[axis] if index < bits.shape[axis]]
-        bits[(slice(None),) * axis + (inside,)] |= 1 << axis
 
 
 class LazyTarget:
@@ -91,11 +81,10 @@ class LazyTarget:
 
 def _within(planes: Planes, bounds: list[tuple[int, int]]) -> Planes:
     """The slices inside a crop, counted from its corner."""
-    first, second, third = (
-        tuple(index - low for index in indices if low <= index < high)
+    return Planes.of(
+        [index - low for index in indices if low <= index < high]
         for indices, (low, high) in zip(planes.indices, bounds, strict=True)
     )
-    return Planes((first, second, third))
 
 
 def view_masks(axes: tuple[int, ...], num_networks: int) -> tuple[int, ...]:
@@ -114,3 +103,8 @@ def view_masks(axes: tuple[int, ...], num_networks: int) -> tuple[int, ...]:
         first, second = (1 << axis for axis in axes)
         return first | second, first, second
     return 0b011, 0b101, 0b110
+
+
+def axes_in(mask: int) -> tuple[int, ...]:
+    """Axes whose bits are set."""
+    return tuple(axis for axis in range(3) if mask >> axis & 1)

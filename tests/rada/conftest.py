@@ -81,7 +81,7 @@ def make_rada_net() -> Callable[..., RADANet]:
         torch.manual_seed(seed)
         chosen = RADASettings(**settings)
         net = build_rada_network(
-            None, architecture(residual, stages=stages), 1, classes, deep_supervision, chosen, dimension=TINY_DIM
+            architecture(residual, stages=stages), 1, classes, deep_supervision, chosen, dimension=TINY_DIM
         )
         if chosen.semantics == "clip":
             image, text = torch.randn(3, classes, TINY_DIM), torch.randn(classes, TINY_DIM)

@@ -294,7 +294,8 @@ def test_supervised_and_teaching_weights_follow_the_share_of_the_training_done(s
 def test_pooled_supervision_uses_every_resolution_but_the_lowest(started):
     trainer = started("rada.lambda_max=0")
     layers = trainer.rada_network.members[0].network.decoder.seg_layers
-    assert [layer.weight.requires_grad for layer in layers] == [False, True]
+    trainer.train_step(sparse_batch(trainer, mixed_keys(trainer)))
+    assert [layer.weight.grad is None for layer in layers] == [True, False]
     assert trainer.strides == [[1, 1, 1]] and trainer.pooled_loss.weight_factors == (1.0,)
 
 

@@ -7,10 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from nnunetv2_ext.rada.requirements import (
-    require_alpha,
     require_ignore_label,
     require_plain_labels,
-    require_single_stage,
     require_volumes,
 )
 
@@ -20,7 +18,6 @@ from nnunetv2_ext.rada.requirements import (
     [
         (lambda: require_volumes((64, 64), "2d"), ("configuration 2d is 2-D", "use 3d_fullres or 3d_lowres")),
         (lambda: require_volumes((64, 64)), ("configuration of these plans is 2-D",)),
-        (lambda: require_single_stage("3d_lowres", "x"), ("configuration x is a cascade", "use 3d_fullres")),
         (
             lambda: require_plain_labels({"background": 0, "whole": [1, 2], "core": (2,)}, "Dataset007_X"),
             ("dataset.json of Dataset007_X declares regions (whole, core)", "one integer per class"),
@@ -29,7 +26,6 @@ from nnunetv2_ext.rada.requirements import (
             lambda: require_ignore_label(None, "Dataset007_X"),
             ("Dataset007_X has no ignore label", 'declare "ignore"', "nnUNetv2_ext sparsify --labelled"),
         ),
-        (lambda: require_alpha("alpha", False), ("needs Alpha-CLIP's weights", "rada.alpha_weights=", "crop or pool")),
     ],
 )
 def test_cause_and_remedy_in_one_line(call: Callable[[], object], said: tuple[str, ...]) -> None:
@@ -40,8 +36,5 @@ def test_cause_and_remedy_in_one_line(call: Callable[[], object], said: tuple[st
 
 def test_what_fits_passes() -> None:
     require_volumes((20, 64, 64), "3d_fullres")
-    require_single_stage(None, "3d_fullres")
-    require_plain_labels({"background": 0, "organ": 1, "ignore": 2})
-    assert require_ignore_label(2) == 2
-    for region, reads_masks in (("alpha", True), ("auto", False), ("crop", False), ("pool", True)):
-        require_alpha(region, reads_masks)
+    require_plain_labels({"background": 0, "organ": 1, "ignore": 2}, "Dataset007_X")
+    assert require_ignore_label(2, "Dataset007_X") == 2

@@ -62,7 +62,11 @@ def test_every_setting_says_its_source_and_inference_can_be_changed_later():
 
 def test_which_network_predicts():
     assert RADASettings().single_network is None and RADASettings(infer="single:3").single_network == 2
-    assert RADASettings().has_semantics and not RADASettings(semantics="off").has_semantics
+
+
+def test_region_auto():
+    assert RADASettings(alpha_weights="file").region_shown == "alpha" and RADASettings().region_shown == "crop"
+    assert RADASettings(region="pool", alpha_weights="file").region_shown == "pool"
 
 
 def test_the_paper_digest_preset_switches_registration_on():

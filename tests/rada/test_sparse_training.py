@@ -109,7 +109,7 @@ def test_a_dataset_without_any_annotation_is_refused_before_training(make_rada, 
 def test_a_fold_without_labelled_training_case_is_refused(make_rada, copy):
     trainer = make_rada(dataset=copy)
     trainer.initialize()
-    annotations = trainer._survey()
+    annotations = trainer.annotations
     empty = [case for case, annotation in annotations.items() if not annotation.labelled]
     full = [case for case, annotation in annotations.items() if annotation.labelled]
     (base_of(copy) / "splits_final.json").write_text(json.dumps([{"train": empty, "val": full}]))
@@ -122,7 +122,7 @@ def test_few_training_cases_without_a_labelled_one_are_refused_with_the_cause(ma
     whole = make_rada(fold=fold)
     whole.initialize()
     train, _ = whole.do_split()
-    labelled = {case for case, annotation in whole._survey().items() if annotation.labelled}
+    labelled = {case for case, annotation in whole.annotations.items() if annotation.labelled}
     seed = next(seed for seed in range(100) if not labelled.intersection(select_train_cases(train, 1, seed)))
     trainer = make_rada(f"train_cases=1 train_cases_seed={seed}", fold=fold)
     trainer.initialize()
@@ -135,7 +135,7 @@ def test_planes_erased_by_preprocessing_stop_the_training(make_rada, copy):
     cases = infer_dataset_class(str(folder))
     trainer = make_rada(dataset=copy)
     trainer.initialize()
-    case, annotation = next((c, a) for c, a in trainer._survey().items() if a.labelled)
+    case, annotation = next((c, a) for c, a in trainer.annotations.items() if a.labelled)
     data, label, _, properties = cases(str(folder), [case]).load_case(case)
     image, label = data[:], label[:].copy()
     index = annotation.planes.indices[1][0]
@@ -153,7 +153,7 @@ def test_without_a_split_one_is_written_that_plain_nnunet_reads(make_rada, make_
     trainer = make_rada(dataset=copy)
     trainer.initialize()
     train, validation = trainer.do_split()
-    unlabelled = {case for case, annotation in trainer._survey().items() if not annotation.labelled}
+    unlabelled = {case for case, annotation in trainer.annotations.items() if not annotation.labelled}
     assert unlabelled and unlabelled <= set(train) and not unlabelled & set(validation) and validation
     assert "RADA wrote" in log_of(trainer)
     plain = make_trainer(nnUNetTrainer, dataset=copy)
@@ -164,7 +164,7 @@ def test_without_a_split_one_is_written_that_plain_nnunet_reads(make_rada, make_
 def test_unlabelled_validation_cases_are_dropped_with_a_warning(make_rada, copy):
     trainer = make_rada(dataset=copy)
     trainer.initialize()
-    annotations = trainer._survey()
+    annotations = trainer.annotations
     full = [case for case, annotation in annotations.items() if annotation.labelled]
     empty = [case for case in annotations if case not in full]
     split = [{"train": full[:-1] + empty[1:], "val": [full[-1], empty[0]]}]
@@ -276,7 +276,7 @@ def test_planes_in_some_cases_and_scribbles_in_another(make_rada, copy):
     assert trainer.masks == (0b011, 0b101, 0b110)
     assert "4 labelled and 4 unlabelled cases; planes axis0 3, axis1 3, axis2 3" in log
     assert "2 patches" not in log and "1 patches of 4 labelled cases and 1 of 4 unlabelled cases" in log
-    (scribbled,) = [case for case, a in trainer._survey().items() if a.labelled and not a.planes]
+    (scribbled,) = [case for case, a in trainer.annotations.items() if a.labelled and not a.planes]
     assert f"{scribbled}  axis0 []  axis1 []  axis2 []" in log and "preprocessing erased" not in log
     train, _ = trainer.get_tr_and_val_datasets()
     whole = (slice(None), *map(slice, (99, 99, 99)))
@@ -292,7 +292,7 @@ def test_annotations_that_preprocessing_erased_are_warned_about_by_name(make_rad
 
     trainer = make_rada(dataset=copy)
     trainer.initialize()
-    case = next(case for case, a in trainer._survey().items() if not a.labelled)
+    case = next(case for case, a in trainer.annotations.items() if not a.labelled)
     file = base_of(copy) / "gt_segmentations" / f"{case}.nii.gz"
     image = sitk.ReadImage(str(file))
     raw = sitk.GetArrayFromImage(image)
@@ -323,7 +323,7 @@ def test_ct_preprocessed_before_its_fingerprint_was_corrected_is_warned_about(ma
 def test_without_unlabelled_cases_all_samples_are_labelled(make_rada, copy):
     trainer = make_rada(dataset=copy)
     trainer.initialize()
-    full = [case for case, annotation in trainer._survey().items() if annotation.labelled]
+    full = [case for case, annotation in trainer.annotations.items() if annotation.labelled]
     (base_of(copy) / "splits_final.json").write_text(json.dumps([{"train": full[:-1], "val": full[-1:]}]))
     trainer.on_train_start()
     assert "2 patches of 3 labelled cases; there are no unlabelled cases" in log_of(trainer)

@@ -120,10 +120,12 @@ def test_the_gate_of_an_old_checkpoint_counts_as_it_is(make_rada_net, gate):
     assert all(float(member.head.gate.detach()) == pytest.approx(gate) for member in net.members)
     maps = torch.zeros_like(closed)
     for member in net.members:  # the same with the gate written out
-        text, image = member._class_vectors(None)
+        tokens = member.unit_tokens()
         skips = member.network.encoder(data)
         _, features = member(data)
-        maps += member.head.semantic_map(features, member.head.controlled(skips[-1], text, image)) / len(net.members)
+        maps += member.head.semantic_map(features, member.head.controlled(skips[-1], tokens, tokens[None])) / len(
+            net.members
+        )
     torch.testing.assert_close(net(data), closed + gate * maps)
 
 

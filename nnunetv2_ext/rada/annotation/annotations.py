@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,7 @@ from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.data.cache import CaseCache
 from nnunetv2_ext.data.preprocessed import Preprocessed
 from nnunetv2_ext.rada.annotation.cases import cache_root
-from nnunetv2_ext.rada.annotation.planes import (
-    OUTSIDE,
-    THRESHOLD,
-    Array,
-    Planes,
-    find_planes,
-    scribbled,
-)
+from nnunetv2_ext.rada.annotation.planes import OUTSIDE, THRESHOLD, Array, Planes, find_planes, scribbled
 
 _VERSION = 2
 
@@ -58,53 +51,31 @@ def survey_label(label: Array, ignore: int) -> Annotation:
     return Annotation(planes, share, int(scribbled(label, ignore, planes).sum()), values)
 
 
-def survey_cases(
-    data: Preprocessed, identifiers: Iterable[str], ignore: int, cache: CaseCache | None = None
+def survey_labels(
+    data: Preprocessed, kind: str, states: Mapping[str, Any], read: Callable[[str], Array], ignore: int
 ) -> dict[str, Annotation]:
-    """The annotation of cases of a preprocessed configuration, in sorted order.
+    """`survey_label` of ``read(case)`` for each case, kept beside the configuration's folder.
 
     Args:
         data: The configuration.
-        identifiers: Cases.
-        ignore: The ignore label.
-        cache: See `survey_cache`; None: no cache.
-
-    Raises:
-        ValueError: a case is missing, damaged or 2-D.
-    """
-    states = {case: data.file_state(case) for case in sorted(set(identifiers))}
-    return survey_labels(states, lambda case: np.asarray(data.read_case(case)[1][0]), ignore, cache, "finding planes")
-
-
-def survey_labels(
-    states: Mapping[str, Any], read: Callable[[str], Array], ignore: int, cache: CaseCache | None, title: str
-) -> dict[str, Annotation]:
-    """`survey_label` of ``read(case)`` for each case, from the cache where the case's state is the same.
-
-    Args:
+        kind: ``planes`` of the preprocessed labels or ``raw_planes``.
         states: Case to the state of the files that its label comes from.
         read: Gives a case's (X, Y, Z) label.
         ignore: The ignore label.
-        cache: See `survey_cache`.
-        title: Of the progress bar.
     """
-    found: dict[str, Annotation] = {}
-    with progress_bar(list(states), title) as bar:
-        for case, state in states.items():
-            known = cache.read(case, state, _load) if cache else None
-            found[case] = survey_label(read(case), ignore) if known is None else known
-            if cache and known is None:
-                cache.write(case, state, json.dumps(asdict(found[case])).encode())
-            bar.update()
-    return found
-
-
-def survey_cache(data: Preprocessed, kind: str, ignore: int) -> CaseCache:
-    """Of what is annotated; `kind` tells the preprocessed from the raw labels."""
     transposed = [int(axis) for axis in data.plans.transpose_forward]
     parameters = {"version": _VERSION, "threshold": THRESHOLD, "ignore": ignore, "transposed": transposed}
     parameters["data"] = data.configuration.data_identifier
-    return CaseCache(cache_root(data.base), kind, parameters, ".json")
+    cache = CaseCache(cache_root(data.base), kind, parameters, ".json")
+    found: dict[str, Annotation] = {}
+    with progress_bar(list(states), f"finding {kind.replace('_', ' ')}") as bar:
+        for case, state in states.items():
+            known = cache.read(case, state, _load)
+            found[case] = survey_label(read(case), ignore) if known is None else known
+            if known is None:
+                cache.write(case, state, json.dumps(asdict(found[case])).encode())
+            bar.update()
+    return found
 
 
 def require_annotations(annotations: Mapping[str, Annotation], label_values: Collection[int]) -> None:
@@ -137,13 +108,13 @@ def warnings(annotations: Mapping[str, Annotation], labels: Mapping[str, Any]) -
     """What a user should know before training: axes and classes that nobody drew, scribbles, no unlabelled case."""
     found = []
     labelled = [a for a in annotations.values() if a.labelled]
-    axes = {axis for a in labelled for axis in a.planes.axes}
+    axes = sorted({axis for a in labelled for axis in a.planes.axes})
     if not axes:
         found.append("no case has an annotated plane: scribbles supervise all three networks, view disparity is off")
     elif len(axes) == 1:
-        found.append(f"planes on axis {min(axes)} only: all three networks see the same planes, view disparity is off")
+        found.append(f"planes on axis {axes[0]} only: all three networks see the same planes, view disparity is off")
     elif len(axes) == 2:
-        found.append(f"planes on axes {' and '.join(map(str, sorted(axes)))} only: one network sees both, two see one")
+        found.append(f"planes on axes {axes[0]} and {axes[1]} only: one network sees both, two see one")
     values = {v for a in labelled for v in a.values}
     missing = [name for name, v in labels.items() if name != "ignore" and int(v) not in values]
     if missing:
@@ -160,5 +131,4 @@ def warnings(annotations: Mapping[str, Annotation], labels: Mapping[str, Any]) -
 
 def _load(file: Path) -> Annotation:
     entry = json.loads(file.read_text(encoding="utf-8"))
-    first, second, third = (tuple(indices) for indices in entry["planes"]["indices"])
-    return Annotation(Planes((first, second, third)), entry["share"], entry["loose"], tuple(entry["values"]))
+    return Annotation(Planes.of(entry["planes"]["indices"]), entry["share"], entry["loose"], tuple(entry["values"]))

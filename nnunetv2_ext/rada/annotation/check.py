@@ -21,11 +21,7 @@ Say = Callable[[str], None]
 def check(data: SparsePreprocessed, picture: Path | None, cases_in_picture: int = 4, say: Say = print) -> bool:
     """Report planes, shares, survival and warnings, and draw some cases; whether training can start.
 
-    Args:
-        data: what to look at.
-        picture: PNG to write, or None.
-        cases_in_picture: at most so many, labelled ones first.
-        say: gets each line.
+    Of `cases_in_picture` cases at most, labelled ones first; `picture` is the PNG to write, or None.
 
     Raises:
         ValueError: no annotation anywhere, or labels that dataset.json does not declare.
@@ -44,19 +40,15 @@ def check(data: SparsePreprocessed, picture: Path | None, cases_in_picture: int 
         except ValueError as error:  # a shared folder: the report is what counts
             say(f"no picture, which -o FOLDER puts elsewhere: {str(error).partition(';')[0]}")
         else:
-            _draw(data, {case: annotations[case] for case in shown}, picture)
+            views = []
+            for case in shown:
+                image, label, _ = data.read_case(case)
+                views.append(CaseView(case, np.asarray(image[0]), np.asarray(label[0]), annotations[case].planes))
+            classes = class_names(data.dataset_json, data.plans.get_label_manager(data.dataset_json))
+            title = f"{data.base.name}, {data.configuration.data_identifier}: annotated planes"
+            draw_planes(views, picture, classes, data.configuration.spacing, data.ignore, title)
             say(f"picture: {picture}")
     return survived
-
-
-def _draw(data: SparsePreprocessed, annotations: Mapping[str, Annotation], picture: Path) -> None:
-    views = []
-    for case, annotation in annotations.items():
-        image, label, _ = data.read_case(case)
-        views.append(CaseView(case, np.asarray(image[0]), np.asarray(label[0]), annotation.planes))
-    classes = class_names(data.dataset_json, data.plans.get_label_manager(data.dataset_json))
-    title = f"{data.base.name}, {data.configuration.data_identifier}: annotated planes"
-    draw_planes(views, picture, classes, data.configuration.spacing, data.ignore, title)
 
 
 def _report_survival(data: SparsePreprocessed, annotations: Mapping[str, Annotation], say: Say) -> bool:

@@ -32,7 +32,7 @@ def choose_planes(label: Array, axes: Sequence[int], rule: str) -> Planes:
     foreground = label > 0
     if not foreground.any():
         raise ValueError("a label without foreground has no plane to choose")
-    chosen: list[tuple[int, ...]] = [(), (), ()]
+    chosen: list[list[int]] = [[], [], []]
     for axis, number in sorted(Counter(axes).items()):
         size = label.shape[axis]
         if number > size:
@@ -45,10 +45,10 @@ def choose_planes(label: Array, axes: Sequence[int], rule: str) -> Planes:
         bounds = [first + (stop - first) * part // number for part in range(number + 1)]
         parts = list(pairwise(bounds))
         if rule == "largest":
-            chosen[axis] = tuple(_largest(label, axis, a, b) for a, b in parts)
+            chosen[axis] = [_largest(label, axis, a, b) for a, b in parts]
         else:
-            chosen[axis] = tuple((a + b - 1) // 2 for a, b in parts)
-    return Planes((chosen[0], chosen[1], chosen[2]))
+            chosen[axis] = [(a + b - 1) // 2 for a, b in parts]
+    return Planes.of(chosen)
 
 
 def draw_cases(

@@ -10,12 +10,11 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 
 from nnunetv2_ext.data.case import read_label_map
 from nnunetv2_ext.data.preprocessed import file_stamp
-from nnunetv2_ext.rada.annotation.annotations import Annotation, survey_cache, survey_labels
-from nnunetv2_ext.rada.annotation.planes import THRESHOLD, Array, Planes
+from nnunetv2_ext.rada.annotation.annotations import Annotation, survey_labels
+from nnunetv2_ext.rada.annotation.planes import Array, Planes, known_slices
 from nnunetv2_ext.rada.annotation.preprocessed import SparsePreprocessed
 
 _TOLERANCE = 1.0 + 1e-6  # slices of the preprocessed array
-_SPARSIFY_DEFAULTS = {"-c": "3d_fullres", "-p": "nnUNetPlans"}  # of nnUNetv2_ext sparsify --thicken-only
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ def raw_planes(data: SparsePreprocessed, identifiers: Iterable[str]) -> dict[str
         return label[tuple(slice(*bounds) for bounds in data.read_case(case)[2]["bbox_used_for_cropping"])]
 
     states = {case: [file_stamp(file), data.file_state(case)] for case, file in files.items()}
-    cache = survey_cache(data, "raw_planes", data.ignore)
-    return survey_labels(states, read, data.ignore, cache, "reading raw labels")
+    return survey_labels(data, "raw_planes", states, read, data.ignore)
 
 
 def lost_planes(data: SparsePreprocessed, annotations: Mapping[str, Annotation]) -> list[Lost]:
@@ -75,7 +73,7 @@ def lost_planes(data: SparsePreprocessed, annotations: Mapping[str, Annotation])
         missing = unmatched(before.planes, annotations[case].planes, old, new)
         if missing:
             # planes of nothing but background where the image is zero are all -1 now: known, but nothing to learn
-            known = _known_slices(data, case)
+            known = known_slices(np.asarray(data.read_case(case)[1][0]), data.ignore)
             missing = [plane for plane in missing if plane in unmatched(before.planes, known, old, new)]
         for axis, index in missing:
             before_and_after = spacing[axis], float(target[axis])
@@ -106,11 +104,9 @@ def require_planes_survived(data: SparsePreprocessed, annotations: Mapping[str, 
 
 def thicken_remedy(data: SparsePreprocessed) -> str:
     """What to do about planes that preprocessing erased: the thickness they need follows configuration and plans."""
-    chosen = {"-c": data.configuration_name, "-p": data.plans.plans_name}
-    options = "".join(f" {name} {value}" for name, value in chosen.items() if value != _SPARSIFY_DEFAULTS[name])
     return (
-        f"make them thick enough with nnUNetv2_ext sparsify -d {int(data.base.name[7:10])} -o NEW_ID "
-        f"--thicken-only{options}, then plan and preprocess NEW_ID"
+        f"make them thick enough with nnUNetv2_ext sparsify -d {int(data.base.name[7:10])} -o NEW_ID --thicken-only "
+        f"-c {data.configuration_name} -p {data.plans.plans_name}, then plan and preprocess NEW_ID"
     )
 
 
@@ -138,11 +134,3 @@ def erased_annotations(data: SparsePreprocessed, annotations: Mapping[str, Annot
                 f"WARNING: preprocessing erased every annotated voxel of {', '.join(gone)} in {case}; {remedy}"
             )
     return found
-
-
-def _known_slices(data: SparsePreprocessed, case: str) -> Planes:
-    """Slices of a preprocessed label with hardly any ignored voxel, whatever the others are."""
-    label = np.asarray(data.read_case(case)[1][0])
-    shares = [(label != data.ignore).mean(axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
-    first, second, third = (tuple(np.flatnonzero(share >= THRESHOLD).tolist()) for share in shares)
-    return Planes((first, second, third))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, take_slice
@@ -43,34 +41,21 @@ def draw_planes(
         figure = Figure(figsize=(9, 3 * len(views) + 0.8), layout="constrained")
         grid = figure.subplots(len(views), 3, squeeze=False)
         for row, view in zip(grid, views):
+            known = np.where(view.label == ignore, 0, view.label)
             for axis, axes in enumerate(row):
-                _draw_axis(axes, view, axis, classes, spacing, ignore)
+                planes = view.planes.indices[axis]
+                index = planes[len(planes) // 2] if planes else fullest_slice(known, axis)
+                columns, rows = (a for a in range(3) if a != axis)
+                image, label = take_slice(view.image, axis, index), take_slice(known, axis, index)
+                name = f"{view.name}  axis{axis}, slice {index}" + ("" if planes else ": no plane")
+                draw_slice(axes, image, label, classes, spacing=(spacing[rows], spacing[columns]), title=name)
+                for other, line in ((columns, axes.axvline), (rows, axes.axhline)):
+                    crossing = view.planes.indices[other]
+                    for position in crossing if len(crossing) <= _MANY else ():
+                        line(position, color=AXIS_COLOURS[other], linewidth=0.8, linestyle="--", alpha=0.8)
+                for spine in axes.spines.values():
+                    frame = {"color": AXIS_COLOURS[axis], "linewidth": 2.5} if planes else {"color": "0.8"}
+                    spine.set(visible=True, **{"linewidth": 0.8, **frame})
         figure.suptitle(title, fontsize=10)
         add_legend(figure, classes)
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=110)
-    atomic_write(path, lambda file: file.write(png.getvalue()) and None)
-
-
-def _draw_axis(
-    axes: Axes, view: CaseView, axis: int, classes: Mapping[int, str], spacing: Sequence[float], ignore: int
-) -> None:
-    """One slice of one case."""
-    known = np.where(view.label == ignore, 0, view.label)
-    planes = view.planes.indices[axis]
-    index = planes[len(planes) // 2] if planes else fullest_slice(known, axis)
-    columns, rows = (a for a in range(3) if a != axis)
-    draw_slice(
-        axes,
-        take_slice(view.image, axis, index),
-        take_slice(known, axis, index),
-        classes,
-        spacing=(spacing[rows], spacing[columns]),
-        title=f"{view.name}  axis{axis}, slice {index}" + ("" if planes else ": no plane"),
-    )
-    for other, line in ((columns, axes.axvline), (rows, axes.axhline)):
-        crossing = view.planes.indices[other]
-        for position in crossing if len(crossing) <= _MANY else ():
-            line(position, color=AXIS_COLOURS[other], linewidth=0.8, linestyle="--", alpha=0.8)
-    for spine in axes.spines.values():
-        spine.set(visible=True, color=AXIS_COLOURS[axis] if planes else "0.8", linewidth=2.5 if planes else 0.8)
+        atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))

@@ -22,6 +22,12 @@ class Planes:
 
     indices: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((), (), ())
 
+    @classmethod
+    def of(cls, indices: Iterable[Iterable[int]]) -> Planes:
+        """Of any three collections of indices."""
+        first, second, third = (tuple(map(int, of_axis)) for of_axis in indices)
+        return cls((first, second, third))
+
     @property
     def axes(self) -> tuple[int, ...]:
         """Array axes that have planes."""
@@ -41,15 +47,11 @@ class Planes:
 
         Where a plane is several slices thick, resampling may leave a part of its outermost slice there.
         """
-        first, second, third = (
-            tuple(sorted({n for i in ii for n in (i - 1, i + 1) if n >= 0} - set(ii))) for ii in self.indices
-        )
-        return Planes((first, second, third))
+        return Planes.of(sorted({n for i in ii for n in (i - 1, i + 1) if n >= 0} - set(ii)) for ii in self.indices)
 
     def shifted(self, offset: Sequence[int]) -> Planes:
         """The same planes with `offset` added to the indices of each axis."""
-        first, second, third = (tuple(i + o for i in ii) for ii, o in zip(self.indices, offset))
-        return Planes((first, second, third))
+        return Planes.of([i + o for i in ii] for ii, o in zip(self.indices, offset))
 
     def describe(self) -> str:
         """One line, e.g. ``axis0 [57]  axis1 [88]  axis2 [31,32]``; runs of three and more are shortened to 31-35."""
@@ -87,23 +89,35 @@ def find_planes(label: Array, ignore: int) -> Planes:
     known = label != ignore
     shares = [known.mean(axis=others) for others in _OTHERS]
     labelled = [(known & (label != OUTSIDE)).any(axis=others) for others in _OTHERS]
-    full = tuple(tuple(np.flatnonzero(share == 1).tolist()) for share in shares)
+    full = [np.flatnonzero(share == 1) for share in shares]
     found = []
     for axis in range(3):
         candidates = np.flatnonzero((shares[axis] >= THRESHOLD) & labelled[axis])
         free = ~_cross(label.shape, full, axis)
-        kept = [i for i in candidates.tolist() if shares[axis][i] == 1 or known.take(i, axis)[free].mean() >= THRESHOLD]
-        found.append(tuple(kept))
-    return Planes((found[0], found[1], found[2]))
+        found.append(
+            [i for i in candidates.tolist() if shares[axis][i] == 1 or known.take(i, axis)[free].mean() >= THRESHOLD]
+        )
+    return Planes.of(found)
+
+
+def known_slices(label: Array, ignore: int) -> Planes:
+    """Slices of (X, Y, Z) `label` with hardly any ignored voxel, whatever the others are."""
+    shares = [(label != ignore).mean(axis=others) for others in _OTHERS]
+    return Planes.of(np.flatnonzero(share >= THRESHOLD) for share in shares)
+
+
+def plane_bits(shape: tuple[int, ...], planes: Planes) -> npt.NDArray[np.int16]:
+    """(X, Y, Z): bit a on the slices of axis a that lie in an array of this shape."""
+    bits = np.zeros(shape, dtype=np.int16)
+    for axis in range(3):
+        inside = [index for index in planes.indices[axis] if index < shape[axis]]
+        bits[(slice(None),) * axis + (inside,)] |= 1 << axis
+    return bits
 
 
 def on_planes(shape: tuple[int, ...], planes: Planes) -> Mask:
     """(X, Y, Z) mask of the voxels on any plane."""
-    mask = np.zeros(shape, dtype=bool)
-    for axis in range(3):
-        inside = [index for index in planes.indices[axis] if index < shape[axis]]
-        mask[(slice(None),) * axis + (inside,)] = True
-    return mask
+    return plane_bits(shape, planes) != 0
 
 
 def off_plane(label: Array, ignore: int, planes: Planes) -> Mask:
@@ -119,12 +133,12 @@ def scribbled(label: Array, ignore: int, planes: Planes) -> Mask:
 _OTHERS = ((1, 2), (0, 2), (0, 1))
 
 
-def _cross(shape: tuple[int, ...], planes: tuple[tuple[int, ...], ...], axis: int) -> Mask:
+def _cross(shape: tuple[int, ...], planes: Sequence[npt.NDArray[np.int64]], axis: int) -> Mask:
     """2-D mask over a slice of `axis`: pixels that lie on the given planes of the other two axes."""
     first, second = _OTHERS[axis]
     mask = np.zeros((shape[first], shape[second]), dtype=bool)
-    mask[list(planes[first])] = True
-    mask[:, list(planes[second])] = True
+    mask[planes[first]] = True
+    mask[:, planes[second]] = True
     return mask
 
 

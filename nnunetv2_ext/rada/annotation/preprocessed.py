@@ -6,24 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_ext.data.fingerprint import stale_intensities
 from nnunetv2_ext.data.preprocessed import Preprocessed, open_preprocessed
 from nnunetv2_ext.data.raw import require_consecutive_labels
-from nnunetv2_ext.rada.annotation.annotations import (
-    Annotation,
-    require_annotations,
-    survey_cache,
-    survey_cases,
-    warnings,
-)
-from nnunetv2_ext.rada.requirements import (
-    require_ignore_label,
-    require_plain_labels,
-    require_single_stage,
-    require_volumes,
-)
+from nnunetv2_ext.rada.annotation.annotations import Annotation, require_annotations, survey_labels, warnings
+from nnunetv2_ext.rada.requirements import require_ignore_label, require_plain_labels, require_volumes
 
 
 @dataclass(frozen=True)
@@ -38,7 +28,8 @@ class SparsePreprocessed(Preprocessed):
         Raises:
             ValueError: nothing anywhere, a case is missing, or a label that dataset.json does not declare.
         """
-        found = survey_cases(self, self.cases, self.ignore, survey_cache(self, "planes", self.ignore))
+        states = {case: self.file_state(case) for case in self.cases}
+        found = survey_labels(self, "planes", states, lambda case: np.asarray(self.read_case(case)[1][0]), self.ignore)
         require_annotations(found, set(self.plans.get_label_manager(self.dataset_json).all_labels))
         return found
 
@@ -70,7 +61,11 @@ def require_trainable(
     """
     configuration = plans.get_configuration(configuration_name)
     require_volumes(configuration.patch_size, configuration_name)
-    require_single_stage(configuration.previous_stage_name, configuration_name)
+    if configuration.previous_stage_name is not None:
+        raise ValueError(
+            f"the configuration {configuration_name} is a cascade, and RADA's networks have no input for the "
+            f"segmentation of {configuration.previous_stage_name}: use 3d_fullres or 3d_lowres"
+        )
     require_plain_labels(dataset_json["labels"], base.name)
     require_consecutive_labels(dataset_json["labels"], base.name)
     ignore = require_ignore_label(plans.get_label_manager(dataset_json).ignore_label, base.name)

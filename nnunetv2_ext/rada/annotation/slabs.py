@@ -44,11 +44,8 @@ def thicken(label: Array, ignore: int, planes: Planes, new_shape: Sequence[int])
     Returns:
         A new label, and one slab per run of neighbouring planes, thickened or not.
     """
-    slabs = [
-        _slab(label, ignore, axis, run, new_shape)
-        for axis in range(3)
-        for run in consecutive_runs(planes.indices[axis])
-    ]
+    runs = [(axis, *run) for axis in range(3) for run in consecutive_runs(planes.indices[axis])]
+    slabs = [_slab(label, *run, new_shape) for run in runs]
     copies = []  # (distance, axis, from, to)
     for slab in slabs:
         copies += [(slab.first - i, slab.axis, slab.first, i) for i in range(slab.start, slab.first)]
@@ -81,8 +78,7 @@ def sample_positions(old: int, new: int) -> np.ndarray:
     return (np.arange(new) + 0.5) * (old / new) - 0.5
 
 
-def _slab(label: Array, ignore: int, axis: int, run: tuple[int, int], new_shape: Sequence[int]) -> Slab:
-    first, last = run
+def _slab(label: Array, axis: int, first: int, last: int, new_shape: Sequence[int]) -> Slab:
     old, new = label.shape[axis], int(new_shape[axis])
     lone = first == last and new > old
     if new == old or (lone and _survives_alone(label, axis, first, new_shape)):

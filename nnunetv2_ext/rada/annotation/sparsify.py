@@ -12,6 +12,7 @@ import numpy as np
 
 from nnunetv2_ext import __version__
 from nnunetv2_ext.core.progress import progress_bar
+from nnunetv2_ext.data.case import by
 from nnunetv2_ext.data.derive import (
     DENSE,
     final_folder,
@@ -37,29 +38,17 @@ Choose = Callable[[str, tuple[slice, ...]], tuple[Array, dict[str, Any], Planes]
 
 @dataclass(frozen=True)
 class SparsifyOptions:
-    """What the simulated annotators did.
+    """What the simulated annotators did."""
 
-    Args:
-        labelled: Number of labelled training cases, or their share of the training cases if a float.
-        axes: Array axis (nnU-Net's reading order; 0 = z for NIfTI) of each annotated plane of a labelled case.
-        rule: ``largest`` or ``middle``, see `choose_planes`.
-        seed: Of the draws of labelled and test cases.
-        test_share: Share of all cases set aside with dense labels as imagesTs and labelsTs.
-        subjects: Case to subject: subjects are drawn, set aside and split as a whole.
-        allow_split_subjects: Draw cases instead of subjects, whatever is known or suggested by their names.
-        plans: Plans of the source dataset whose target spacing decides the thickness, if they exist.
-        configuration: 3-D configuration of those plans.
-    """
-
-    labelled: int | float
-    axes: tuple[int, ...] = (0, 1, 2)
-    rule: str = "largest"
-    seed: int = 0
-    test_share: float = 0.0
-    subjects: Mapping[str, str] | None = None
-    plans: str | None = None
-    configuration: str = "3d_fullres"
-    allow_split_subjects: bool = False
+    labelled: int | float  # number of labelled training cases, or their share of the training cases if a float
+    axes: tuple[int, ...] = (0, 1, 2)  # array axis (0 = z for NIfTI) of each annotated plane of a labelled case
+    rule: str = "largest"  # or middle, see `choose_planes`
+    seed: int = 0  # of the draws of labelled and test cases
+    test_share: float = 0.0  # of all cases, set aside with dense labels as imagesTs and labelsTs
+    subjects: Mapping[str, str] | None = None  # by case; subjects are drawn, set aside and split as a whole
+    plans: str | None = None  # of the source dataset, whose target spacing decides the thickness, if they exist
+    configuration: str = "3d_fullres"  # 3-D, of those plans
+    allow_split_subjects: bool = False  # draw cases instead, whatever is known or suggested by their names
 
 
 def sparsify(source: int | str, target_id: int, options: SparsifyOptions, say: Say = print) -> Path:
@@ -91,24 +80,14 @@ def sparsify(source: int | str, target_id: int, options: SparsifyOptions, say: S
         hidden, properties = dataset.reader.read_seg(str(dataset.files[case]["label"]))
         return np.full(hidden.shape[1:], ignore, dtype=np.int16), properties, Planes()
 
-    block = {
-        "source": dataset.name,
-        "rule": options.rule,
-        "axes": list(options.axes),
-        "seed": options.seed,
-        "test": sorted(test),
-        "subjects": dict(options.subjects) if options.subjects else None,
-    }
+    block = {"source": dataset.name, "rule": options.rule, "axes": list(options.axes), "seed": options.seed}
+    block |= {"test": sorted(test), "subjects": dict(options.subjects) if options.subjects else None}
     plans = options.plans, options.configuration
     return _derive(dataset, target_id, ignore, choose, plans, block, options.subjects, say, test=test)
 
 
 def thicken_dataset(
-    source: int | str,
-    target_id: int,
-    plans: str = "nnUNetPlans",
-    configuration: str = "3d_fullres",
-    say: Say = print,
+    source: int | str, target_id: int, plans: str = "nnUNetPlans", configuration: str = "3d_fullres", say: Say = print
 ) -> Path:
     """Write a copy of a sparse dataset whose annotated planes survive nnU-Net's resampling; its folder is returned.
 
@@ -121,7 +100,6 @@ def thicken_dataset(
     dataset = open_raw(source)
     require_free_id(target_id)
     ignore = require_ignore_label(dataset.ignore, dataset.name)
-    measure(dataset, dataset.cases[0])  # 2-D data is refused before anything long starts
     loose: list[str] = []
 
     def choose(case: str, box: tuple[slice, ...]) -> tuple[Array, dict[str, Any], Planes]:
@@ -150,17 +128,9 @@ def _derive(
 ) -> Path:
     """Write the dataset whose training labels hold the chosen planes, thick enough to survive preprocessing.
 
-    Labels without a plane are linked if the source is sparse, written if it is dense.
-
-    Args:
-        dataset: dense, or sparse with `ignore` as its ignore label.
-        target_id, ignore: of the new dataset.
-        choose: see there.
-        plans: name and configuration, which decide the thickness.
-        block, subjects: for provenance and split.
-        say: gets each line.
-        test: cases of a dense dataset that become imagesTs and labelsTs.
-        loose: cases with annotations on no plane, complete once every case was chosen from.
+    Labels without a plane are linked if the source is sparse, written if it is dense. `plans` (name, configuration)
+    decide the thickness, `test` becomes imagesTs and labelsTs of a dense dataset, and `loose` (cases with annotations
+    on no plane) is complete once every case was chosen from.
     """
     is_dense = dataset.ignore is None
     train = [case for case in dataset.cases if case not in test]
@@ -169,24 +139,26 @@ def _derive(
     slabs: dict[str, list[Slab]] = {}
     classes: set[int] = set()
     with new_dataset(dataset, target_id) as folder, progress_bar(dataset.cases, "writing cases") as bar:
-        for case in dataset.cases:
-            is_test = case in test
-            link_images(dataset, case, folder / ("imagesTs" if is_test else "imagesTr"))
+        for case in test:
+            link_images(dataset, case, folder / "imagesTs")
+            link_label(dataset, case, folder / "labelsTs")
+            bar.update()
+        for case in train:
+            link_images(dataset, case, folder / "imagesTr")
             if is_dense:
-                link_label(dataset, case, folder / ("labelsTs" if is_test else DENSE))
-            if not is_test:
-                box = grids[case].box
-                label, properties, chosen = choose(case, box)
-                if chosen:
-                    offset, label = [s.start for s in box], label.copy()
-                    label[box], found = thicken(label[box], ignore, chosen, grids[case].resampled(target.spacing))
-                    planes[case] = chosen.shifted(offset)
-                    slabs[case] = [Slab(s.axis, *(i + offset[s.axis] for i in s[1:])) for s in found]
-                    classes |= set(np.unique(label).tolist())
-                if chosen or is_dense:
-                    write_label(dataset, case, label, properties, folder / "labelsTr")
-                else:
-                    link_label(dataset, case, folder / "labelsTr")
+                link_label(dataset, case, folder / DENSE)
+            box = grids[case].box
+            label, properties, chosen = choose(case, box)
+            if chosen:
+                offset, label = [s.start for s in box], label.copy()
+                label[box], found = thicken(label[box], ignore, chosen, grids[case].resampled(target.spacing))
+                planes[case] = chosen.shifted(offset)
+                slabs[case] = [Slab(s.axis, *(i + offset[s.axis] for i in s[1:])) for s in found]
+                classes |= set(np.unique(label).tolist())
+            if chosen or is_dense:
+                write_label(dataset, case, label, properties, folder / "labelsTr")
+            else:
+                link_label(dataset, case, folder / "labelsTr")
             bar.update()
         if not planes:
             raise ValueError(
@@ -202,20 +174,13 @@ def _derive(
                 link_folder(dataset.folder / name, folder / name)
         labels = {**dataset.json["labels"], "ignore": ignore}
         missing = [name for name, value in labels.items() if name != "ignore" and int(value) not in classes]
-        block = {
-            **block,
-            "version": __version__,
-            **target.provenance(),
-            # slabs: the slices a plane was thickened to, as (axis, first, last)
-            "labelled": {
-                case: {
-                    "planes": [list(indices) for indices in planes[case].indices],
-                    "slabs": [[s.axis, s.start, s.stop - 1] for s in slabs[case]],
-                }
-                for case in sorted(planes)
-            },
-            "classes_on_no_plane": missing,
+        # slabs: the slices a plane was thickened to, as (axis, first, last)
+        labelled = {
+            case: {"planes": planes[case].indices, "slabs": [[s.axis, s.start, s.stop - 1] for s in slabs[case]]}
+            for case in sorted(planes)
         }
+        block = {**block, "version": __version__, **target.provenance(), "labelled": labelled}
+        block["classes_on_no_plane"] = missing
         recorded = {**(dataset.json.get(BLOCK) or {}), "sparsify": block}
         write_json(dataset, target_id, folder, train, {"labels": labels, BLOCK: recorded})
     final = final_folder(dataset, target_id)
@@ -226,8 +191,8 @@ def _derive(
     for case in loose:
         say(f"{case}  annotations on no plane (scribbles) are left as they are; resampling may thin them out")
     _tell(planes, slabs, target, missing, say)
-    labelled = {*planes, *loose}
-    write_split_for(final.name, labelled, set(train) - labelled, subjects, say)
+    known = {*planes, *loose}
+    write_split_for(final.name, known, set(train) - known, subjects, say)
     return final
 
 
@@ -236,14 +201,10 @@ def _tell(
 ) -> None:
     """Say what was thickened, and which classes nobody drew."""
     for case in sorted(planes):
-        thick = [
-            f"axis{s.axis} {s.first}->{s.start}..{s.stop - 1}"
-            for s in slabs[case]
-            if s.stop - s.start > s.last + 1 - s.first
-        ]
-        say(f"{case}  {planes[case].describe()}" + (f"  thickened: {', '.join(thick)}" if thick else ""))
-    spacing = " x ".join(f"{s:g}" for s in target.spacing)
-    say(f"target spacing {spacing} mm (z, y, x of the file), from {target.source}")
+        grown = [s for s in slabs[case] if s.stop - s.start > s.last + 1 - s.first]
+        thick = ", ".join(f"axis{s.axis} {s.first}->{s.start}..{s.stop - 1}" for s in grown)
+        say(f"{case}  {planes[case].describe()}" + (f"  thickened: {thick}" if thick else ""))
+    say(f"target spacing {by(target.spacing)} mm (z, y, x of the file), from {target.source}")
     for name in missing:
         say(f"WARNING: no plane shows {name}: it stays declared, but nothing teaches it; label more cases or planes")
 

@@ -29,18 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="slice with most classes, then most foreground; or the middle of the foreground (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws of cases (default: %(default)s)")
-    parser.add_argument(
-        "--test-share", type=float, default=0.0, help="share of the cases set aside as imagesTs/labelsTs, dense"
-    )
+    parser.add_argument("--test-share", type=float, default=0.0, help="of the cases, set aside with dense labels")
     parser.add_argument(
         "--planes",
         default="0,1,2",
         help="array axis of each plane of a labelled case, 0 = z, 1 = y, 2 = x of a NIfTI file; repeat an axis for "
         "several planes on it (default: %(default)s)",
     )
-    parser.add_argument(
-        "--group-regex", metavar="REGEX", help="finds the subject in a case's name; subjects stay whole"
-    )
+    parser.add_argument("--group-regex", metavar="REGEX", help="finds the subject in a case's name; it stays whole")
     parser.add_argument(
         "--groups",
         type=Path,
@@ -48,14 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='the same from a JSON file {"case": "subject", ...} or a CSV with the columns case,subject '
         "(default: what dataset.json of the source records)",
     )
-    parser.add_argument(
-        "--allow-split-subjects", action="store_true", help="subjects may be divided between training and test cases"
-    )
+    parser.add_argument("--allow-split-subjects", action="store_true", help="divide subjects between training and test")
     parser.add_argument("--thicken-only", action="store_true", help="copy a sparse dataset and thicken its planes")
     parser.add_argument("-p", metavar="PLANS", help="plans of the source dataset that tell the target spacing")
-    parser.add_argument(
-        "-c", default="3d_fullres", metavar="CONFIGURATION", help="of those plans (default: %(default)s)"
-    )
+    parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="of them (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,8 +65,7 @@ def run(args: argparse.Namespace) -> int:
         raw = open_raw(args.d)
         subjects = subjects_of_dataset(raw.json, raw.cases, args.group_regex, args.groups)
         chosen = args.rule, args.seed, args.test_share, subjects, args.p, args.c, args.allow_split_subjects
-        options = SparsifyOptions(labelled, axes, *chosen)
-        sparsify(args.d, args.o, options)
+        sparsify(args.d, args.o, SparsifyOptions(labelled, axes, *chosen))
     which = f"-d {args.o} -c {args.c}"
     print(f"next: nnUNetv2_plan_and_preprocess {which}; nnUNetv2_ext check-planes {which}")
     return 0

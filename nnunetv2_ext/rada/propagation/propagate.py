@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,40 +16,30 @@ from tqdm import tqdm
 
 from nnunetv2_ext.data.cache import CaseCache
 from nnunetv2_ext.rada.annotation.cases import CaseSource
+from nnunetv2_ext.rada.annotation.planes import Array
 from nnunetv2_ext.rada.propagation.registration import carry_over, clean, cores, correlation
 
-Array = npt.NDArray[Any]
-
 NONE = 255  # in a distance volume: no pseudo-label
-MAX_DISTANCE, MIN_CORRELATION = 6, 0.5
+MAX_DISTANCE = 6
+MIN_CORRELATION = 0.5  # Pearson's r of neighbouring slices
 VERSION = 2
 
 
-@dataclass(frozen=True)
-class Propagated:
-    """Pseudo-labels of one case.
+class Propagated(NamedTuple):
+    """Pseudo-labels of one case."""
 
-    Attributes:
-        labels: ``(3, X, Y, Z)``, uint8 or int16: per axis what its planes say; the ignore label where they say nothing.
-            Annotated voxels hold their annotation.
-        distances: ``(3, X, Y, Z)`` uint8: slices to the plane it comes from, 0 for annotated voxels, 255 = none.
-    """
-
+    # (3, X, Y, Z), uint8 or int16: per axis what its planes say; the ignore label where they say nothing. Annotated
+    # voxels hold their annotation.
     labels: Array
-    distances: npt.NDArray[np.uint8]
+    distances: npt.NDArray[np.uint8]  # (3, X, Y, Z): slices to the plane it comes from, 0: annotated, 255: none
 
 
 def propagate(
-    image: Array,
-    label: Array,
-    planes: Sequence[Sequence[int]],
-    ignore: int,
-    max_distance: int = MAX_DISTANCE,
-    min_correlation: float = MIN_CORRELATION,
+    image: Array, label: Array, planes: Sequence[Sequence[int]], ignore: int, max_distance: int = MAX_DISTANCE
 ) -> Propagated:
     """Carry each plane outward, slice to slice, up to `max_distance` slices or half way to the next plane of its axis.
 
-    It also stops where a slice correlates with the one before it by less than `min_correlation`: the warped mask alone
+    It also stops where a slice correlates with the one before it by less than `MIN_CORRELATION`: the warped mask alone
     does not tell the end of an organ, it never vanishes (measured). Hidden labels are neither needed nor read: where
     `label` is not `ignore` it is an annotation and wins.
 
@@ -60,7 +49,6 @@ def propagate(
         planes: indices of annotated planes for each axis.
         ignore: the ignore label.
         max_distance: slices, 1 to 254.
-        min_correlation: Pearson's r of neighbouring slices, -1 to 1.
     """
     threads = cores()
     dtype = np.uint8 if ignore < NONE else np.int16
@@ -71,8 +59,13 @@ def propagate(
         slices, truth = np.moveaxis(image, axis, 0), np.moveaxis(known, axis, 0)
         out, distance = np.moveaxis(labels[axis], axis, 0), np.moveaxis(distances[axis], axis, 0)
         for start, step, count in _walks(sorted(planes[axis]), label.shape[axis], max_distance):
-            walk = _spread(slices, truth[start], start, step, count, ignore, min_correlation, threads)
-            for number, found in enumerate(walk, 1):
+            found = truth[start]
+            for number in range(1, count + 1):
+                source, target = slices[start + step * (number - 1)], slices[start + step * number]
+                if correlation(source, target) < MIN_CORRELATION:
+                    break
+                if not np.array_equal(source, target):
+                    found = clean(carry_over(found, source, target, threads), ignore)
                 out[start + step * number] = found
                 distance[start + step * number] = np.where(found == ignore, NONE, number)
     annotated = known != ignore
@@ -84,28 +77,12 @@ def propagate(
 def _walks(planes: Sequence[int], size: int, max_distance: int) -> list[tuple[int, int, int]]:
     """(plane, direction, number of slices): each slice between two planes belongs to the nearer, a tie to the lower."""
     walks = []
-    for number, plane in enumerate(planes):
-        below = planes[number - 1] if number else None
-        above = planes[number + 1] if number + 1 < len(planes) else None
+    for below, plane, above in zip([None, *planes], planes, [*planes[1:], None]):
         down = plane if below is None else (plane - below - 1) // 2
         up = size - 1 - plane if above is None else (above - plane) // 2
         # (above - plane) // 2 slices upward reach the middle one too, which the walk down from `above` leaves out
         walks += [(plane, -1, min(down, max_distance)), (plane, 1, min(up, max_distance))]
     return [walk for walk in walks if walk[2] > 0]
-
-
-def _spread(
-    slices: Array, start_labels: Array, start: int, step: int, count: int, ignore: int, lowest: float, threads: int
-) -> Iterable[Array]:
-    """Labels of the slices start + step, start + 2 step ... until `count` or until neighbours no longer look alike."""
-    labels = start_labels
-    for number in range(1, count + 1):
-        source, target = slices[start + step * (number - 1)], slices[start + step * number]
-        if correlation(source, target) < lowest:
-            return
-        if not np.array_equal(source, target):
-            labels = clean(carry_over(labels, source, target, threads), ignore)
-        yield labels
 
 
 def plane_weight(t: float) -> float:
@@ -130,12 +107,12 @@ def propagate_cases(
 ) -> dict[str, Path]:
     """Propagate the planes of all cases, once: case name to file, for ``read_propagated``.
 
-    Kept as one compressed file per case in a folder for the key and the settings; a case whose files or planes changed
-    is computed again. Interrupted runs go on where they were; several processes may run this at once.
+    A case whose files or planes changed is computed again. Interrupted runs go on where they were; several processes
+    may run this at once.
 
     Args:
         cases: the labelled cases.
-        root: folder of all caches, outside of nnU-Net's configuration folders.
+        root: of all caches, see `cache_root`.
         key: what else preprocessed data depend on (plans); JSON-serialisable.
         ignore: the ignore label.
         max_distance: see ``propagate``.
@@ -148,7 +125,7 @@ def propagate_cases(
     cache = CaseCache(Path(root), "propagated", settings, ".b2nd", log)
     paths, computed = {}, 0
     for case in tqdm(cases, desc="propagating planes", unit="case"):
-        state = [[list(map(int, indices)) for indices in case.planes], case.state]
+        state = [list(map(list, case.planes)), case.state]
         path = cache.read(case.name, state, _whole)
         if path is None:
             sparse = case.load()
@@ -161,10 +138,7 @@ def propagate_cases(
 
 
 def read_propagated(path: str | Path) -> Any:
-    """A case's file as blosc2 array ``(2, 3, X, Y, Z)``: labels, then distances. Slicing reads only what is asked for.
-
-    >>> patch = read_propagated(path)[:, axis, 0:32, 0:32, 0:32]      # doctest: +SKIP
-    """
+    """A case's file as blosc2 array ``(2, 3, X, Y, Z)``: labels, distances; slicing reads what is asked for."""
     import blosc2
 
     blosc2.set_nthreads(1)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import SimpleITK as sitk
 from scipy.ndimage import binary_closing, binary_opening
 
-Array = npt.NDArray[Any]
+from nnunetv2_ext.rada.annotation.planes import Array
 
 ITERATIONS = 30
 SMOOTHING = 1.5  # standard deviation of the Gaussian on the displacement field, pixels
@@ -51,7 +49,7 @@ def carry_over(labels: Array, source: Array, target: Array, threads: int = 1) ->
     Returns:
         `(H, W)`, type of `labels`. Pixels that come from outside of the slice take the nearest one's label.
     """
-    if min(labels.shape) < _SMALLEST or np.array_equal(source, target) or _is_constant(source) or _is_constant(target):
+    if min(labels.shape) < _SMALLEST or np.array_equal(source, target) or np.ptp(source) == 0 or np.ptp(target) == 0:
         return labels.copy()  # nothing to register
     fixed, moving = (sitk.GetImageFromArray(np.ascontiguousarray(x, dtype=np.float32)) for x in (target, source))
     matcher = sitk.HistogramMatchingImageFilter()
@@ -63,18 +61,9 @@ def carry_over(labels: Array, source: Array, target: Array, threads: int = 1) ->
     demons.SetNumberOfIterations(ITERATIONS)
     demons.SetStandardDeviations(SMOOTHING)
     demons.SetNumberOfThreads(threads)
-    field = demons.Execute(fixed, matcher.Execute(moving, fixed))
-    return _warp(labels, sitk.GetArrayFromImage(field))
-
-
-def _is_constant(values: Array) -> bool:
-    return bool(values.min() == values.max())
-
-
-def _warp(labels: Array, field: Array) -> Array:
-    """`labels` at pixel + displacement, rounded; `field` is `(H, W, 2)`, x (columns) first."""
-    rows, columns = np.indices(labels.shape)
+    field = sitk.GetArrayFromImage(demons.Execute(fixed, matcher.Execute(moving, fixed)))  # (H, W, 2), columns first
     height, width = labels.shape
+    rows, columns = np.indices(labels.shape)
     rows = np.clip(np.rint(rows + field[..., 1]), 0, height - 1).astype(np.intp)
     columns = np.clip(np.rint(columns + field[..., 0]), 0, width - 1).astype(np.intp)
     return labels[rows, columns]
@@ -91,15 +80,12 @@ def clean(labels: Array, ignore: int) -> Array:
     """
     out = np.where(labels == ignore, ignore, 0).astype(labels.dtype)
     cleaned = {}
-    for label in np.unique(labels):
-        if label <= 0 or label == ignore:
-            continue
+    for label in np.unique(labels[(labels > 0) & (labels != ignore)]):
         mask = labels == label
         smooth = _open_close(mask)
         bears = mask.sum() >= MIN_PIXELS and (smooth != mask).sum() <= MAX_CHANGE * mask.sum()
         cleaned[label] = smooth if bears else mask
-    for label, mask in cleaned.items():
-        out[mask & (labels == label)] = label
+        out[cleaned[label] & mask] = label
     for label, mask in cleaned.items():
         out[mask & (labels == 0) & (out == 0)] = label
     return out

@@ -84,19 +84,13 @@ class SemanticBank(nn.Module):
         num_classes: C, with background.
         dimension: D; 0 where no vectors are needed.
         view_axes: per network the axes of the planes it learns from.
-
-    Attributes:
-        image: R, `(3, C, D)` fp32.
-        text: U, `(C, D)` fp32; row 0, background, is not used.
-        views: `(networks, 3)` bool.
-        view_axes: `views` as numbers, per network; kept on the host, so that no step waits for the device.
-        is_filled: whether R and U are there.
     """
 
-    image: Tensor
-    text: Tensor
-    views: Tensor
-    view_axes: tuple[tuple[int, ...], ...]
+    image: Tensor  # R, (3, C, D) fp32
+    text: Tensor  # U, (C, D) fp32; row 0, background, is not used
+    views: Tensor  # (networks, 3) bool
+    view_axes: tuple[tuple[int, ...], ...]  # the same as numbers, on the host, so that no step waits for the device
+    is_filled: bool  # whether R and U are there
 
     def __init__(self, num_classes: int, dimension: int, view_axes: Sequence[Sequence[int]]) -> None:
         super().__init__()
@@ -104,12 +98,6 @@ class SemanticBank(nn.Module):
         self.register_buffer("text", torch.zeros(num_classes, dimension))
         self.register_buffer("views", torch.zeros(len(view_axes), NUM_AXES, dtype=torch.bool))
         self.set_views(view_axes)
-        self.is_filled = False
-
-    @property
-    def dimension(self) -> int:
-        """D."""
-        return self.text.shape[1]
 
     def in_view(self, k: int) -> Tensor:
         """R, mean over the axes network k holds, `(C, D)`."""
@@ -117,9 +105,8 @@ class SemanticBank(nn.Module):
 
     def set_views(self, view_axes: Sequence[Sequence[int]]) -> None:
         """Set the axes each network holds."""
-        with torch.no_grad():
-            self.views.copy_(torch.tensor([[axis in axes for axis in range(NUM_AXES)] for axes in view_axes]))
-        self._read_views()
+        self.views.copy_(torch.tensor([[axis in axes for axis in range(NUM_AXES)] for axes in view_axes]))
+        self._read()
 
     def set(self, image: Tensor, text: Tensor) -> None:
         """Replace R and U, of any dimension.
@@ -129,19 +116,15 @@ class SemanticBank(nn.Module):
         """
         if not torch.isfinite(image).all() or not torch.isfinite(text).all():
             raise ValueError("an embedding is not finite; delete the embedding cache, and compute it again")
-        if self.dimension != text.shape[-1]:
+        if self.text.shape[-1] != text.shape[-1]:
             self.image, self.text = new_zeros(self.image, image.shape), new_zeros(self.text, text.shape)
-        with torch.no_grad():
-            self.image.copy_(image)
-            self.text.copy_(text)
-        self._read_filled()
+        self.image.copy_(image)
+        self.text.copy_(text)
+        self._read()
 
-    def _read_views(self) -> None:
-        self.view_axes = tuple(
-            tuple(axis for axis, held in enumerate(row) if held) for row in self.views.cpu().tolist()
-        )
-
-    def _read_filled(self) -> None:
+    def _read(self) -> None:
+        """What the host keeps of the buffers."""
+        self.view_axes = tuple(tuple(axis for axis, held in enumerate(row) if held) for row in self.views.tolist())
         self.is_filled = bool((self.text != 0).any()) and bool((self.image != 0).any())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -157,5 +140,4 @@ class SemanticBank(nn.Module):
             if stored.shape != own.shape or own.is_inference():
                 setattr(self, name, new_zeros(own, stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._read_views()
-        self._read_filled()
+        self._read()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunetv2_ext.rada.semantics.clip_model import WITHOUT_CLIP, ClipSource, in_one_line, load_clip, require_file
+from nnunetv2_ext.rada.semantics.clip_model import WITHOUT_CLIP, ClipSource, Log, in_one_line, load_clip, require_file
 
 ALPHA_NOTICE = (
     "Alpha-CLIP: the code is Apache-2.0, the weights are for research only, the training data CC BY-NC 4.0"
@@ -28,31 +28,27 @@ class RegionEncoder:
             kernel of the mask is zero, so that masks change nothing, until ``load_alpha``.
         tokenizer: open_clip's for that model.
         device: where to run.
-
-    Attributes:
-        image_size: S, pixels per side.
-        dim: D, numbers in a vector.
-        reads_masks: whether Alpha-CLIP's weights are loaded.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, device: torch.device | str = "cpu") -> None:
+        from open_clip.transformer import VisionTransformer
+
         self.device = torch.device(device)
         self._tokenizer, self._model = tokenizer, model
         visual: Any = model.visual
-        self.has_tokens = _is_vision_transformer(visual)
+        self.has_tokens = isinstance(visual, VisionTransformer)  # patch tokens, and a place for the mask
         if self.has_tokens:
             visual.conv1 = _with_mask_channel(visual.conv1)
         size = visual.image_size
-        self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
-        preprocess = visual.preprocess_cfg
-        self._mean = torch.tensor(preprocess["mean"], device=self.device).view(1, 3, 1, 1)
-        self._std = torch.tensor(preprocess["std"], device=self.device).view(1, 3, 1, 1)
+        self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)  # S, pixels per side
+        self._mean, self._std = (
+            torch.tensor(visual.preprocess_cfg[name], device=self.device).view(1, 3, 1, 1) for name in ("mean", "std")
+        )
         self._visual: Any = visual
-        self.reads_masks = False
         self._model.to(self.device)
-        self.dim = int(self.encode_text(["a slice"]).shape[1])
+        self.dim = int(self.encode_text(["a slice"]).shape[1])  # D, numbers in a vector
 
-    def load_alpha(self, path: str, model_name: str, log: Callable[[str], None] = print) -> None:
+    def load_alpha(self, path: str, model_name: str, log: Log = print) -> None:
         """Replace the visual weights by Alpha-CLIP's.
 
         Raises:
@@ -68,7 +64,6 @@ class RegionEncoder:
                 f"{_ALPHA}: {path} does not fit the image encoder of {model_name} ({in_one_line(error)}); give the "
                 f"weights of that model, or set rada.clip_model to the model of these weights, {WITHOUT_CLIP}"
             ) from error
-        self.reads_masks = True
         log(f"Alpha-CLIP: masks are read with the weights of {path}.")
         log(ALPHA_NOTICE)
 
@@ -88,9 +83,8 @@ class RegionEncoder:
         """
         if not self.has_tokens:
             raise ValueError("rada.region=pool needs an open_clip ViT, which gives patch tokens; use rada.region=crop")
-        found = self._visual.forward_intermediates(
-            self._stack(images, torch.ones_like(masks)), indices=1, normalize_intermediates=True
-        )
+        seen = self._stack(images, torch.ones_like(masks))
+        found = self._visual.forward_intermediates(seen, indices=1, normalize_intermediates=True)
         tokens = found["image_intermediates"][-1].float()  # (n, width, rows, columns)
         weights = F.adaptive_avg_pool2d(masks.to(self.device).float(), tokens.shape[-2:])
         total = weights.sum((2, 3))
@@ -116,11 +110,7 @@ class RegionEncoder:
         return F.normalize(vectors.float(), dim=1).cpu()
 
 
-def load_encoder(
-    source: ClipSource,
-    device: torch.device | str = "cpu",
-    log: Callable[[str], None] = print,
-) -> RegionEncoder:
+def load_encoder(source: ClipSource, device: torch.device | str = "cpu", log: Log = print) -> RegionEncoder:
     """CLIP, with Alpha-CLIP's image encoder if `source` names its weights.
 
     Torch's random stream is left as it was: modules are built with random weights before these are filled, and a
@@ -168,9 +158,9 @@ def alpha_state_dict(path: str) -> dict[str, Tensor]:
     state = {str(name).removeprefix("module.").removeprefix("visual."): tensor for name, tensor in content.items()}
     missing = [name for name in ("conv1.weight", "conv1_alpha.weight") if not isinstance(state.get(name), Tensor)]
     if missing:
+        names = " and ".join(missing)
         raise ValueError(
-            f"{_ALPHA}: {path}: no Alpha-CLIP weights: {' and '.join(missing)} not found; give another file, "
-            f"{WITHOUT_CLIP}"
+            f"{_ALPHA}: {path}: no Alpha-CLIP weights: {names} not found; give another file, {WITHOUT_CLIP}"
         )
     colour, alpha = state.pop("conv1.weight"), state.pop("conv1_alpha.weight")
     if alpha.shape != (colour.shape[0], 1, *colour.shape[2:]):
@@ -180,16 +170,10 @@ def alpha_state_dict(path: str) -> dict[str, Tensor]:
     return {"conv1.weight": torch.cat((colour, alpha), 1), **renamed}
 
 
-def _is_vision_transformer(visual: nn.Module) -> bool:
-    from open_clip.transformer import VisionTransformer
-
-    return isinstance(visual, VisionTransformer)
-
-
+@torch.no_grad()
 def _with_mask_channel(conv: nn.Conv2d) -> nn.Conv2d:
     """The patch embedding with a fourth input channel whose kernel is zero: the output is that of `conv`."""
     wide = nn.Conv2d(4, conv.out_channels, conv.kernel_size, conv.stride, bias=False)  # type: ignore[arg-type]
-    with torch.no_grad():
-        wide.weight.zero_()
-        wide.weight[:, :3] = conv.weight
+    wide.weight.zero_()
+    wide.weight[:, :3] = conv.weight
     return wide.requires_grad_(False)

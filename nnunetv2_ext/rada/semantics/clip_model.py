@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,29 +46,35 @@ class ClipSource:
         """The ``local-dir:`` or ``hf-hub:`` name that brings architecture and weights, if there is one."""
         return next((name for name in (self.weights, self.model) if name.startswith(_SCHEMAS)), None)
 
-    def identity(self, missing_ok: bool = False) -> dict[str, str]:
+    def identity(self, before: Mapping[str, str] | None = None) -> dict[str, str]:
         """What tells these weights from others, for cache keys: names of published ones, hashes of local files.
 
         Args:
-            missing_ok: leave out what is missing.
+            before: that of a training that is continued; what is gone by now counts as it was.
 
         Raises:
-            ValueError: a local file or folder is missing.
+            ValueError: a local file or folder is missing without `before`, or what is at hand is other than before.
         """
-        places = [
-            ("model", _MODEL, self.located or self.model, False),
-            ("alpha", _ALPHA, self.alpha_weights or "none", self.alpha_weights is not None),
-        ]
+        places = [("model", _MODEL, self.located or self.model), ("alpha", _ALPHA, self.alpha_weights)]
         if self.located is None:
-            places.append(("weights", _WEIGHTS, self.weights, _is_file(self.weights)))
-        found = {}
-        for name, setting, place, is_file in places:
+            places.append(("weights", _WEIGHTS, self.weights))
+        found, changed = {}, []
+        for name, setting, place in places:
             try:
-                found[name] = _identity_of(place, setting, is_file)
+                now = _identity_of(place, setting)
             except ValueError:
-                if not missing_ok:
+                if before is None:
                     raise
-        return found
+                continue
+            found[name] = now
+            if before is not None and before.get(name) != now:
+                changed.append(f"{setting}: {before.get(name)} became {now}")
+        if changed:
+            raise ValueError(
+                f"this training was started with vectors of other CLIP weights ({'; '.join(changed)}): give the same "
+                "ones, whose place may be another one, or start a new training without --c"
+            )
+        return found if before is None else dict(before)
 
 
 def load_clip(source: ClipSource, log: Log = print) -> tuple[nn.Module, Any]:
@@ -85,10 +91,9 @@ def load_clip(source: ClipSource, log: Log = print) -> tuple[nn.Module, Any]:
             f"rada.semantics=clip needs the package open_clip_torch, which cannot be imported ({in_one_line(error)}): "
             f"pip install open_clip_torch, {WITHOUT_CLIP}"
         ) from error
-    name, weights = source.located or source.model, None if source.located else source.weights
-    if weights is not None:
-        weights = _require_weights(open_clip, source, log)
-    elif source.weights not in ("openai", name):
+    name = source.located or source.model
+    weights = None if source.located else _require_weights(open_clip, source, log)
+    if weights is None and source.weights not in ("openai", name):
         raise ValueError(
             f"{_MODEL}={source.model} brings its own weights, so {_WEIGHTS}={source.weights} is of no use: leave it out"
         )
@@ -96,7 +101,8 @@ def load_clip(source: ClipSource, log: Log = print) -> tuple[nn.Module, Any]:
     log(f"CLIP: {name} with {'its own weights' if weights is None else f'the weights {weights}'}.")
     if weights == "openai":
         log(OPENAI_NOTICE)
-    if source.alpha_weights is not None and not _is_quick(model):
+    quick = open_clip.transformer.QuickGELU
+    if source.alpha_weights is not None and not any(isinstance(m, quick) for m in model.visual.modules()):
         raise ValueError(
             f"{_ALPHA}: Alpha-CLIP was trained with QuickGELU and {name} has the plain GELU, which spoils its "
             f"features; set {_MODEL}={_sister(open_clip, name) or 'a -quickgelu model'}"
@@ -115,11 +121,8 @@ def _require_weights(open_clip: Any, source: ClipSource, log: Log) -> str:
     config = open_clip.get_model_config(source.model)
     if config is None:
         close = difflib.get_close_matches(source.model, open_clip.list_models(), 3)
-        hint = (
-            f"did you mean {' or '.join(close)}?"
-            if close
-            else "python -c 'import open_clip; print(open_clip.list_models())' lists them"
-        )
+        listed = "python -c 'import open_clip; print(open_clip.list_models())' lists them"
+        hint = f"did you mean {' or '.join(close)}?" if close else listed
         raise ValueError(f"{_MODEL}: open_clip knows no model {source.model}; {hint}")
     quick, sister = bool(config.get("quick_gelu", False)), _sister(open_clip, source.model)
     if _is_file(source.weights):
@@ -145,31 +148,25 @@ def _require_weights(open_clip: Any, source: ClipSource, log: Log) -> str:
     return source.weights
 
 
-def _create(open_clip: Any, name: str, weights: str | None) -> nn.Module:
+def _create(open_clip: Any, name: str, weights: str | None) -> Any:
     """open_clip's own loading, which never falls back to random weights and never runs code of a file."""
     try:
         return open_clip.create_model(name, pretrained=weights, require_pretrained=True, weights_only=True)
     except Exception as error:  # a download, a file and a hub client can fail in too many ways to list
-        setting, what = (_MODEL, name) if weights is None else (_WEIGHTS, f"weights '{weights}' of {name}")
+        what = f"{_MODEL}: {name}" if weights is None else f"{_WEIGHTS}: weights '{weights}' of {name}"
         if weights is not None and _is_file(weights):
             remedy = f"the file is damaged or of another model than {_MODEL}"
         elif name.startswith("local-dir:"):
             remedy = "that folder must hold open_clip_config.json and the weights"
         else:
             remedy = "open_clip downloads them from the Hugging Face hub on first use, which needs the network once"
-        raise ValueError(f"{setting}: {what} cannot be loaded ({in_one_line(error)}): {remedy}; {_WAYS_OUT}") from error
+        raise ValueError(f"{what} cannot be loaded ({in_one_line(error)}): {remedy}; {_WAYS_OUT}") from error
 
 
 def _sister(open_clip: Any, name: str) -> str | None:
     """The same architecture with the other activation, if open_clip lists it."""
     other = name.removesuffix(_QUICK) if name.endswith(_QUICK) else f"{name}{_QUICK}"
     return other if other in open_clip.list_models() else None
-
-
-def _is_quick(model: nn.Module) -> bool:
-    from open_clip.transformer import QuickGELU
-
-    return any(isinstance(module, QuickGELU) for module in model.visual.modules())  # type: ignore[union-attr, operator]
 
 
 def require_file(path: str | Path, setting: str) -> Path:
@@ -187,10 +184,10 @@ def require_file(path: str | Path, setting: str) -> Path:
     return path
 
 
-def in_one_line(error: BaseException, length: int = 200) -> str:
-    """The beginning of an error: libraries put pages of advice into theirs."""
+def in_one_line(error: BaseException) -> str:
+    """The beginning of an error, 200 characters: libraries put pages of advice into theirs."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= length else f"{text[:length]}..."
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _is_file(weights: str) -> bool:
@@ -199,9 +196,11 @@ def _is_file(weights: str) -> bool:
     return "/" in weights or "\\" in weights or path.suffix in _WEIGHT_SUFFIXES or path.is_file()
 
 
-def _identity_of(place: str, setting: str, is_file: bool) -> str:
+def _identity_of(place: str | None, setting: str) -> str:
     """The name itself, or SHA-256 of the file (about a second for ViT-B/16) or of the folder's files."""
-    if is_file:
+    if place is None:
+        return "none"
+    if setting == _ALPHA or (setting == _WEIGHTS and _is_file(place)):
         return f"sha256:{_file_hash(require_file(place, setting))}"
     if not place.startswith("local-dir:"):
         return place
@@ -214,8 +213,8 @@ def _identity_of(place: str, setting: str, is_file: bool) -> str:
 
 
 def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -8,6 +8,7 @@ and the gate, are ours.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -23,26 +24,21 @@ ADAPTER_WIDTH, CONTEXT_WIDTH, MAP_CHANNELS, MAX_GROUPS = 128, 256, 8, 16
 # that differs between classes, 4 classes, D = 512, cosine 0.8 between their vectors [measured]: 0.04 % at length 1 with
 # torch's default initialisation (all classes get one head), 0.9 % scaled, 31 % scaled and with He's initialisation.
 # weights and biases of a generated head 8-8-1, in this order
-HEAD_SIZES = (
-    MAP_CHANNELS * MAP_CHANNELS,
-    MAP_CHANNELS,
-    MAP_CHANNELS * MAP_CHANNELS,
-    MAP_CHANNELS,
-    MAP_CHANNELS,
-    1,
-)
+HEAD_SIZES = (MAP_CHANNELS**2, MAP_CHANNELS, MAP_CHANNELS**2, MAP_CHANNELS, MAP_CHANNELS, 1)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(MAX_GROUPS, channels), channels)
 
 
-def _initialise(layers: nn.Sequential) -> None:
-    """He's: with torch's default the class vectors are lost on the way, see above."""
-    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+def _controller(outputs: int) -> nn.Sequential:
+    """With He's initialisation: with torch's default the class vectors are lost on the way, see above."""
+    widths = (2 * CONTEXT_WIDTH, 256, 128, 64, outputs)
+    linear = [nn.Linear(*pair) for pair in pairwise(widths)]
     for layer in linear:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="linear" if layer is linear[-1] else "relu")
         nn.init.zeros_(layer.bias)
+    return nn.Sequential(*[module for layer in linear for module in (layer, nn.ReLU())][:-1])
 
 
 class Adapter(nn.Module):
@@ -52,11 +48,6 @@ class Adapter(nn.Module):
         super().__init__()
         self.down = ResizableLinear(dimension, ADAPTER_WIDTH, bias=False, free="in")
         self.up = ResizableLinear(ADAPTER_WIDTH, dimension, bias=False, free="out")
-
-    def resize(self, dimension: int) -> None:
-        """Take vectors of another dimension."""
-        self.down.resize(dimension)
-        self.up.resize(dimension)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """`(..., D)` to `(..., D)`."""
@@ -90,34 +81,17 @@ class SemanticHead(nn.Module):
         dimension: int = EMBEDDING_DIM,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.is_binary = num_classes == 2
         self.text_adapter, self.image_adapter = Adapter(dimension), Adapter(dimension)
         self.merge = ResizableLinear(2 * dimension, CONTEXT_WIDTH, free="in")
         self.context_norm = _norm(bottleneck_channels)
         self.context = nn.Linear(bottleneck_channels, CONTEXT_WIDTH)
-        outputs = MAP_CHANNELS if self.is_binary else sum(HEAD_SIZES)
-        self.controller = nn.Sequential(
-            nn.Linear(2 * CONTEXT_WIDTH, 256),
-            nn.ReLU(),
-            nn.Linear(256, 128),
-            nn.ReLU(),
-            nn.Linear(128, 64),
-            nn.ReLU(),
-            nn.Linear(64, outputs),
-        )
-        _initialise(self.controller)
+        self.controller = _controller(MAP_CHANNELS if self.is_binary else sum(HEAD_SIZES))
         self.reduction_norm = _norm(feature_channels)
         self.reduction = conv_op(feature_channels, MAP_CHANNELS, 1)
         if self.is_binary:
             self.classifier = conv_op(MAP_CHANNELS, num_classes, 1)
         self.gate = nn.Parameter(torch.zeros(()))
-
-    def resize(self, dimension: int) -> None:
-        """Take class vectors of another dimension; what depends on it starts anew."""
-        self.text_adapter.resize(dimension)
-        self.image_adapter.resize(dimension)
-        self.merge.resize(2 * dimension)
 
     @torch.no_grad()
     def bound_gate(self) -> None:
@@ -136,8 +110,7 @@ class SemanticHead(nn.Module):
         """
         weights = self.controlled(bottleneck, text, image)
         if torch.is_grad_enabled():
-            # The map is cheap to compute again, but its parts would be kept for backward at full resolution for every
-            # class
+            # cheap to compute again, but its parts would be kept for backward at full resolution for every class
             semantic = checkpoint(self.semantic_map, features, weights, use_reentrant=False, preserve_rng_state=False)
         else:
             semantic = self.semantic_map(features, weights)

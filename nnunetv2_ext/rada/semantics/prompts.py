@@ -7,18 +7,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nnunetv2_ext.rada.requirements import require_plain_labels
-
 _CT = re.compile(r"^(ct|cta|cect|ncct|cbct)$")
 _MRI = re.compile(r"^(mri?|mra|t[12].*|pdw?|flair|dwi|adc|swi|lge|bssfp|cine|dce|dixon|vibe)$")
 
 
 def modality(channel_names: Mapping[str, Any], channel: int = 0) -> str:
-    """``CT``, ``MRI`` or ``medical``, from the words of a channel's name in dataset.json.
-
-    >>> modality({"0": "T2-FLAIR"}), modality({"0": "CT"}), modality({"0": "noNorm"})
-    ('MRI', 'CT', 'medical')
-    """
+    """``CT``, ``MRI`` or ``medical``, from the words of a channel's name in dataset.json (``T2-FLAIR``: MRI)."""
     words = re.split(r"[^a-z0-9]+", str(channel_names.get(str(channel), "")).lower())
     if any(_CT.match(word) for word in words):
         return "CT"
@@ -43,19 +37,18 @@ def class_prompts(
         log: told every sentence.
 
     Raises:
-        ValueError: regions, an override for no class, an empty override, or no such channel.
+        ValueError: an override for no class, an empty override, or no such channel.
     """
     overrides = dict(overrides or {})
     if str(channel) not in channel_names:
         raise ValueError(f"rada.image_channel={channel}: dataset.json names the channels {', '.join(channel_names)}")
     values = {name: value for name, value in labels.items() if name != "ignore"}
-    require_plain_labels(values)
     _require_classes(overrides, values)
     kind = modality(channel_names, channel)
-    article = "an" if kind == "MRI" else "a"
+    start = f"{'an' if kind == 'MRI' else 'a'} {kind} slice showing the"
     names = sorted(values, key=lambda name: values[name])
     words = {name: re.sub(r"[_\s]+", " ", name).strip() for name in names}
-    prompts = {name: f"{article} {kind} slice showing the {words[name]}" for name in names} | overrides
+    prompts = {name: f"{start} {words[name]}" for name in names} | overrides
     untold = [name for name in names if values[name] > 0 and name not in overrides]
     if overrides and untold:
         log(f"rada.prompts names no {', '.join(untold)}: the built-in sentence is used there.")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,19 +14,13 @@ from torch import Tensor
 from nnunetv2_ext.rada.annotation.cases import CaseSource, SparseCase
 from nnunetv2_ext.rada.annotation.planes import consecutive_runs
 from nnunetv2_ext.rada.semantics.clip_encoder import RegionEncoder
-from nnunetv2_ext.rada.semantics.slices import Region, encoder_input, in_plane, intensity_window, rescale
-
-Array = npt.NDArray[Any]
+from nnunetv2_ext.rada.semantics.slices import Region, encoder_input, intensity_window, rescale
 
 BATCH = 16
 
 
 def representatives(planes: Sequence[int]) -> tuple[int, ...]:
-    """One index for each run of neighbouring planes, its middle: the slices of a slab show the same.
-
-    >>> representatives([3, 7, 8, 9])
-    (3, 8)
-    """
+    """One index for each run of neighbouring planes, its middle: the slices of a slab show the same."""
     return tuple((first + last) // 2 for first, last in consecutive_runs(planes))
 
 
@@ -47,11 +40,7 @@ def embed_regions(
 
     Batches of 16 regions reach over cases, which have 4 or so each: a slice costs 1.5 times as much in batches of 4.
 
-    Args:
-        sources: the cases, read one after the other.
-        number: C, classes with background.
-        encoder: CLIP.
-        region: how it sees a class.
+    `number` is C, classes with background. The cases are read one after the other.
 
     Raises:
         ValueError: a case without planes or not finite; names it.
@@ -69,26 +58,22 @@ def embed_regions(
             sums[source.name], backgrounds[source.name] = torch.zeros(3, number, encoder.dim), torch.zeros(encoder.dim)
             yield from found
 
-    def done() -> Iterator[tuple[str, dict[str, Tensor]]]:
+    waiting, going_on = inputs(), True
+    while going_on:
+        part = list(islice(waiting, BATCH))
+        if part:
+            images, masks = (torch.stack(tensors) for tensors in zip(*(seen for _, seen in part)))
+            for (job, _), vector in zip(part, encode(images, masks)):
+                left[job.case] -= 1
+                if job.label == 0:
+                    backgrounds[job.case] = vector.clone()  # not the whole batch
+                else:
+                    sums[job.case][job.axis, job.label] += vector
+        going_on = bool(part)  # the last round is for cases without a single region, all outside the body
         for name in [name for name, count in left.items() if count == 0]:
             del left[name]
             vectors, background = sums.pop(name), backgrounds.pop(name)
-            yield (
-                name,
-                {"vectors": F.normalize(vectors, dim=-1), "present": vectors.any(-1), "background": background},
-            )
-
-    waiting = inputs()
-    while part := list(islice(waiting, BATCH)):
-        images, masks = (torch.stack(tensors) for tensors in zip(*(seen for _, seen in part)))
-        for (job, _), vector in zip(part, encode(images, masks)):
-            left[job.case] -= 1
-            if job.label == 0:
-                backgrounds[job.case] = vector.clone()  # not the whole batch
-            else:
-                sums[job.case][job.axis, job.label] += vector
-        yield from done()
-    yield from done()  # without a single region, all outside the body
+            yield name, {"vectors": F.normalize(vectors, dim=-1), "present": vectors.any(-1), "background": background}
 
 
 def _inputs(source: CaseSource, number: int, size: int, region: Region) -> Iterator[tuple[_Job, tuple[Tensor, Tensor]]]:
@@ -102,8 +87,8 @@ def _inputs(source: CaseSource, number: int, size: int, region: Region) -> Itera
     for job in jobs:
         picture = rescale(case.image.take(job.plane, job.axis), window)
         mask = case.label.take(job.plane, job.axis) == job.label
-        spacing = in_plane(case.spacing, job.axis)
-        yield job, encoder_input(picture, mask, spacing, size, region, background=job.label == 0)
+        rows, columns = (float(mm) for axis, mm in enumerate(case.spacing) if axis != job.axis)
+        yield job, encoder_input(picture, mask, (rows, columns), size, region, background=job.label == 0)
 
 
 def _jobs(case: SparseCase, planes: Sequence[Sequence[int]], name: str, number: int) -> list[_Job]:
@@ -116,15 +101,11 @@ def _jobs(case: SparseCase, planes: Sequence[Sequence[int]], name: str, number: 
     best: tuple[int, _Job] | None = None
     for axis, indices in enumerate(planes):
         for index in indices:
-            counts = _counts(case.label.take(index, axis), number)
+            labels = case.label.take(index, axis)
+            inside = labels[(labels >= 0) & (labels < number)]  # neither ignored nor outside the body
+            counts = np.bincount(inside.ravel().astype(np.int64), minlength=number)
             jobs += [_Job(name, axis, index, label) for label in range(1, number) if counts[label]]
             foreground = int(counts[1:].sum())
             if counts[0] and (best is None or foreground > best[0]):
                 best = foreground, _Job(name, axis, index, 0)
     return jobs if best is None else [*jobs, best[1]]
-
-
-def _counts(labels: Array, number: int) -> npt.NDArray[np.int64]:
-    """Pixels of the labels 0 to `number` - 1; ignored ones and those outside the body are none of them."""
-    inside = labels[(labels >= 0) & (labels < number)].astype(np.int64)
-    return np.bincount(inside.ravel(), minlength=number)

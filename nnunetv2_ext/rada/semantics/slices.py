@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,8 @@ import torch.nn.functional as F
 from scipy.ndimage import distance_transform_cdt
 from torch import Tensor
 
-Array = npt.NDArray[Any]
+from nnunetv2_ext.rada.annotation.planes import Array
+
 Region = Literal["alpha", "crop", "pool"]
 
 PERCENTILES = (0.5, 99.5)
@@ -52,12 +52,6 @@ def rescale(values: Array, window: tuple[float, float]) -> npt.NDArray[np.float3
     return np.clip((np.asarray(values, dtype=np.float32) - low) / (high - low), 0, 1)
 
 
-def in_plane(spacing: Sequence[float], axis: int) -> tuple[float, float]:
-    """Spacings of rows and columns of a slice across `axis`, mm."""
-    rows, columns = (float(value) for number, value in enumerate(spacing) if number != axis)
-    return rows, columns
-
-
 def letterbox(picture: Array, spacing: tuple[float, float], size: int) -> Tensor:
     """`(H, W)` to `(size, size)`: equal scale in mm along both sides, centred, the rest zero.
 
@@ -77,13 +71,10 @@ def letterbox(picture: Array, spacing: tuple[float, float], size: int) -> Tensor
 
 def cut(picture: Array, box: Box) -> Array:
     """The part of `picture` in `box`, zero where the box reaches outside."""
-    out = np.zeros((box.height, box.width), dtype=picture.dtype)
-    height, width = picture.shape
-    top, left = max(box.top, 0), max(box.left, 0)
-    bottom, right = min(box.top + box.height, height), min(box.left + box.width, width)
-    if bottom > top and right > left:
-        out[top - box.top : bottom - box.top, left - box.left : right - box.left] = picture[top:bottom, left:right]
-    return out
+    starts, lengths = (box.top, box.left), (box.height, box.width)
+    pads = [(max(-a, 0), max(a + n - size, 0)) for a, n, size in zip(starts, lengths, picture.shape)]
+    parts = (slice(a + before, a + before + n) for a, n, (before, _) in zip(starts, lengths, pads))
+    return np.pad(picture, pads)[tuple(parts)]
 
 
 def box_around(mask: Array, spacing: tuple[float, float]) -> Box:
@@ -139,9 +130,9 @@ def encoder_input(
     Returns:
         image `(3, S, S)` fp32 in 0..1, three equal channels, and mask `(1, S, S)` fp32 in 0..1.
     """
+    alpha = torch.ones(1, size, size)
     if region == "crop":
-        box = (empty_box if background else box_around)(mask, spacing)
-        image = letterbox(cut(picture, box), spacing, size)
-        return image.expand(3, size, size), torch.ones(1, size, size)
-    image = letterbox(picture, spacing, size)
-    return image.expand(3, size, size), letterbox(mask, spacing, size)[None]
+        picture = cut(picture, (empty_box if background else box_around)(mask, spacing))
+    else:
+        alpha = letterbox(mask, spacing, size)[None]
+    return letterbox(picture, spacing, size).expand(3, size, size), alpha

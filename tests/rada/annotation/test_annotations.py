@@ -18,11 +18,10 @@ from nnunetv2_ext.rada.annotation.annotations import (
     Annotation,
     log_lines,
     require_annotations,
-    survey_cache,
-    survey_cases,
     survey_label,
     warnings,
 )
+from nnunetv2_ext.rada.annotation.cases import cache_root
 from nnunetv2_ext.rada.annotation.lost import erased_annotations, lost_planes, require_planes_survived, unmatched
 from nnunetv2_ext.rada.annotation.planes import Planes, find_planes
 from nnunetv2_ext.rada.annotation.preprocessed import SparsePreprocessed, open_sparse
@@ -47,17 +46,16 @@ def labelled(data: SparsePreprocessed) -> list[str]:
     return sorted(data.dataset_json["nnunetv2_ext"]["sparsify"]["labelled"])
 
 
-def all_cases(data: SparsePreprocessed) -> list[str]:
-    return sorted(p.name.removesuffix("_seg.b2nd") for p in data.folder.glob("*_seg.b2nd"))
-
-
-def survey_all(data: SparsePreprocessed) -> dict[str, Annotation]:
-    return data.survey()
+def survey_of(data: SparsePreprocessed, cases: list[str]) -> dict[str, Annotation]:
+    """Of some of the cases."""
+    part = replace(data)
+    part.__dict__["cases"] = cases
+    return part.survey()
 
 
 def test_planes_of_every_case_are_those_of_the_provenance(data: SparsePreprocessed, labelled: list[str]) -> None:
     """Nothing is cropped, transposed or resampled in this dataset, so the indices are the raw ones."""
-    found = survey_cases(data, all_cases(data), data.ignore)
+    found = data.survey()
     planes = {case: annotation.planes for case, annotation in found.items()}
     recorded = data.dataset_json["nnunetv2_ext"]["sparsify"]["labelled"]
     assert {case for case, p in planes.items() if p} == set(labelled)
@@ -66,8 +64,8 @@ def test_planes_of_every_case_are_those_of_the_provenance(data: SparsePreprocess
 
 
 def test_cache_is_used_until_a_label_changes(data: SparsePreprocessed, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases, cache = all_cases(data), survey_cache(data, "planes", data.ignore)
-    shutil.rmtree(cache.folder, ignore_errors=True)  # another test's training may have written it before the copy
+    cases, cache = data.cases, cache_root(data.base)
+    shutil.rmtree(cache, ignore_errors=True)  # another test's training may have written it before the copy
     listing = sorted(p.name for p in data.folder.iterdir())
     looked_at: list[int] = []
 
@@ -76,38 +74,39 @@ def test_cache_is_used_until_a_label_changes(data: SparsePreprocessed, monkeypat
         return survey_label(label, ignore)
 
     monkeypatch.setattr(annotations, "survey_label", counted)
-    first = survey_cases(data, cases[:5], data.ignore, cache)
+    first = survey_of(data, cases[:5])
     assert len(looked_at) == 5
-    assert survey_cases(data, cases, data.ignore, cache) == first | survey_cases(data, cases[5:], IGNORE)
-    assert len(looked_at) == len(cases) + len(cases[5:])
+    assert {case: found for case, found in data.survey().items() if case in first} == first
+    assert len(looked_at) == len(cases)
     looked_at.clear()
-    assert survey_cases(data, cases[:5], data.ignore, cache) == first and not looked_at
+    assert survey_of(data, cases[:5]) == first and not looked_at
     label = data.folder / f"{cases[0]}_seg.b2nd"
     shutil.copy(data.folder / f"{cases[1]}_seg.b2nd", label)
-    assert survey_cases(data, cases, data.ignore, cache)[cases[0]] == first[cases[1]] and len(looked_at) == 1
-    survey_cases(data, cases, data.ignore + 1, survey_cache(data, "planes", data.ignore + 1))
-    assert len(looked_at) == 1 + len(cases)  # found under another ignore label
-    (entry,) = cache.folder.glob(f"{cases[2]}.*.json")
+    assert data.survey()[cases[0]] == first[cases[1]] and len(looked_at) == 1
+    (entry,) = cache.glob(f"planes_*/{cases[2]}.*.json")
     entry.write_text("{broken")
-    survey_cases(data, cases, data.ignore, cache)
-    assert len(looked_at) == 2 + len(cases) and json.loads(entry.read_text())["values"]
+    data.survey()
+    assert len(looked_at) == 2 and json.loads(entry.read_text())["values"]
+    with pytest.raises(ValueError, match=r"holds 3, which dataset.json does not declare"):
+        replace(data, ignore=data.ignore + 1).survey()
+    assert len(looked_at) == 2 + len(cases)  # found under another ignore label
     assert sorted(p.name for p in data.folder.iterdir()) == listing  # an extra file there would break nnU-Net
 
 
 def test_missing_case(data: SparsePreprocessed) -> None:
     with pytest.raises(ValueError, match=r"nobody is not in .* preprocess the dataset again"):
-        survey_cases(data, ["nobody"], data.ignore)
+        survey_of(data, ["nobody"])
 
 
 def test_all_planes_survived(data: SparsePreprocessed) -> None:
-    annotations = survey_all(data)
+    annotations = data.survey()
     assert lost_planes(data, annotations) == []
     require_planes_survived(data, annotations)
 
 
 def test_erased_plane_stops_with_case_slice_spacing_and_remedy(data: SparsePreprocessed, labelled: list[str]) -> None:
     case = labelled[1]
-    annotations = survey_all(data)
+    annotations = data.survey()
     planes = annotations[case].planes
     annotations[case] = replace(annotations[case], planes=Planes((planes.indices[0], (), planes.indices[2])))
     _spoil_label(data, case, planes.indices[1][0])
@@ -144,12 +143,12 @@ def test_plane_of_air_that_became_outside_is_not_lost(data: SparsePreprocessed, 
     sitk.WriteImage(changed, str(truth))
     volume, label, _, properties = nnUNetDatasetBlosc2(str(data.folder), [case]).load_case(case)
     volume, label = np.asarray(volume[:]), np.asarray(label[:]).copy()
-    assert [lost.index for lost in lost_planes(data, survey_all(data))] == [0]
+    assert [lost.index for lost in lost_planes(data, data.survey())] == [0]
     label[0, 0] = -1  # ... which nnU-Net marks as outside
     for suffix in (".b2nd", "_seg.b2nd", ".pkl"):
         (data.folder / f"{case}{suffix}").unlink()
     nnUNetDatasetBlosc2.save_case(volume, label, properties, str(data.folder / case))
-    annotations = survey_all(data)
+    annotations = data.survey()
     assert 0 not in annotations[case].planes.indices[0]
     assert lost_planes(data, annotations) == []
 
@@ -158,7 +157,7 @@ def test_scribbles_and_classes_that_preprocessing_erased_are_named(
     data: SparsePreprocessed, labelled: list[str]
 ) -> None:
     """Two annotated cases without planes, one of which lost everything, and one with planes that lost a class."""
-    annotations = survey_all(data)
+    annotations = data.survey()
     assert erased_annotations(data, annotations) == []
     gone, kept = [case for case in sorted(annotations) if case not in labelled][:2]
     for case in (gone, kept):

@@ -17,7 +17,6 @@ import SimpleITK as sitk
 from nnunetv2_ext.cli.dispatch import main
 from nnunetv2_ext.phantom import write_phantom_dataset
 from nnunetv2_ext.rada.annotation import sparsify as sparsify_module
-from nnunetv2_ext.rada.annotation.annotations import survey_cases
 from nnunetv2_ext.rada.annotation.lost import lost_planes, require_planes_survived
 from nnunetv2_ext.rada.annotation.planes import find_planes, on_planes
 from nnunetv2_ext.rada.annotation.preprocessed import open_sparse
@@ -197,8 +196,7 @@ def test_erased_planes_are_reported_and_thicken_only_is_the_remedy(mixed: Path, 
     for dataset_id, name in ((3, "Dataset003_Phantom"), (4, "Dataset004_Phantom")):
         plan_and_preprocess(TinyDataset(mixed.parent, dataset_id, name))
         data = open_sparse(dataset_id, "3d_fullres")
-        cases = cases_of(mixed / name / "labelsTr")
-        annotations = survey_cases(data, cases, data.ignore)
+        annotations = data.survey()
         lost[dataset_id] = lost_planes(data, annotations)
         if dataset_id == 3:
             with pytest.raises(ValueError, match=r"fine_000: axis .* spacing 0\.4 -> 1 mm.*--thicken-only"):

@@ -17,13 +17,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnunetv2_ext.data.preprocessed import Preprocessed
+from nnunetv2_ext.data.preprocessed import Preprocessed, plans_key
 from nnunetv2_ext.rada.annotation.cases import CaseSource, SparseCase, cache_root, case_sources
 from nnunetv2_ext.rada.annotation.planes import Planes
-from nnunetv2_ext.rada.semantics import embed, regions
+from nnunetv2_ext.rada.semantics import regions
 from nnunetv2_ext.rada.semantics.clip_encoder import load_encoder
 from nnunetv2_ext.rada.semantics.clip_model import ClipSource
-from nnunetv2_ext.rada.semantics.embed import embed_cases, embedding_key, report
+from nnunetv2_ext.rada.semantics.embed import embed_cases, report
 from nnunetv2_ext.rada.semantics.regions import representatives
 from nnunetv2_ext.rada.semantics.slices import encoder_input, intensity_window, rescale
 
@@ -251,15 +251,7 @@ def test_processes_do_not_disturb_each_other(counter, tiny_clip):
     assert not list(counter.root.rglob("*.tmp"))
 
 
-def test_alpha_without_its_weights_is_refused(counter):
-    counter.source = replace(counter.source, alpha_weights=None)
-    with pytest.raises(ValueError, match=r"rada.region=alpha needs Alpha-CLIP's weights"):
-        counter.run(region="alpha")
-
-
-def test_no_case_and_case_without_planes(counter):
-    with pytest.raises(ValueError, match="no case with annotated planes"):
-        counter.run([])
+def test_a_case_without_planes_is_named(counter):
     with pytest.raises(ValueError, match="case a: it has no annotated plane"):
         counter.run([counter.case("a", 1, ((), (), ()))])
 
@@ -366,7 +358,7 @@ def folder(tmp_path, counter):
         dataset.loaded.clear()
         configuration, channel = changes.get("configuration", plans), changes.get("channel", 0)
         sources = case_sources(dataset, planes, plans["spacing"], channel)
-        key = embedding_key("nnUNetPlans", configuration, counter.source.identity(), channel)
+        key = {**plans_key("nnUNetPlans", configuration), **counter.source.identity(), "channel": channel}
         return embed_cases(sources, PROMPTS, counter.make_encoder, cache_root(base), key, "alpha", lambda _: None)
 
     run.dataset, run.base, run.configuration, run.plans = dataset, base, configuration, plans
@@ -402,19 +394,6 @@ def test_preprocessed_cases_are_embedded_again_when_they_change(folder):
 def test_missing_channel_names_the_case(folder):
     with pytest.raises(ValueError, match=r"rada.image_channel=2: case a has 2 image channels"):
         folder(channel=2)
-
-
-@pytest.mark.parametrize(("has_alpha", "expected"), [(True, "alpha"), (False, "crop")])
-def test_region_auto(has_alpha, expected, said):
-    lines, log = said
-    assert embed.resolve_region("auto", has_alpha, log) == expected
-    assert expected in lines[0]
-    assert embed.resolve_region("pool", has_alpha, log) == "pool"
-
-
-def test_region_errors():
-    with pytest.raises(ValueError, match=r"rada\.region=alpha needs Alpha-CLIP's weights"):
-        embed.resolve_region("alpha", False)
 
 
 def test_open_clip_is_imported_only_where_vectors_are_made():

@@ -214,15 +214,3 @@ def test_heads_of_two_samples_do_not_mix() -> None:
     both = apply_heads(reduced, weights)
     for n in range(2):
         assert torch.allclose(both[n], apply_heads(reduced[n : n + 1], weights[n : n + 1])[0], atol=1e-5)
-
-
-def test_resize_keeps_what_does_not_depend_on_the_dimension() -> None:
-    head = make(3)
-    context, merge = head.context.weight.clone(), head.merge.weight.clone()
-    head.resize(D)
-    assert torch.equal(head.merge.weight, merge)
-    head.resize(9)
-    assert torch.equal(head.context.weight, context) and head.merge.weight.shape == (256, 18)
-    assert head.merge.weight.abs().sum() > 0 and head.text_adapter.up.weight.abs().sum() > 0
-    logits, features, bottleneck, _, _ = inputs(3)
-    assert head(logits, features, bottleneck, torch.randn(3, 9), torch.randn(2, 3, 9)).shape == logits.shape

@@ -80,8 +80,6 @@ def test_wrong_sentences(overrides, words):
         class_prompts(LABELS, {"0": "CT"}, overrides, log=lambda _: None)
 
 
-def test_regions_and_missing_channel_are_refused():
-    with pytest.raises(ValueError, match=r"dataset\.json .* declares regions \(whole\)"):
-        class_prompts({"background": 0, "whole": [1, 2]}, {"0": "CT"}, log=lambda _: None)
+def test_a_missing_channel_is_refused():
     with pytest.raises(ValueError, match=r"rada.image_channel=1: dataset.json names the channels 0"):
         class_prompts(LABELS, {"0": "CT"}, channel=1, log=lambda _: None)

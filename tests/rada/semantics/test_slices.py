@@ -15,7 +15,6 @@ from nnunetv2_ext.rada.semantics.slices import (
     cut,
     empty_box,
     encoder_input,
-    in_plane,
     intensity_window,
     letterbox,
     rescale,
@@ -47,10 +46,6 @@ def test_rescale():
     assert found.tolist() == [0, 0, 0.5, 1, 1]
     assert found.dtype == np.float32
     assert rescale(np.ones(3), (1.0, 1.0)).tolist() == [0, 0, 0]
-
-
-def test_in_plane_spacing():
-    assert [in_plane((3.0, 1.0, 2.0), axis) for axis in range(3)] == [(1.0, 2.0), (3.0, 2.0), (3.0, 1.0)]
 
 
 def test_letterbox_equals_pillows_bicubic_of_the_padded_square():
