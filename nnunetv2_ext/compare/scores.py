@@ -73,13 +73,9 @@ def collect(
     own_truth: bool = True,
     subjects: Mapping[str, str] | None = None,
 ) -> Scores:
-    """Score everything.
+    """Score everything; ``arms`` are checked by ``arms.require_comparable``, ``subjects`` are by case.
 
-    Args:
-        arms: checked by ``arms.require_comparable``.
-        truth, source, processes: as for ``evaluate_folder``.
-        own_truth: the truth is nnU-Net's gt_segmentations, so that Dice must agree with validation/summary.json.
-        subjects: case to subject, None if not known.
+    With ``own_truth`` the truth is nnU-Net's gt_segmentations, so that Dice must agree with validation/summary.json.
 
     Raises:
         ValueError: files on other grids, strange labels, predictions that are not those of summary.json, or arms whose
