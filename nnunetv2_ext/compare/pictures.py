@@ -131,9 +131,9 @@ def viewing_axis(volume: Volume) -> int:
 
 
 def telling_slice(labels: Sequence[npt.NDArray[Any]], axis: int, ignore: int | None = None) -> int:
-    """Where the errors of the two predictions differ in most voxels; else where the truth shows most.
+    """Where the errors of two predictions differ in most voxels but ``ignore``; else where the truth shows most.
 
-    ``labels`` are truth and two predictions, (Z, Y, X); voxels where the truth is ``ignore`` do not count.
+    ``labels`` are truth and predictions, (Z, Y, X).
     """
     truth, first, second = labels
     others = tuple(a for a in range(truth.ndim) if a != axis)
