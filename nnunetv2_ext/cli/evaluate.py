@@ -82,29 +82,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def source_of(args: argparse.Namespace) -> Any:
-    """The ``Source`` that the arguments describe."""
+    """The ``Source`` that the arguments describe; without any, by the dataset.json beside the files."""
+    from nnunetv2_ext.data.find import find_dataset_json
     from nnunetv2_ext.evaluate.folder import make_source
     from nnunetv2_ext.evaluate.pairs import file_ending
     from nnunetv2_ext.evaluate.structures import from_values, read_labels
 
     if args.labels is not None:
         return make_source(args, from_values(args.labels, args.ignore), {}, file_ending(args.truth))
-    content, labels = read_labels(dataset_json_file(args))
+    file = args.djfile if args.d is None else find_dataset_json(args.d)
+    beside = [folder / "dataset.json" for folder in (args.predictions, args.truth, args.truth.absolute().parent)]
+    if file is None and (file := next((f for f in beside if f.is_file()), None)) is None:
+        raise ValueError(
+            f"there is no dataset.json in {args.predictions} or beside {args.truth}: give -d DATASET, -djfile FILE, or "
+            "--labels 1 2 ..."
+        )
+    content, labels = read_labels(file)
     return make_source(args, labels, content, "" if content.get("file_ending") else file_ending(args.truth))
-
-
-def dataset_json_file(args: argparse.Namespace) -> Path:
-    """The dataset.json that the arguments name, or the one beside the files."""
-    if args.djfile is not None:
-        return args.djfile
-    if args.d is not None:
-        from nnunetv2_ext.data.find import find_dataset_json
-
-        return find_dataset_json(args.d)
-    for folder in (args.predictions, args.truth, args.truth.absolute().parent):
-        if (folder / "dataset.json").is_file():
-            return folder / "dataset.json"
-    raise ValueError(
-        f"there is no dataset.json in {args.predictions} or beside {args.truth}: give -d DATASET, -djfile FILE, or "
-        "--labels 1 2 ..."
-    )

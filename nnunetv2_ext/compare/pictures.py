@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +24,7 @@ PLANES = ("axial", "coronal", "sagittal")
 _MARGIN_MM = 10.0
 
 
-@dataclass(frozen=True)
-class Volume:
+class Volume(NamedTuple):
     """An array in (Z, Y, X), the patient's left, back and head at the far ends if the file tells directions."""
 
     array: npt.NDArray[Any]
@@ -46,15 +44,16 @@ def draw_cases(
     """Write a PNG with a row per case: those that lost most by the new arm first, then those that gained most.
 
     Shown is the slice where the errors of the two differ most, on the image in ``images`` (``CASE_0000.nii.gz``) or
-    on grey. If no case differs nothing is written.
-
-    Returns:
-        The cases that lost and those that gained, at most ``number`` of each kind.
+    on grey. Returns the cases that lost and those that gained, at most ``number`` of each; without any, no file.
     """
     losses, gains = worst_first(difference, number)
     if not (rows := [*losses, *gains]):
         return [], []
-    classes, metric = _classes(scores), difference.metric
+    labels, metric = scores.source.labels, difference.metric
+    # a class of its own by its name, the parts of regions by their value
+    classes = {v: f"label {v}" for s in labels.structures for v in s.values}
+    classes |= {s.values[0]: s.name for s in reversed(labels.structures) if len(s.values) == 1}
+    classes |= {} if labels.ignore is None else {labels.ignore: "ignore"}
     cells = scores.trainings(difference.key, difference.structure)[[difference.first, difference.arm]]
     with plot.figure_file(path, 13, 1.0 + 3.0 * len(rows)) as figure:
         for axes, case in zip(np.atleast_2d(figure.subplots(len(rows), 4)), rows, strict=True):
@@ -68,10 +67,7 @@ def draw_cases(
 
 
 def shown_repeats(values: pd.Series, difference: Difference) -> dict[str, str]:
-    """Arm to repeat: the pair of trainings whose difference in this case is nearest to the average one.
-
-    ``values`` are those of the case, by (arm, repeat).
-    """
+    """Arm to repeat: the pair of trainings whose difference is nearest to the average; values by (arm, repeat)."""
     theirs, ours = values[difference.first], values[difference.arm]
     pairs = [(i, j) for i in theirs.index for j in ours.index if not difference.paired_repeats or i == j]
     average = ours.mean() - theirs.mean()
@@ -79,33 +75,32 @@ def shown_repeats(values: pd.Series, difference: Difference) -> dict[str, str]:
     return {difference.first: i, difference.arm: j}
 
 
-def _classes(scores: Scores) -> dict[int, str]:
-    """Label value to name: a class of its own by its name, the parts of regions by their value."""
-    labels = scores.source.labels
-    classes = {v: f"label {v}" for s in labels.structures for v in s.values}
-    classes |= {s.values[0]: s.name for s in reversed(labels.structures) if len(s.values) == 1}
-    return classes | ({} if labels.ignore is None else {labels.ignore: "ignore"})
-
-
 def _draw_row(axes, scores: Scores, case: str, shown: dict[str, str], images: Path | None, classes, titles) -> None:
     files = scores.files.set_index(["case", "arm", "repeat"]).loc[case]
     truth = read_volume(files["truth"].iloc[0], scores.source)
     if not truth.oriented and len(spacing := files["spacing"].iloc[0]) == 3:  # the truth's own may be assumed
-        truth = replace(truth, spacing=spacing)
+        truth = truth._replace(spacing=spacing)
     predictions = [read_volume(files["prediction"][training], scores.source).array for training in shown.items()]
     labels = [truth.array, *predictions]
     axis = viewing_axis(truth)
     at = telling_slice(labels, axis, scores.source.labels.ignore)
-    box = _box(labels, truth.spacing, axis)
+    inside = np.logical_or.reduce([label > 0 for label in labels])
+    margins = [max(4, round(_MARGIN_MM / s)) for s in truth.spacing]
+    box = list(bounding_box(inside, margins)) if inside.any() else [slice(None)] * inside.ndim
+    box[axis] = slice(None)
 
     def cut(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """(rows, columns) for draw_slice, whose rows grow upwards: radiological view of an oriented volume."""
-        found = np.take(array[box], at, axis=axis)
+        found = np.take(array[tuple(box)], at, axis=axis)
         # axial rows run from front to back: front on top. Coronal and sagittal rows run from feet to head: as they
         # are. Pictures without directions are shown as every viewer does, with the first row on top.
         return found[::-1] if axis == 0 or not truth.oriented else found
 
-    background = cut(_image(scores.source, case, images, truth.array.shape))
+    image = np.full(truth.array.shape, 0.5)  # grey, if there is none on this grid
+    if images is not None and (file := images / f"{case}_0000{scores.source.ending}").is_file():
+        channel = read_volume(file, scores.source).array
+        image = channel if channel.shape == image.shape else image
+    background = cut(image)
     spacing = tuple(s for a, s in enumerate(truth.spacing) if a != axis)
     for where, label, title in zip(axes, (None, *map(cut, labels)), titles, strict=True):
         draw_slice(where, background, label, classes, fill=0.25, spacing=spacing, title=title)
@@ -126,13 +121,6 @@ def read_volume(path: Path, source: Source) -> Volume:
     return Volume(content[0], tuple(float(s) for s in properties["spacing"]), False)
 
 
-def _image(source: Source, case: str, images: Path | None, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """The first channel, or plain grey if it is not at hand or on another grid."""
-    file = None if images is None else images / f"{case}_0000{source.ending}"
-    volume = read_volume(file, source) if file is not None and file.is_file() else None
-    return volume.array if volume is not None and volume.array.shape == shape else np.full(shape, 0.5)
-
-
 def viewing_axis(volume: Volume) -> int:
     """The axis to cut across: the one with clearly the thickest slices, as they were acquired, else Z."""
     shape, spacing = volume.array.shape, volume.spacing
@@ -143,22 +131,12 @@ def viewing_axis(volume: Volume) -> int:
 
 
 def telling_slice(labels: Sequence[npt.NDArray[Any]], axis: int, ignore: int | None = None) -> int:
-    """Where the errors of the two predictions differ in most voxels; else where the truth shows most.
+    """Where the errors of two predictions differ in most voxels but ``ignore``; else where the truth shows most.
 
-    ``labels`` are truth and two predictions, (Z, Y, X); voxels where the truth is ``ignore`` do not count.
+    ``labels`` are truth and predictions, (Z, Y, X).
     """
     truth, first, second = labels
     others = tuple(a for a in range(truth.ndim) if a != axis)
     differ = ((first == truth) != (second == truth)) & (truth != ignore if ignore is not None else True)
     counts = differ.sum(axis=others)
     return int(np.argmax(counts if counts.any() else (truth > 0).sum(axis=others)))
-
-
-def _box(labels: Sequence[npt.NDArray[Any]], spacing: Sequence[float], axis: int) -> tuple[slice, ...]:
-    """All of the cut axis, and of the others what surrounds the structures by a margin."""
-    shown = np.logical_or.reduce([label > 0 for label in labels])
-    box = [slice(None)] * shown.ndim
-    if shown.any():
-        box[:] = bounding_box(shown, [max(4, round(_MARGIN_MM / s)) for s in spacing])
-        box[axis] = slice(None)
-    return tuple(box)

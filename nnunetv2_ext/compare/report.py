@@ -50,11 +50,6 @@ class Report:
         }
 
 
-def as_markdown(report: Report) -> str:
-    """The whole report."""
-    return "\n\n".join([as_text(report), *_details(report)]) + "\n"
-
-
 def as_text(report: Report) -> str:
     """What the terminal shows: the answer, scores and paired differences."""
     scores = report.scores
@@ -114,7 +109,8 @@ def cautions(scores: Scores) -> list[str]:
     return lines
 
 
-def _details(report: Report) -> list[str]:
+def as_markdown(report: Report) -> str:
+    """The whole report."""
     scores, facts = report.scores, differing_facts(report.scores.arms)
     repeats = [["method", "differences by repeat", "95 % over repeats", "differences by fold"]]
     for d in report.primary:
@@ -144,10 +140,9 @@ def _details(report: Report) -> list[str]:
         parts += ["## Pictures", "\n\n".join(f"![{text}]({name})\n\n{text}" for name, text in report.pictures.items())]
     folders = [f"- {arm.name}, {r.label}: {', '.join(str(run.predictions) for run in r.folds.values())}"
                for arm in scores.arms for r in arm.repeats]  # fmt: skip
-    return [
-        *parts, "## How to read this", "\n".join(f"- {line}" for line in reading(report)),
-        "## Made of", "\n".join(folders), f"nnunetv2-ext {__version__}, {report.date}:\n\n    {report.command}",
-    ]  # fmt: skip
+    parts += ["## How to read this", "\n".join(f"- {line}" for line in reading(report)), "## Made of"]
+    parts += ["\n".join(folders), f"nnunetv2-ext {__version__}, {report.date}:\n\n    {report.command}"]
+    return "\n\n".join([as_text(report), *parts]) + "\n"
 
 
 def reading(report: Report) -> list[str]:

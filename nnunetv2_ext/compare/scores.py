@@ -16,8 +16,6 @@ from nnunetv2_ext.compare.runs import FoldRun
 from nnunetv2_ext.evaluate.folder import Evaluation, Source, evaluate_folder, require_one_unit, with_mean
 from nnunetv2_ext.evaluate.metrics import ABSENT, METRICS
 
-_AGREE = 1e-6
-
 
 @dataclass
 class Scores(Evaluation):
@@ -73,13 +71,9 @@ def collect(
     own_truth: bool = True,
     subjects: Mapping[str, str] | None = None,
 ) -> Scores:
-    """Score everything.
+    """Score everything; ``arms`` are checked by ``arms.require_comparable``, ``subjects`` are by case.
 
-    Args:
-        arms: checked by ``arms.require_comparable``.
-        truth, source, processes: as for ``evaluate_folder``.
-        own_truth: the truth is nnU-Net's gt_segmentations, so that Dice must agree with validation/summary.json.
-        subjects: case to subject, None if not known.
+    With ``own_truth`` the truth is nnU-Net's gt_segmentations, so that Dice must agree with validation/summary.json.
 
     Raises:
         ValueError: files on other grids, strange labels, predictions that are not those of summary.json, or arms whose
@@ -162,7 +156,7 @@ def _require_same_dice(run: FoldRun, evaluation: Evaluation) -> None:
     keys = {structure.name: structure.key for structure in evaluation.source.labels.structures}
     for row in evaluation.table[evaluation.table["metric"] == "dice"].itertuples():
         there = run.dice.get(row.case, {}).get(keys[row.structure], row.value)
-        if not np.isclose(there, row.value, rtol=0, atol=_AGREE, equal_nan=True):
+        if not np.isclose(there, row.value, rtol=0, atol=1e-6, equal_nan=True):
             raise ValueError(
                 f"{run.predictions}: Dice of {row.case}, {row.structure}, is {row.value:.4f} by its files but "
                 f"{there:.4f} in summary.json: predictions or truth have changed since the validation; run it again "

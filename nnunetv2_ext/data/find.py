@@ -168,7 +168,7 @@ def find_in(folder: Path, dataset: int | str, plans: str, configuration: str) ->
     there = [model] if model else [one for below in _matching(folder, dataset) for one in models_of(below)]
     fitting = [one for one in there if (one.plans, one.configuration) == (plans, configuration)]
     if len(fitting) == 1:
-        return fitting[0], fold
+        return fitting[0], fold if model else None
     if model is not None:
         raise ValueError(
             f"{model.folder} was trained with plans {model.plans}, {model.configuration}, not {plans}, "

@@ -104,13 +104,10 @@ def evaluate_folder(
     """Score every case of a folder of predictions.
 
     Args:
-        predictions: files ``CASE.nii.gz``.
-        truth: files of the same names.
-        source: what to score.
+        predictions, truth: folders with files of the same names, ``CASE.nii.gz``.
         chill: cases of the truth without a prediction are left out instead of being an error.
         cases: score exactly these; None: those of the truth.
         processes: 1 works in this process.
-        title: of the progress bar.
 
     Raises:
         ValueError: missing or extra cases (listed), files on different grids, unknown labels; names the case. The
@@ -173,16 +170,16 @@ def _scored(pairs: list[Pair], source: Source, processes: int) -> Generator[tupl
 def score_pair(task: tuple[Pair, Source, Path]) -> tuple[Rows, dict[str, Any]]:
     """The rows of ``Evaluation.table`` and the row of ``Evaluation.files`` of one case."""
     pair, source, example = task  # the example decides on nnU-Net's reader
-    case, labels = read(pair, find_reader(source.ending, source.reader, example), source.ignore_origin), source.labels
-    labels.check(f"case {pair.case}: the prediction {pair.prediction}", np.unique(case.prediction).tolist(), False)
-    labels.check(f"case {pair.case}: the truth {pair.truth}", np.unique(case.truth).tolist(), True)
-    scores = score_case(case.prediction, case.truth, case.spacing, labels.structures, source.rules, labels.ignore)
+    reader, labels = find_reader(source.ending, source.reader, example), source.labels
+    prediction, truth, about = read(pair, reader, source.ignore_origin)
+    labels.check(f"case {pair.case}: the prediction {pair.prediction}", np.unique(prediction).tolist(), False)
+    labels.check(f"case {pair.case}: the truth {pair.truth}", np.unique(truth).tolist(), True)
+    scores = score_case(prediction, truth, about["spacing"], labels.structures, source.rules, labels.ignore)
     rows = []
     for structure, score in zip(labels.structures, scores, strict=True):
-        ml = (score.truth_ml, score.prediction_ml) if case.spacing_known else (np.nan, np.nan)
+        ml = (score.truth_ml, score.prediction_ml) if about["spacing_known"] else (np.nan, np.nan)
         head = {"case": pair.case, "structure": structure.name, "state": score.state}
         volumes = dict(zip(("truth_ml", "prediction_ml"), ml, strict=True))
         rows += [{**head, **volumes, "metric": metric, "value": value} for metric, value in score.values.items()]
-    ignored = labels.ignore is not None and bool((case.truth == labels.ignore).any())
-    about = {"spacing": case.spacing, "spacing_known": case.spacing_known, "remark": case.remark, "ignored": ignored}
-    return rows, {"case": pair.case, "prediction": pair.prediction, "truth": pair.truth, **about}
+    about["ignored"] = labels.ignore is not None and bool((truth == labels.ignore).any())
+    return rows, pair._asdict() | about

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +15,7 @@ from nnunetv2_ext.data.case import by, difference, read_label_map, short, spacin
 _SHOWN = 8  # of a list of cases in a message
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """The two files of a case."""
 
     case: str
@@ -101,30 +99,24 @@ def listed(cases: Sequence[str]) -> str:
     return f"{'case' if len(cases) == 1 else 'cases'} {names}"
 
 
-@dataclass(frozen=True)
-class Case:
-    """A case as read; label maps are (X, Y, Z) in array order, (X, Y) of 2-D files."""
-
-    prediction: npt.NDArray[np.int32]
-    truth: npt.NDArray[np.int32]
-    spacing: tuple[float, ...]  # mm along these axes; ones where no file tells it
-    spacing_known: bool  # whether a file tells it
-    remark: str  # what was not as it should be and was let pass
+Labelled = npt.NDArray[np.int32]
 
 
-def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> Case:
-    """Prediction and truth of a case.
+def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> tuple[Labelled, Labelled, dict[str, Any]]:
+    """Prediction and truth of a case, (X, Y, Z) in array order, (X, Y) of 2-D files; and about both:
+
+    ``spacing`` in mm along these axes, ones where no file tells it; ``spacing_known``, whether one does; and as
+    ``remark`` what was not as it should be and was let pass.
 
     nnU-Net's readers of TIFF and of pictures assume a spacing where the file has none. An assumed spacing is not
     compared, and the other file's is taken if that one tells it: nnU-Net writes CASE.json beside a 3-D TIFF prediction,
     but copies none to gt_segmentations.
 
-    Args:
-        from_file: one of nnU-Net's readers, see ``data.case.find_reader``.
-        ignore_origin: origin and direction may differ; shape and known spacings always have to agree.
+    ``from_file`` is one of nnU-Net's readers, see ``data.case.find_reader``.
 
     Raises:
-        ValueError: unreadable, not a label map, or on different grids; names the case.
+        ValueError: unreadable, not a label map, or on different grids (with ``ignore_origin`` the shape and known
+            spacings still have to agree); names the case.
     """
     ours, our_header = read_label_map(pair.case, pair.prediction, from_file, "prediction")
     theirs, their_header = read_label_map(pair.case, pair.truth, from_file, "truth")
@@ -155,7 +147,7 @@ def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> Case:
     # readers of 2-D files put an axis in front, 999 times as thick as the largest pixel
     if theirs.shape[0] == 1 and np.isclose(spacing[0], 999 * max(spacing[1:])):
         ours, theirs, spacing = ours[0], theirs[0], spacing[1:]
-    return Case(ours, theirs, tuple(spacing), any(known), "; ".join(remarks))
+    return ours, theirs, {"spacing": tuple(spacing), "spacing_known": any(known), "remark": "; ".join(remarks)}
 
 
 _REMEDIES = {

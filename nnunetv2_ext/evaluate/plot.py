@@ -33,12 +33,8 @@ def draw_boxes(
 ) -> None:
     """Write a PNG: one panel per metric, a box (quartiles, whiskers to 1.5 IQR) and all cases per structure and arm.
 
-    Args:
-        evaluation: its metrics and structures are drawn; what it let pass is told.
-        table: long; values are drawn as crosses where its column ``crossed`` is True, as points elsewhere.
-        path: of the PNG.
-        title: above the panels.
-        colours: by arm; None: the table has no arms.
+    ``table`` is long; values are crosses where its column ``crossed`` is True, points elsewhere. ``colours`` are by
+    arm, None if the table has no arms. What the evaluation let pass is told below ``title``.
     """
     metrics, names, arms = evaluation.metrics, evaluation.columns, colours or {"": "C0"}
     width = (0.8 if colours else 0.6) / len(arms)

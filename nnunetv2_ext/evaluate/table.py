@@ -28,10 +28,9 @@ from nnunetv2_ext.evaluate.pairs import listed
 def summarise(table: pd.DataFrame) -> dict[tuple[str, ...], dict[str, float]]:
     """Distribution over the cases that have a value, of a long table as ``Evaluation.table``.
 
-    Returns:
-        By (arm if there are any, metric, structure): ``n``, how many have a value; ``mean``; ``sd``, the sample
-        standard deviation, NaN below two cases; ``median, q1, q3``; ``worst``, the lowest value or, where lower is
-        better, the highest.
+    By (arm if there are any, metric, structure): ``n``, how many have a value; ``mean``; ``sd``, the sample standard
+    deviation, NaN below two cases; ``median, q1, q3``; ``worst``, the lowest value or, where lower is better, the
+    highest.
     """
     keys = [key for key in ("arm", "metric", "structure") if key in table]
     values = table.groupby(keys, sort=False)["value"]
@@ -96,7 +95,10 @@ def as_markdown(evaluation: Evaluation, title: str) -> str:
         cases = str(sum(others)) + (f" (absent in {absent})" if absent else "")
         if name == MEAN:
             cases = str(len(evaluation.cases))
-        rows.append([name, *(_cell(summary[m, name]) for m in metrics), cases, *map(str, others)])
+        shown = [{k: number(v) for k, v in summary[m, name].items()} for m in metrics]
+        cells = [f"{s['mean']} ± {s['sd']} [{s['q1']}, {s['median']}, {s['q3']}]" for s in shown]
+        cells = ["-" if s["mean"] == "-" else cell for s, cell in zip(shown, cells, strict=True)]
+        rows.append([name, *cells, cases, *map(str, others)])
     parts = [f"# {title}", grid(rows)]
     key, metric = next(iter(metrics.items()))  # the worst cases by the last column of the table
     means = table[(table["metric"] == key) & (table["structure"] == name)].dropna(subset="value")
@@ -119,17 +121,11 @@ def grid(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])
 
 
-def number(value: float) -> str:
+def number(value: float, sign: str = "") -> str:
     """Three decimals below 10, fewer above; ``-`` for none."""
     if not math.isfinite(value):
         return "-"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _cell(s: dict[str, float]) -> str:
-    if not s["n"]:
-        return "-"
-    return f"{number(s['mean'])} ± {number(s['sd'])} [{number(s['q1'])}, {number(s['median'])}, {number(s['q3'])}]"
+    return f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign}.1f}"
 
 
 def as_dict(evaluation: Evaluation, predictions: str, truth: str) -> dict[str, Any]:

@@ -74,6 +74,9 @@ def test_the_dataset_by_id_also_from_results_alone(world, monkeypatch) -> None:
     where = ("nnUNetPlans", "3d_fullres")
     assert find.find_trainer(world.root / "results", "5", "nnUNetTrainer", *where).folder == model
     assert find.find_in(world.root / "results", "5", *where)[0].folder == model
+    (world.root / "results").rename(world.root / "fold_results")
+    assert find.find_in(world.root / "fold_results", "5", *where)[1] is None
+    (world.root / "fold_results").rename(world.root / "results")
     with pytest.raises(ValueError, match="no model of dataset 6 with plans"):
         find.find_in(world.root / "results", "6", *where)
     (model.parent.parent / "Dataset005_y").mkdir()
