@@ -184,9 +184,8 @@ def from_model_folder(block: Mapping[str, Any], model: type[Model], method: str)
     values: dict[str, Any] = {}
     unknown = []
     for key, value in block.items():
-        today = model.RENAMED.get(key, f"{method}.{key}")
-        inner = today.removeprefix(f"{method}.")
-        if inner in model.model_fields:
+        block_today, _, inner = model.RENAMED.get(key, f"{method}.{key}").rpartition(".")
+        if block_today == method and inner in model.model_fields:
             values.setdefault(inner, value)
         elif key not in model.RENAMED:
             unknown.append(f"{method}.{key}")
@@ -230,7 +229,7 @@ def flatten(settings: BaseModel) -> dict[str, Any]:
 
 
 def flatten_layer(layer: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """Nested blocks of a source as dotted keys; a block without a key in it (``mymethod:``) is no key."""
+    """Nested blocks of a source as dotted keys; a block without a key in it (``mymethod:``) is not a key."""
     blocks = {key.partition(".")[0] for key in fields_by_key(model) if "." in key}
     flat: dict[str, Any] = {}
     for key, value in layer.items():

@@ -449,6 +449,22 @@ def test_unknown_and_renamed_keys_of_a_model_folder_do_not_stop_a_prediction(rec
         from_model_folder({"ratio": "many"}, Today, "toy")
 
 
+class Moved(Settings):
+    """Two keys went to other places, and this block has fields of the names that they have there."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"file": "init_from", "mask": "other.ratio"}
+    init_from: str = "ours"
+    ratio: float = 0.5
+
+
+def test_a_key_that_moved_to_another_block_is_not_taken_for_a_field_of_this_one(recwarn):
+    assert from_model_folder({"file": "x", "mask": 0.1}, Moved, "toy") == Moved()
+    assert not recwarn.list
+    assert from_model_folder({"file": "x", "init_from": "y", "ratio": 0.2}, Moved, "toy") == Moved(
+        init_from="y", ratio=0.2
+    )
+
+
 def test_renamed_keys_are_taken_where_a_user_writes_them():
     from nnunetv2_ext.core.resolve import resolve, resume
 
