@@ -11,7 +11,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunetv2_ext.core.files import atomic_write_text, require_writable
 from nnunetv2_ext.data.find import PREPROCESSED, nnunet_folder
-from nnunetv2_ext.data.subjects import pairs_suggested
+from nnunetv2_ext.data.subjects import members_of, pairs_suggested
 
 Split = dict[str, list[str]]
 
@@ -80,7 +80,7 @@ def write_split_for(
     """Put the split of a new dataset where nnU-Net will look for it, so that every trainer uses the same one."""
     if subjects is None and (suggested := pairs_suggested({*labelled, *unlabelled})):
         say(f"WARNING: {suggested}. Nothing says so, and folds may divide them: give it as --group-regex")
-    if len({subjects[case] if subjects else case for case in labelled}) < 2:
+    if len(members_of(labelled, subjects)) < 2:
         say("WARNING: one labelled case (or subject) cannot be split: train with fold 'all'")
         return
     if not os.environ.get(PREPROCESSED):

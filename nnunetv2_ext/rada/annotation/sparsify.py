@@ -108,12 +108,14 @@ def thicken_dataset(
     target_id: int,
     plans: str = "nnUNetPlans",
     configuration: str = "3d_fullres",
+    subjects: Mapping[str, str] | None = None,
     say: Say = print,
 ) -> Path:
     """Write a copy of a sparse dataset whose annotated planes survive nnU-Net's resampling; its folder is returned.
 
     Labels without a plane are linked unchanged. The thickness follows the plans of `source` if it has been planned,
-    else nnU-Net's rule for 3d_fullres.
+    else nnU-Net's rule for 3d_fullres. The split keeps `subjects` whole (case to subject; None: those that dataset.json
+    records).
 
     Raises:
         ValueError: the id is taken, the dataset is 2-D, has no ignore label or no annotated plane at all.
@@ -132,7 +134,10 @@ def thicken_dataset(
         return label, properties, planes
 
     block = {**((dataset.json.get(BLOCK) or {}).get("sparsify") or {}), "thickened_from": dataset.name}
-    subjects = recorded_subjects(dataset.json)
+    if subjects is None:
+        subjects = recorded_subjects(dataset.json)
+    else:
+        block["subjects"] = dict(subjects)
     return _derive(dataset, target_id, ignore, choose, (plans, configuration), block, subjects, say, loose=loose)
 
 
