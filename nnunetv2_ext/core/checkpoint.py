@@ -41,7 +41,7 @@ def read(path: Path, whole: bool = False) -> dict[str, Any]:
     nnU-Net's checkpoints hold numpy scalars, which ``weights_only=True`` refuses: open files of people you trust only.
 
     Raises:
-        ValueError: the file is missing, truncated, damaged, or no nnU-Net checkpoint.
+        ValueError: the file is missing, truncated, damaged, or not an nnU-Net checkpoint.
     """
     try:
         if whole:
@@ -55,7 +55,7 @@ def read(path: Path, whole: bool = False) -> dict[str, Any]:
             f"the checkpoint {path} is broken or cut short ({reason}); move it away and use another one"
         ) from error
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
-        raise ValueError(f"{path} is no nnU-Net checkpoint (it has no network_weights)")
+        raise ValueError(f"{path} is not an nnU-Net checkpoint (it has no network_weights)")
     return checkpoint
 
 

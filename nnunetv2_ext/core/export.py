@@ -70,8 +70,8 @@ def export_model(
     files = _checkpoints(model_folder, best)
     if missing or not files:
         raise ValueError(
-            f"{model_folder} is no trained model folder ({', '.join(missing) or 'fold_*/checkpoint_*.pth'} missing); "
-            "give the folder named TRAINER__PLANS__CONFIGURATION below nnUNet_results"
+            f"{model_folder} is not a trained model folder ({', '.join(missing) or 'fold_*/checkpoint_*.pth'} "
+            "missing); give the folder named TRAINER__PLANS__CONFIGURATION below nnUNet_results"
         )
     if output.exists():
         raise ValueError(f"{output} exists; name a folder that does not, or remove it")
@@ -242,7 +242,9 @@ def _trainer_of(checkpoint: dict[str, Any], source: Path) -> type[ExtTrainer]:
             "(`nnUNetv2_ext doctor` lists our trainers)"
         ) from error
     if not issubclass(trainer, ExtTrainer):
-        raise ValueError(f"{source} was trained with {name}, which is none of our trainers; there is nothing to export")
+        raise ValueError(
+            f"{source} was trained with {name}, which is not one of our trainers; there is nothing to export"
+        )
     return trainer
 
 

@@ -88,7 +88,7 @@ def test_other_files_are_no_checkpoints(tmp_path):
     path.write_text("hello")
     assert str(path) in one_line(lambda: checkpoints.read(path))
     torch.save([1, 2], path)
-    assert "no nnU-Net checkpoint" in one_line(lambda: checkpoints.read(path))
+    assert "is not an nnU-Net checkpoint" in one_line(lambda: checkpoints.read(path))
     assert "does not exist" in one_line(lambda: checkpoints.read(tmp_path / "none.pth"))
     assert str(tmp_path) in one_line(lambda: checkpoints.read(tmp_path))
 
