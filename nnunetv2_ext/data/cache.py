@@ -27,9 +27,8 @@ class CaseCache:
 
     Args:
         root: Outside of nnU-Net's configuration folders, where further files are errors.
-        kind: What is kept, as a file name.
+        kind, ending: Of the file names.
         parameters: What all entries depend on; JSON-serialisable, and kept readable in ``key.json``.
-        ending: Of the files.
         log: Gets the line about a folder that cannot be written.
     """
 
@@ -42,10 +41,7 @@ class CaseCache:
     def read(self, case: str, state: Any, load: Callable[[Path], T]) -> T | None:
         """``load(file)`` of an entry; None if there is none for this state, or `load` fails because it is damaged.
 
-        Args:
-            case: Its name.
-            state: What its entry is computed from (`Preprocessed.file_state`); JSON-serialisable.
-            load: Reads a file.
+        `state` is what the entry is computed from (`Preprocessed.file_state`); JSON-serialisable.
         """
         for folder in (self.folder, *([self._spare()] if self.folder.parent in _UNWRITABLE else [])):
             file = folder / self._name(case, state)

@@ -40,7 +40,7 @@ def find_dataset(dataset: int | str, *variables: str, holding: str = "", instead
     Raises:
         ValueError: no variable is set, or no or several datasets have this id; says which there are.
     """
-    there = [nnunet_folder(v) for v in variables] if len(variables) == 1 else _set_folders(variables)
+    there = [nnunet_folder(variables[0])] if len(variables) == 1 else _set_folders(variables)
     for root in there:
         matching = [p for p in _matching(root, dataset) if not holding or (p / holding).is_file()]
         if len(matching) > 1:
@@ -104,15 +104,9 @@ def _datasets_in(root: Path) -> str:
 
 @dataclass(frozen=True)
 class Model:
-    """A result folder.
+    """A result folder."""
 
-    Attributes:
-        folder: ``TRAINER__PLANS__CONFIGURATION``.
-        trainer, plans, configuration: the parts of its name.
-        root: the results folder that holds the dataset's folder.
-    """
-
-    folder: Path
+    folder: Path  # TRAINER__PLANS__CONFIGURATION
     trainer: str
     plans: str
     configuration: str
@@ -141,8 +135,7 @@ def as_model(folder: Path) -> Model | None:
 
 def models_of(root: Path, dataset: str) -> list[Model]:
     """All models of a dataset in a results folder, by name."""
-    folders = sorted((root / dataset).glob("*")) if (root / dataset).is_dir() else []
-    return [model for folder in folders if (model := as_model(folder)) is not None]
+    return [model for folder in sorted((root / dataset).glob("*")) if (model := as_model(folder)) is not None]
 
 
 def find_trainer(root: Path, dataset: str, trainer: str, plans: str, configuration: str) -> Model:
@@ -151,36 +144,25 @@ def find_trainer(root: Path, dataset: str, trainer: str, plans: str, configurati
     Raises:
         ValueError: there is none; says which trainers, plans or configurations there are instead.
     """
-    there = models_of(root, dataset)
-    if not there:
+    left, place = models_of(root, dataset), root / dataset
+    if not left:
         raise ValueError(f"{root} has no results of {dataset} ({_datasets_in(root)}); --results names another folder")
-    same = [m for m in there if m.trainer == trainer]
-    if not same:
-        names = sorted({m.trainer for m in there})
-        near = difflib.get_close_matches(trainer, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"there are no results of {trainer} in {root / dataset}: {hint}It has {', '.join(names)}")
-    fitting = [m for m in same if m.configuration == configuration]
-    if not fitting:
-        names = sorted({m.configuration for m in same})
-        raise ValueError(
-            f"{trainer} has no results of {configuration} in {root / dataset}; -c takes {', '.join(names)}"
-        )
-    for model in fitting:
-        if model.plans == plans:
-            return model
-    names = sorted({m.plans for m in fitting})
-    raise ValueError(
-        f"{trainer} has no {configuration} results with the plans {plans} in {root / dataset}; "
-        f"-p takes {', '.join(names)}"
-    )
+    near = difflib.get_close_matches(trainer, sorted({m.trainer for m in left}), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    for part, wanted, missing in (
+        ("trainer", trainer, f"there are no results of {trainer} in {place}: {hint}It has"),
+        ("configuration", configuration, f"{trainer} has no results of {configuration} in {place}; -c takes"),
+        ("plans", plans, f"{trainer} has no {configuration} results with the plans {plans} in {place}; -p takes"),
+    ):
+        names = sorted({getattr(m, part) for m in left})
+        if wanted not in names:
+            raise ValueError(f"{missing} {', '.join(names)}")
+        left = [m for m in left if getattr(m, part) == wanted]
+    return left[0]
 
 
 def find_in(folder: Path, dataset: str | None, plans: str, configuration: str) -> tuple[Model, str | None]:
-    """The one model that a folder of ``--run`` stands for: a fold, a model or a results folder.
-
-    Returns:
-        The model, and the fold if the folder is one.
+    """The one model that a folder of ``--run`` stands for (fold, model or results folder), and the fold if it is one.
 
     Raises:
         ValueError: no such folder, nothing in it, or more than one model that would fit.
@@ -191,7 +173,12 @@ def find_in(folder: Path, dataset: str | None, plans: str, configuration: str) -
     for candidate, fold in ((folder, None), (folder.parent, folder.name.removeprefix("fold_"))):
         model = as_model(candidate)
         if model is not None and (fold is None or folder.name.startswith("fold_")):
-            return _require_fitting(model, plans, configuration), fold
+            if (model.plans, model.configuration) != (plans, configuration):
+                raise ValueError(
+                    f"{model.folder} was trained with plans {model.plans}, {model.configuration}, not {plans}, "
+                    f"{configuration}: one comparison is about one plan; give -p and -c that fit"
+                )
+            return model, fold
     datasets = [dataset] if dataset else sorted(p.name for p in folder.glob("Dataset*"))
     there = [model for name in datasets for model in models_of(folder, name)]
     fitting = [m for m in there if (m.plans, m.configuration) == (plans, configuration)]
@@ -203,15 +190,6 @@ def find_in(folder: Path, dataset: str | None, plans: str, configuration: str) -
         f"--run: {folder} has {cause} {dataset or 'a dataset'} with plans {plans}, {configuration} (there: {names}); "
         "give the folder TRAINER__PLANS__CONFIGURATION itself, or another -p or -c"
     )
-
-
-def _require_fitting(model: Model, plans: str, configuration: str) -> Model:
-    if (model.plans, model.configuration) != (plans, configuration):
-        raise ValueError(
-            f"{model.folder} was trained with plans {model.plans}, {model.configuration}, not {plans}, "
-            f"{configuration}: one comparison is about one plan; give -p and -c that fit"
-        )
-    return model
 
 
 def find_checkpoint(folder: Path, fold: str, checkpoint: str = "checkpoint_final.pth") -> Path:

@@ -210,7 +210,8 @@ def _derive(
         block = {
             **block,
             "version": __version__,
-            **target.provenance(),
+            "target_spacing": list(target.spacing),
+            "target_spacing_from": target.source,
             # slabs: the slices a plane was thickened to, as (axis, first, last)
             "labelled": {
                 case: {
