@@ -110,7 +110,8 @@ class Session:
                 if failure is not None:
                     # only now: while the exception lived, its traceback kept the trainer's memory
                     self._drop(index, *failure)
-            self._bar.update(1, now=f"{result.label}: {what}")
+            self._bar.set_postfix(now=f"{result.label}: {what}", refresh=False)
+            self._bar.update()
 
     def _attempt(self, do: Callable[[int], None], index: int) -> tuple[str, bool] | None:
         """None, or why it failed and whether memory ran out."""

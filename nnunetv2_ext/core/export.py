@@ -14,16 +14,16 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
+from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, first_difference, read
 from nnunetv2_ext.core.files import atomic_torch_save, atomic_write_text, read_json, require_writable
 from nnunetv2_ext.core.outside import ExportEdit, load, methods_of
 from nnunetv2_ext.core.settings import PLANS_KEY, without_local_paths
-from nnunetv2_ext.core.stock import stock_shapes
+from nnunetv2_ext.core.stock import stock_network
 from nnunetv2_ext.core.trainer import ExtTrainer
 
 # What nnU-Net's own zip export takes along besides checkpoints, plans.json and dataset.json; without its debug.json,
 # which holds the training machine's paths and the cases' names
-_COMPANIONS = ("dataset_fingerprint.json",)
+_FINGERPRINT = "dataset_fingerprint.json"
 _PROGRESS, _VALIDATION = "progress.png", "validation/summary.json"
 _FILE_LISTS = ("dataset", "training", "validation", "test")  # of dataset.json: files of the training machine
 _PREFERRED = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
@@ -99,7 +99,7 @@ def export_model(
         atomic_write_text(partial / "plans.json", json.dumps(plans, indent=2))
         dataset_json = _without_file_lists(read_json(model_folder / "dataset.json"))
         atomic_write_text(partial / "dataset.json", json.dumps(dataset_json, indent=2))
-        _copy(model_folder, partial, _COMPANIONS)
+        _copy(model_folder / _FINGERPRINT, partial / _FINGERPRINT)
         if all(validated):
             for file in files:
                 _copy_results(file, partial / file.parent.relative_to(model_folder))
@@ -154,11 +154,8 @@ def _exported(
 ) -> dict[str, Any]:
     for edit in edits:
         checkpoint = load(edit.apply)(checkpoint)
-    exported: dict[str, Any] = {
-        key: value
-        for key, value in checkpoint.items()
-        if key not in (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")
-    }
+    left_out = (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")
+    exported: dict[str, Any] = {key: value for key, value in checkpoint.items() if key not in left_out}
     ours = any(edit.keeps_trainer for edit in edits)
     if not ours:
         exported["network_weights"] = trainer.export_weights(checkpoint, weights)
@@ -172,29 +169,19 @@ def _exported(
 
 
 def _require_stock_network(exported: dict[str, Any], trainer: type[ExtTrainer], source: Path) -> None:
-    """Names and shapes of the weights are those of the network that plain nnU-Net builds from the plans.
-
-    Raises:
-        ValueError: they are not, the first difference is named; or plain nnU-Net cannot build a network from them.
-    """
+    """Raise ValueError unless the weights have the names and shapes of the network that nnU-Net builds of the plans."""
     remedy = f"predict with {trainer.__name__} and this package instead, whose models need no export"
     try:
-        stock = stock_shapes(exported["init_args"])
+        stock = stock_network(exported["init_args"]).state_dict()
     except Exception as error:  # whatever the architecture that the plans name raises
         reason = " ".join(str(error).split())
         raise ValueError(f"plain nnU-Net cannot build the network of {source} ({reason}); {remedy}") from error
-    ours = {name: value.shape for name, value in exported["network_weights"].items()}
-    for name in [*stock, *ours]:
-        if stock.get(name) != ours.get(name):
-            here, there = (_by(shapes[name]) if name in shapes else "missing" for shapes in (ours, stock))
-            raise ValueError(
-                f"plain nnU-Net could not load {source}: {name} is {here} in the weights and {there} in its network of "
-                f"these plans, because {trainer.__name__} trains another network; {remedy}"
-            )
-
-
-def _by(shape: torch.Size) -> str:
-    return " x ".join(map(str, shape)) or "one number"
+    if difference := first_difference(stock, exported["network_weights"]):
+        name, there, here = difference
+        raise ValueError(
+            f"plain nnU-Net could not load {source}: {name} is {here} in the weights and {there} in its network of "
+            f"these plans, because {trainer.__name__} trains another network; {remedy}"
+        )
 
 
 def _same_weights(source: dict[str, Any], exported: dict[str, Any]) -> bool:
@@ -217,7 +204,7 @@ def _without_file_lists(dataset_json: dict[str, Any]) -> dict[str, Any]:
 
 def _copy_results(checkpoint: Path, target: Path) -> None:
     """The fold's progress picture, and the validation's summary.json with file names instead of whole paths."""
-    _copy(checkpoint.parent, target, [_PROGRESS])
+    _copy(checkpoint.parent / _PROGRESS, target / _PROGRESS)
     source = checkpoint.parent / _VALIDATION
     if (
         not source.is_file() or checkpoint.name != "checkpoint_final.pth"
@@ -248,8 +235,6 @@ def _trainer_of(checkpoint: dict[str, Any], source: Path) -> type[ExtTrainer]:
     return trainer
 
 
-def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
-    for name in names:
-        if (source / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+def _copy(source: Path, target: Path) -> None:
+    if source.is_file():
+        shutil.copyfile(source, target)
