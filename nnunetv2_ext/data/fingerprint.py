@@ -86,18 +86,14 @@ def measure_intensities(raw: RawDataset) -> tuple[dict[str, dict[str, float]], d
     assert raw.ignore is not None
     samples: list[list[np.ndarray]] = []
     per_case = max(1, _MAX_VOXELS // len(raw.cases))
-    with progress_bar(raw.cases, "reading intensities") as bar:
-        for case in raw.cases:
-            label, _ = raw.read_label(case)
-            if ((label > 0) & (label != raw.ignore)).any():
-                images, label, _ = raw.read_case(case)
-                label[label == raw.ignore] = 0
-                images, cropped, _ = crop_to_nonzero(images, label[None])
-                drawn, _ = DatasetFingerprintExtractor.collect_foreground_intensities(
-                    cropped, images, num_samples=per_case
-                )
-                samples.append([np.asarray(d) for d in drawn])
-            bar.update()
+    for case in progress_bar(raw.cases, "reading intensities"):
+        label, _ = raw.read_label(case)
+        if ((label > 0) & (label != raw.ignore)).any():
+            images, label, _ = raw.read_case(case)
+            label[label == raw.ignore] = 0
+            images, cropped, _ = crop_to_nonzero(images, label[None])
+            draw = DatasetFingerprintExtractor.collect_foreground_intensities
+            samples.append([np.asarray(d) for d in draw(cropped, images, num_samples=per_case)[0]])
     if not any(len(s[0]) for s in samples):
         raise ValueError(f"no case of {raw.name} has annotated foreground: label some planes through the objects first")
     channels = [np.concatenate(parts) for parts in zip(*samples)]

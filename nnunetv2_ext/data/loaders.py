@@ -77,11 +77,13 @@ class _Tracked:
         self.steps: list[BasicTransform] = [step for step in whole if step is not None]
         self.matrices: list[np.ndarray] = []
         others = [step for step in self.steps if not isinstance(step, (SpatialTransform, MirrorTransform))]
-        for unknown in (t for step in others for t in _inside(step) if _moves_voxels(t)):
-            raise ValueError(
-                f"where a patch comes from cannot be told after {type(unknown).__name__}: leave it out of the "
-                "augmentation, or build the loader with with_matrices=False, for the boxes alone"
-            )
+        for inner in (t for step in others for t in _inside(step)):
+            spatial = type(inner).__module__.startswith("batchgeneratorsv2.transforms.spatial.")
+            if spatial and not isinstance(inner, SimulateLowResolutionTransform):  # which moves no voxel
+                raise ValueError(
+                    f"where a patch comes from cannot be told after {type(inner).__name__}: leave it out of the "
+                    "augmentation, or build the loader with with_matrices=False, for the boxes alone"
+                )
 
     def __call__(self, **sample: Any) -> dict[str, Any]:
         matrix = np.eye(4)
@@ -135,8 +137,3 @@ def _inside(transform: Any) -> Iterator[BasicTransform]:
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, BasicTransform):
                 yield from _inside(item)
-
-
-def _moves_voxels(transform: BasicTransform) -> bool:
-    spatial = type(transform).__module__.startswith("batchgeneratorsv2.transforms.spatial.")
-    return spatial and not isinstance(transform, SimulateLowResolutionTransform)

@@ -237,11 +237,7 @@ def target_grids(
             f"the spacing of {configuration} is known from plans only, and {dataset.name} has no plans "
             f"{plans or ''}: run nnUNetv2_plan_experiment -d {dataset.name} and name them with -p"
         )
-    grids = {}
-    with progress_bar(cases, "reading images") as bar:
-        for case in cases:
-            grids[case] = measure(dataset, case)
-            bar.update()
+    grids = {case: measure(dataset, case) for case in progress_bar(cases, "reading images")}
     if planned is not None:
         return grids, Target(planned, f"{plans}, {configuration} of {dataset.name}")
     return grids, Target(estimated_spacing(list(grids.values())), "nnU-Net's rule for 3d_fullres")
@@ -253,9 +249,8 @@ def planned_spacing(dataset_name: str, plans_name: str, configuration: str) -> t
     Raises:
         ValueError: the plans lack the configuration, or it is 2-D.
     """
-    root = os.environ.get(PREPROCESSED)
-    file = Path(root or ".") / dataset_name / f"{plans_name}.json"
-    if not root or not file.is_file():
+    file = Path(os.environ.get(PREPROCESSED, "")) / dataset_name / f"{plans_name}.json"
+    if not os.environ.get(PREPROCESSED) or not file.is_file():
         return None
     plans = read_json(file)
     known = plans["configurations"]

@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import zlib
+from bisect import insort
 from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
@@ -48,9 +49,7 @@ class CaseStore:
         for path in self.folder.glob("*.npy"):
             step = path.stem.rpartition(".")[2]
             if step.isdigit():
-                self._steps.setdefault(_case(path), []).append(int(step))
-        for steps in self._steps.values():
-            steps.sort()
+                insort(self._steps.setdefault(_case(path), []), int(step))
 
     def cases(self) -> list[str]:
         """Ids of the cases with an array."""
