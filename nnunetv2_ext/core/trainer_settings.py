@@ -80,7 +80,7 @@ class SettingsTrainer(MethodHooks, nnUNetTrainer):
             )
         self.is_continued = bool(plans.get("continue_training"))
         resolved = resolve(
-            self.settings_model(), trainer_defaults=self.default_settings, plans=plans.get(ext_settings.PLANS_KEY)
+            self.settings_model(), trainer_defaults=self.trainer_defaults(), plans=plans.get(ext_settings.PLANS_KEY)
         )
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
@@ -111,6 +111,11 @@ class SettingsTrainer(MethodHooks, nnUNetTrainer):
         """The pydantic model of this trainer's settings: the common keys and a block per method it inherits from."""
         common = [vars(base)["common_settings"] for base in cls.__mro__ if "common_settings" in vars(base)]
         return ext_settings.settings_model(cls.__name__, merged_over_bases(cls, "method_settings"), common)
+
+    @classmethod
+    def trainer_defaults(cls) -> dict[str, Any]:
+        """``default_settings`` of this trainer and of all that it inherits from."""
+        return merged_over_bases(cls, "default_settings")
 
     def _apply_settings(self, resolved: Resolved) -> None:
         s = resolved.settings

@@ -447,6 +447,23 @@ def test_unknown_and_renamed_keys_of_a_model_folder_do_not_stop_a_prediction(rec
         from_model_folder({"ratio": "many"}, Today, "toy")
 
 
+class Longer(ExtTrainer):
+    default_settings: ClassVar = {"num_epochs": 7, "save_every": 3}
+
+
+class Slower(ExtTrainer):
+    default_settings: ClassVar = {"num_epochs": 9, "initial_lr": 0.5}
+
+
+class LongerAndSlower(Longer, Slower):
+    default_settings: ClassVar = {"save_every": 5}
+
+
+def test_defaults_of_all_base_classes_count_and_the_nearest_wins():
+    assert LongerAndSlower.trainer_defaults() == {"num_epochs": 7, "initial_lr": 0.5, "save_every": 5}
+    assert ExtTrainer.trainer_defaults() == {} and Longer.trainer_defaults() == Longer.default_settings
+
+
 class Moved(Settings):
     """Two keys went to other places, and this block has fields of the names that they have there."""
 
