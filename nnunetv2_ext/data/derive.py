@@ -13,7 +13,7 @@ from typing import Any
 
 from nnunetv2_ext.core.files import atomic_write_text, require_writable
 from nnunetv2_ext.data.find import RAW, nnunet_folder
-from nnunetv2_ext.data.raw import Array, RawDataset, require_free_id
+from nnunetv2_ext.data.raw import RawDataset, require_free_id
 
 DENSE = "labelsTr_dense"  # for evaluation only: nothing that trains opens it
 
@@ -72,11 +72,6 @@ def link_label(source: RawDataset, case: str, folder: Path) -> None:
     label = str(source.files[case]["label"])
     link_file(label, folder / f"{case}{source.ending}")
     _link_spacing(label.removesuffix(source.ending), case, folder)
-
-
-def write_label(source: RawDataset, case: str, label: Array, properties: dict[str, Any], folder: Path) -> None:
-    """Write a training label with the geometry of the source's file."""
-    source.reader.write_seg(label, str(folder / f"{case}{source.ending}"), properties)
 
 
 def link_folder(origin: Path, folder: Path) -> None:

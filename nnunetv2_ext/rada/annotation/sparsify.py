@@ -20,7 +20,6 @@ from nnunetv2_ext.data.derive import (
     link_label,
     new_dataset,
     write_json,
-    write_label,
 )
 from nnunetv2_ext.data.raw import RawDataset, Target, measure, open_raw, require_free_id, target_grids
 from nnunetv2_ext.data.split import write_split_for
@@ -189,7 +188,7 @@ def _derive(
                     slabs[case] = [Slab(s.axis, *(i + offset[s.axis] for i in s[1:])) for s in found]
                     classes |= set(np.unique(label).tolist())
                 if chosen or is_dense:
-                    write_label(dataset, case, label, properties, folder / "labelsTr")
+                    dataset.reader.write_seg(label, str(folder / "labelsTr" / f"{case}{dataset.ending}"), properties)
                 else:
                     link_label(dataset, case, folder / "labelsTr")
             bar.update()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_ext.cli.dispatch import main
 from nnunetv2_ext.phantom import write_phantom_dataset
@@ -477,7 +478,7 @@ def test_an_error_half_way_leaves_nothing(phantom, world: Path, monkeypatch: pyt
         if len(written) == 3:
             raise OSError("disk full")
 
-    monkeypatch.setattr(sparsify_module, "write_label", fail_at_the_third)
+    monkeypatch.setattr(SimpleITKIO, "write_seg", fail_at_the_third)
     with pytest.raises(OSError, match="disk full"):
         sparsify(1, 2, SparsifyOptions(2))
     assert [p.name for p in world.iterdir()] == ["Dataset001_Phantom"]
