@@ -44,23 +44,19 @@ def export_model(
     ``network_weights`` and the stock trainer's name, and loses this package's key and the optimiser's state. The
     fold's progress picture and validation result go along if they belong to these weights. No file holds a path of the
     training machine, nor of a file that a setting names: a stock model has no block of settings, one of our trainers
-    loses the keys marked LOCAL_PATH. Cases are named in the validation result only. The
-    source is only read.
+    loses the keys marked LOCAL_PATH. Cases are named in the validation result only. The source is only read. The
+    checkpoints written are returned.
 
     A training cannot be continued from it (``--c``), which needs the source; it can start one (-pretrained_weights).
     nnU-Net's own zip export takes plans and checkpoints as they are, with the settings and the paths in them.
 
     Args:
-        model_folder: holds plans.json, dataset.json and the fold folders.
         output: must not exist; nothing is left there if something goes wrong.
         weights: which network, see the trainer's ``export_weights``.
         edits: what is to be taken out, by name in the ``export_edits`` of the trainer's methods. One that keeps the
             trainer makes the result a model of that trainer, which needs this package to predict.
         best: take every fold's checkpoint_best.pth along; it was chosen by the trained network's pseudo Dice.
         tell: gets a line if the validation result was left out, and what the edits have to say.
-
-    Returns:
-        The checkpoints written.
 
     Raises:
         ValueError: no model folder, output exists, not one of our trainers, no such weights or edit, edits that exclude
