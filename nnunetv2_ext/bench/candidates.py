@@ -102,7 +102,7 @@ def _settings(cls: Any, text: str | None) -> dict[str, Any]:
     from nnunetv2_ext.core.resolve import resolve
     from nnunetv2_ext.core.settings import flatten
 
-    return flatten(resolve(cls.settings_model(), trainer_defaults=cls.default_settings, environment=text).settings)
+    return flatten(resolve(cls.settings_model(), trainer_defaults=cls.trainer_defaults(), environment=text).settings)
 
 
 def find_trainer(name: str) -> type:

@@ -120,7 +120,8 @@ class Session:
                 result.failure = f"out of memory{note}: {failure[0]}" if failure[1] else failure[0]
                 self.subjects.pop(index, None)
                 memory.release()
-            self._bar.update(1, now=f"{result.label}: {what}")
+            self._bar.set_postfix(now=f"{result.label}: {what}", refresh=False)
+            self._bar.update()
 
     def _measure_resident(self, index: int) -> None:
         sizes = resident_size(self.candidates[index], self.target, self._memory_steps, self.options.batches[0])

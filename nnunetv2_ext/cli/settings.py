@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.trainer in known:
         trainer = load_trainer(args.trainer)
         model = trainer.settings_model()
-        title, keys, presets = f"{args.trainer}:", described(model, trainer.default_settings), presets_of(model)
+        title, keys, presets = f"{args.trainer}:", described(model, trainer.trainer_defaults()), presets_of(model)
     else:
         near = difflib.get_close_matches(args.trainer, known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""

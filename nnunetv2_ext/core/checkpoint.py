@@ -33,19 +33,18 @@ def unwrap(network: nn.Module) -> nn.Module:
 def read(path: Path, whole: bool = False) -> dict[str, Any]:
     """Read a checkpoint written by nnU-Net or by us, tensors memory-mapped on the CPU (only those used are read).
 
-    Args:
-        path: the file.
-        whole: read all of it first and compare it with its checksums. Otherwise torch looks at the directory at its end
-            only, and a damaged tensor comes to light later, or never.
-
+    With `whole` all of it is read first and compared with its checksums. Otherwise torch looks at the directory at the
+    file's end only, and a damaged tensor comes to light later, or never.
     nnU-Net's checkpoints hold numpy scalars, which ``weights_only=True`` refuses: open files of people you trust only.
 
     Raises:
-        ValueError: the file is missing, truncated, damaged, or no nnU-Net checkpoint.
+        ValueError: the file is missing, truncated, damaged, or not an nnU-Net checkpoint.
     """
     try:
-        if whole:
-            _compare_checksums(path)
+        if whole and zipfile.is_zipfile(path):  # a file of an old torch has no checksums
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():
+                    raise ValueError(f"{damaged} does not match its checksum")
         checkpoint = torch.load(str(path), map_location="cpu", weights_only=False, mmap=True)
     except FileNotFoundError as error:
         raise ValueError(f"the checkpoint {path} does not exist; train first, or name another one") from error
@@ -55,7 +54,7 @@ def read(path: Path, whole: bool = False) -> dict[str, Any]:
             f"the checkpoint {path} is broken or cut short ({reason}); move it away and use another one"
         ) from error
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
-        raise ValueError(f"{path} is no nnU-Net checkpoint (it has no network_weights)")
+        raise ValueError(f"{path} is not an nnU-Net checkpoint (it has no network_weights)")
     return checkpoint
 
 
@@ -75,15 +74,6 @@ def all_of_torch_load() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def _compare_checksums(path: Path) -> None:
-    if not zipfile.is_zipfile(path):  # of an old torch, without checksums
-        return
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    if damaged:
-        raise ValueError(f"{damaged} does not match its checksum")
 
 
 def require_known_format(extension: Mapping[str, Any], path: Path) -> None:
@@ -124,13 +114,23 @@ def check_weights(weights: Mapping[str, Tensor], network: nn.Module, path: Path)
     Raises:
         ValueError: the checkpoint belongs to another architecture; the first difference is named.
     """
-    free: frozenset[str] = frozenset(getattr(unwrap(network), "buffers_of_any_size", ()))
-    ours = {key: tuple(value.shape) for key, value in unwrap(network).state_dict().items()}
-    theirs = {key.removeprefix("module."): tuple(value.shape) for key, value in weights.items()}
-    for key in [*ours, *theirs]:
-        if ours.get(key) != theirs.get(key) and not (key in free and key in ours and key in theirs):
-            raise ValueError(
-                f"{path} was trained with another network: {key} is {theirs.get(key, 'missing')} there "
-                f"and {ours.get(key, 'missing')} here. "
-                "Continue with the plans and settings it was trained with, or start a new training without --c"
-            )
+    ours = dict(unwrap(network).state_dict())
+    theirs = {key.removeprefix("module."): value for key, value in weights.items()}
+    for key in ours.keys() & theirs.keys() & set(getattr(unwrap(network), "buffers_of_any_size", ())):
+        del ours[key], theirs[key]
+    if difference := first_difference(ours, theirs):
+        key, here, there = difference
+        raise ValueError(
+            f"{path} was trained with another network: {key} is {there} there and {here} here. "
+            "Continue with the plans and settings it was trained with, or start a new training without --c"
+        )
+
+
+def first_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[str, str, str] | None:
+    """The first name whose shapes differ, with both in words (``16 x 1 x 3``, ``missing``); None if all agree."""
+    for name in [*ours, *theirs]:
+        shapes = [tensors[name].shape if name in tensors else None for tensors in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            here, there = ("missing" if s is None else " x ".join(map(str, s)) or "one number" for s in shapes)
+            return name, here, there
+    return None

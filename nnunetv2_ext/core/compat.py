@@ -26,7 +26,7 @@ def is_supported(nnunet: str) -> bool:
 
 
 def require_supported_nnunet() -> None:
-    """Raise ValueError with the command that mends it if nnunetv2 is missing or not in :data:`SUPPORTED`."""
+    """Raise ValueError with the command that fixes it if nnunetv2 is missing or not in :data:`SUPPORTED`."""
     found = nnunet_version()
     if found is None or not is_supported(found):
         what = "nnunetv2 is not installed" if found is None else f"nnunetv2 {found} is not supported"

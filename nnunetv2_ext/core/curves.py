@@ -5,15 +5,14 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = dict[str, float]
 
-_SERIES_IN_LEGEND = 10
-_COLUMNS = 3
+_IN_LEGEND = 10  # figures
 _FLAT = 20.0  # a curve that spans less than this fraction of a panel's height cannot be read
 # Titles of nnU-Net's own figures; equal titles share a panel. Ours are named "group/term" and need no entry.
 _TITLES = {
@@ -40,28 +39,23 @@ def draw_curves(
 ) -> bytes:
     """The progress plot as PNG: panels of one group each, three in a row.
 
-    Args:
-        rows: the figures of each epoch.
-        title: above everything.
-        class_names: of the foreground classes or regions, in the order in which nnU-Net numbers them.
-        without_weight: figures to be marked as logged only.
+    `class_names` are the foreground classes or regions in the order in which nnU-Net numbers them. Figures
+    `without_weight` are marked as logged only.
     """
     import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = _panels(rows)
-    columns = max(1, min(_COLUMNS, len(panels)))
+    columns = max(1, min(3, len(panels)))
     # Heights in inches, by hand: matplotlib's layout engines double the time of this plot.
     heights = [
-        3.3 + 0.17 * max(_legend_lines(len(names)) for _, names in panels[start : start + columns])
+        3.3 + 0.17 * math.ceil(min(max(len(names) for _, names in panels[start : start + columns]), _IN_LEGEND) / 2)
         for start in range(0, len(panels), columns)
     ]
     width, height = 5.0 * columns, sum(heights) + 0.5
     # nnU-Net's own plot calls seaborn.set(font_scale=2.5), which changes matplotlib's defaults for the whole process.
     with matplotlib.style.context(["default", {"text.parse_math": False, "font.size": 9}]):
         figure = Figure(figsize=(width, height), dpi=90)
-        FigureCanvasAgg(figure)
         figure.text(0.5, 1 - 0.25 / height, title, fontsize=11, ha="center", va="center", wrap=True)
         for index, (name, members) in enumerate(panels):
             line, column = divmod(index, columns)
@@ -82,13 +76,10 @@ def _panels(rows: Mapping[int, Row]) -> list[tuple[str, list[str]]]:
         groups.setdefault(_TITLES.get(group, group), []).append(name)
     panels = []
     for title, names in groups.items():
-        if title in _SHARES:
-            panels.append((title, names))
-            continue
-        spans = {name: max(v) - min(v) if (v := _finite(rows, [name])) else 0.0 for name in names}
         # A small term beside a large one is a flat line unless the scale is logarithmic: it gets a panel of its own.
-        flat = max(spans.values()) / _FLAT if not _needs_log_scale(_finite(rows, names)) else 0.0
-        small = [name for name in names if 0 < spans[name] < flat]
+        spans = {name: max(v) - min(v) if (v := _finite(rows, [name])) else 0.0 for name in names}
+        readable = title in _SHARES or _needs_log_scale(_finite(rows, names))
+        small = [name for name in names if not readable and 0 < spans[name] < max(spans.values()) / _FLAT]
         panels.append((title, [name for name in names if name not in small]))
         panels += [(name, [name]) for name in small]
     return panels
@@ -110,6 +101,7 @@ def _label(name: str, class_names: Sequence[str], without_weight: bool) -> str:
 
 
 def _draw_panel(axes: Axes, rows: Mapping[int, Row], title: str, labels: Mapping[str, str]) -> None:
+    """Draw the figures (the keys of `labels`) of one panel and the legend below it."""
     from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
     _draw_series(axes, rows, labels)
@@ -129,38 +121,26 @@ def _draw_panel(axes: Axes, rows: Mapping[int, Row], title: str, labels: Mapping
     axes.grid(alpha=0.3)
 
 
-def _legend_lines(figures: int) -> int:
-    return math.ceil(min(figures, _SERIES_IN_LEGEND) / 2)
-
-
 def _draw_series(axes: Axes, rows: Mapping[int, Row], labels: Mapping[str, str]) -> None:
-    """Draw the figures (the keys of ``labels``) of one panel and the legend below it."""
     from matplotlib import colormaps
 
-    epochs = sorted(rows)
     handles = []
     for index, (name, label) in enumerate(labels.items()):
         # A figure not taken in an epoch is bridged by the line; one that was NaN or infinite leaves a gap.
-        x = [epoch for epoch in epochs if name in rows[epoch]]
-        y = [v if math.isfinite(v) else math.nan for v in (float(rows[epoch][name]) for epoch in x)]
+        x = [epoch for epoch in sorted(rows) if name in rows[epoch]]
+        y = [v if math.isfinite(v := float(rows[epoch][name])) else math.nan for epoch in x]
         finite = [v for v in y if not math.isnan(v)]
         colour = f"C{index}" if len(labels) <= 10 else colormaps["viridis"](index / (len(labels) - 1))
         label += f"  {finite[-1]:.4g}" if finite else "  no finite value"
         marked = list(range(len(y))) if len(y) <= 30 else _alone(y)
         (handle,) = axes.plot(x, y, color=colour, linewidth=1.3, marker="o", markersize=3, markevery=marked)
         handles.append((handle, label))
-    if len(handles) > _SERIES_IN_LEGEND:  # dozens of classes: every n-th and the last, colours run with the index
-        step = math.ceil(len(handles) / (_SERIES_IN_LEGEND - 1))
+    if len(handles) > _IN_LEGEND:  # dozens of classes: every n-th and the last, colours run with the index
+        step = math.ceil(len(handles) / (_IN_LEGEND - 1))
         handles = [*handles[:-1:step], handles[-1]]
     # Below the axes: no curve is hidden, and no search for a free corner, which takes seconds on long runs.
-    axes.legend(
-        *zip(*handles, strict=True),
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.17),
-        ncols=2 if len(handles) > 1 else 1,
-        fontsize=8,
-        frameon=False,
-    )
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": min(2, len(handles))}
+    axes.legend(*zip(*handles, strict=True), **place, fontsize=8, frameon=False)
 
 
 def _alone(y: Sequence[float]) -> list[int]:

@@ -14,16 +14,16 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
+from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, first_difference, read
 from nnunetv2_ext.core.files import atomic_torch_save, atomic_write_text, read_json, require_writable
 from nnunetv2_ext.core.outside import ExportEdit, load, methods_of
 from nnunetv2_ext.core.settings import PLANS_KEY, without_local_paths
-from nnunetv2_ext.core.stock import stock_shapes
+from nnunetv2_ext.core.stock import stock_network
 from nnunetv2_ext.core.trainer import ExtTrainer
 
 # What nnU-Net's own zip export takes along besides checkpoints, plans.json and dataset.json; without its debug.json,
 # which holds the training machine's paths and the cases' names
-_COMPANIONS = ("dataset_fingerprint.json",)
+_FINGERPRINT = "dataset_fingerprint.json"
 _PROGRESS, _VALIDATION = "progress.png", "validation/summary.json"
 _FILE_LISTS = ("dataset", "training", "validation", "test")  # of dataset.json: files of the training machine
 _PREFERRED = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
@@ -44,23 +44,19 @@ def export_model(
     ``network_weights`` and the stock trainer's name, and loses this package's key and the optimiser's state. The
     fold's progress picture and validation result go along if they belong to these weights. No file holds a path of the
     training machine, nor of a file that a setting names: a stock model has no block of settings, one of our trainers
-    loses the keys marked LOCAL_PATH. Cases are named in the validation result only. The
-    source is only read.
+    loses the keys marked LOCAL_PATH. Cases are named in the validation result only. The source is only read. The
+    checkpoints written are returned.
 
     A training cannot be continued from it (``--c``), which needs the source; it can start one (-pretrained_weights).
     nnU-Net's own zip export takes plans and checkpoints as they are, with the settings and the paths in them.
 
     Args:
-        model_folder: holds plans.json, dataset.json and the fold folders.
         output: must not exist; nothing is left there if something goes wrong.
         weights: which network, see the trainer's ``export_weights``.
         edits: what is to be taken out, by name in the ``export_edits`` of the trainer's methods. One that keeps the
             trainer makes the result a model of that trainer, which needs this package to predict.
         best: take every fold's checkpoint_best.pth along; it was chosen by the trained network's pseudo Dice.
         tell: gets a line if the validation result was left out, and what the edits have to say.
-
-    Returns:
-        The checkpoints written.
 
     Raises:
         ValueError: no model folder, output exists, not one of our trainers, no such weights or edit, edits that exclude
@@ -70,8 +66,8 @@ def export_model(
     files = _checkpoints(model_folder, best)
     if missing or not files:
         raise ValueError(
-            f"{model_folder} is no trained model folder ({', '.join(missing) or 'fold_*/checkpoint_*.pth'} missing); "
-            "give the folder named TRAINER__PLANS__CONFIGURATION below nnUNet_results"
+            f"{model_folder} is not a trained model folder ({', '.join(missing) or 'fold_*/checkpoint_*.pth'} "
+            "missing); give the folder named TRAINER__PLANS__CONFIGURATION below nnUNet_results"
         )
     if output.exists():
         raise ValueError(f"{output} exists; name a folder that does not, or remove it")
@@ -99,7 +95,7 @@ def export_model(
         atomic_write_text(partial / "plans.json", json.dumps(plans, indent=2))
         dataset_json = _without_file_lists(read_json(model_folder / "dataset.json"))
         atomic_write_text(partial / "dataset.json", json.dumps(dataset_json, indent=2))
-        _copy(model_folder, partial, _COMPANIONS)
+        _copy(model_folder / _FINGERPRINT, partial / _FINGERPRINT)
         if all(validated):
             for file in files:
                 _copy_results(file, partial / file.parent.relative_to(model_folder))
@@ -154,11 +150,8 @@ def _exported(
 ) -> dict[str, Any]:
     for edit in edits:
         checkpoint = load(edit.apply)(checkpoint)
-    exported: dict[str, Any] = {
-        key: value
-        for key, value in checkpoint.items()
-        if key not in (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")
-    }
+    left_out = (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")
+    exported: dict[str, Any] = {key: value for key, value in checkpoint.items() if key not in left_out}
     ours = any(edit.keeps_trainer for edit in edits)
     if not ours:
         exported["network_weights"] = trainer.export_weights(checkpoint, weights)
@@ -172,29 +165,19 @@ def _exported(
 
 
 def _require_stock_network(exported: dict[str, Any], trainer: type[ExtTrainer], source: Path) -> None:
-    """Names and shapes of the weights are those of the network that plain nnU-Net builds from the plans.
-
-    Raises:
-        ValueError: they are not, the first difference is named; or plain nnU-Net cannot build a network from them.
-    """
+    """Raise ValueError unless the weights have the names and shapes of the network that nnU-Net builds of the plans."""
     remedy = f"predict with {trainer.__name__} and this package instead, whose models need no export"
     try:
-        stock = stock_shapes(exported["init_args"])
+        stock = stock_network(exported["init_args"]).state_dict()
     except Exception as error:  # whatever the architecture that the plans name raises
         reason = " ".join(str(error).split())
         raise ValueError(f"plain nnU-Net cannot build the network of {source} ({reason}); {remedy}") from error
-    ours = {name: value.shape for name, value in exported["network_weights"].items()}
-    for name in [*stock, *ours]:
-        if stock.get(name) != ours.get(name):
-            here, there = (_by(shapes[name]) if name in shapes else "missing" for shapes in (ours, stock))
-            raise ValueError(
-                f"plain nnU-Net could not load {source}: {name} is {here} in the weights and {there} in its network of "
-                f"these plans, because {trainer.__name__} trains another network; {remedy}"
-            )
-
-
-def _by(shape: torch.Size) -> str:
-    return " x ".join(map(str, shape)) or "one number"
+    if difference := first_difference(stock, exported["network_weights"]):
+        name, there, here = difference
+        raise ValueError(
+            f"plain nnU-Net could not load {source}: {name} is {here} in the weights and {there} in its network of "
+            f"these plans, because {trainer.__name__} trains another network; {remedy}"
+        )
 
 
 def _same_weights(source: dict[str, Any], exported: dict[str, Any]) -> bool:
@@ -217,7 +200,7 @@ def _without_file_lists(dataset_json: dict[str, Any]) -> dict[str, Any]:
 
 def _copy_results(checkpoint: Path, target: Path) -> None:
     """The fold's progress picture, and the validation's summary.json with file names instead of whole paths."""
-    _copy(checkpoint.parent, target, [_PROGRESS])
+    _copy(checkpoint.parent / _PROGRESS, target / _PROGRESS)
     source = checkpoint.parent / _VALIDATION
     if (
         not source.is_file() or checkpoint.name != "checkpoint_final.pth"
@@ -242,12 +225,12 @@ def _trainer_of(checkpoint: dict[str, Any], source: Path) -> type[ExtTrainer]:
             "(`nnUNetv2_ext doctor` lists our trainers)"
         ) from error
     if not issubclass(trainer, ExtTrainer):
-        raise ValueError(f"{source} was trained with {name}, which is none of our trainers; there is nothing to export")
+        raise ValueError(
+            f"{source} was trained with {name}, which is not one of our trainers; there is nothing to export"
+        )
     return trainer
 
 
-def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
-    for name in names:
-        if (source / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+def _copy(source: Path, target: Path) -> None:
+    if source.is_file():
+        shutil.copyfile(source, target)

@@ -10,10 +10,7 @@ import numpy as np
 def select_train_cases(available: Sequence[str], wanted: int | Sequence[str] | None, seed: int = 0) -> list[str]:
     """Choose training cases; draws of one seed are nested (5 cases are part of 10 cases).
 
-    Args:
-        available: the fold's training cases.
-        wanted: how many, or which; None keeps all, in nnU-Net's order.
-        seed: of the draw.
+    `wanted` says how many, or which; None keeps all, in nnU-Net's order.
 
     Raises:
         ValueError: more cases than there are, none, or a case that is not in the fold's training list.

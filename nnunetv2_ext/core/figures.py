@@ -67,7 +67,6 @@ def draw_slice(
     classes: Mapping[int, str] | None = None,
     *,
     fill: float = 0.35,
-    contour: bool = True,
     window: tuple[float, float] | None = None,
     spacing: Sequence[float] = (1.0, 1.0),
     title: str = "",
@@ -75,15 +74,13 @@ def draw_slice(
     """Draw a grey slice and, over it, each class as a transparent area with an outline.
 
     Args:
-        axes: Where to draw.
+        axes, title: Where to draw, and what to write above.
         image: (rows, columns).
         label: (rows, columns) of label values, or None for the image alone. Values not in `classes` are not drawn.
         classes: Label value -> name; it fixes the colours. By default the values that occur.
         fill: Opacity of the areas, 0 for outlines only.
-        contour: Whether to draw the outlines.
         window: Intensities shown black and white; by default the slice's 1st and 99.5th percentiles.
         spacing: Voxel size along rows and columns in mm; a voxel is drawn in this proportion.
-        title: Written above.
 
     Raises:
         ValueError: `image` is not 2-D or `label` has another shape.
@@ -105,12 +102,11 @@ def draw_slice(
                 area = np.zeros((*mask.shape, 4))
                 area[mask] = (*colour, fill)
                 axes.imshow(area, origin="lower", aspect=aspect, interpolation="nearest")
-            if contour and not mask.all():
+            if not mask.all():
                 axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1.4)
     axes.set_xticks([])
     axes.set_yticks([])
-    if title:
-        axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=9)
 
 
 def add_legend(

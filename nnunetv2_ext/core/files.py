@@ -128,7 +128,7 @@ def _explain(error: OSError) -> tuple[str, str]:
         return "the file system is read-only", "mount it for writing or choose another folder (nnUNet_results)"
     if isinstance(error, PermissionError):
         return "permission denied", "give yourself write permission or choose another folder (nnUNet_results)"
-    return error.strerror or str(error), "mend that or choose another folder (nnUNet_results)"
+    return error.strerror or str(error), "fix that or choose another folder (nnUNet_results)"
 
 
 def _temporary_prefix(target: Path) -> str:

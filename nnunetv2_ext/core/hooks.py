@@ -167,20 +167,4 @@ class MethodHooks:
         raise NotImplementedError  # core/trainer.py
 
 
-HOOKS = (
-    "method_settings",
-    "default_settings",
-    "needs_foreground",
-    "build_training_modules",
-    "make_train_loader",
-    "forward",
-    "loss_passes",
-    "clip_gradients",
-    "after_step",
-    "validation_score",
-    "epoch_figures",
-    "draw_panel",
-    "method_state",
-    "load_method_state",
-    "export_weights",
-)
+HOOKS = tuple(name for name in vars(MethodHooks) if name[0] != "_" and name != "trained_parameters")

@@ -15,7 +15,6 @@ from typing import Any
 
 from nnunetv2_ext.core.curves import Row, draw_curves, figure_names
 from nnunetv2_ext.core.files import atomic_write, atomic_write_text
-from nnunetv2_ext.core.progress import as_number
 
 _STATE_VERSION = 1
 
@@ -33,10 +32,6 @@ class EpochLog:
         tensorboard: Also write the figures as TensorBoard events to `folder/tensorboard`.
         warn: Gets one line of text for each problem, e.g. `trainer.print_to_log_file`.
         class_names: Of the foreground classes or regions, in nnU-Net's order; for the plot's legend.
-
-    Attributes:
-        class_names: As given.
-        without_weight: Names of figures that the plot marks as terms of weight 0.
 
     Raises:
         ValueError: `tensorboard` is asked for and not installed.
@@ -57,7 +52,7 @@ class EpochLog:
         self.enabled = enabled
         self.config: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
-        self.without_weight: Collection[str] = ()
+        self.without_weight: Collection[str] = ()  # figures that the plot marks as terms of weight 0
         self.class_names = list(class_names)
         self._warn = warn
         self._rows: dict[int, Row] = {}
@@ -69,7 +64,6 @@ class EpochLog:
         self._first_step = 0
 
     # ---- what nnU-Net's MetaLogger calls (nnunetv2/training/logging/nnunet_logger.py)
-
     def update_config(self, config: Mapping[str, Any]) -> None:
         """Remember the run's configuration; TensorBoard shows it as text."""
         self.config.update(config)
@@ -80,32 +74,27 @@ class EpochLog:
             return
         if key == "epoch_start_timestamps":
             self._started_at[step] = float(value)
-        elif key == "epoch_end_timestamps":
-            if step in self._started_at:
-                self._put("epoch_seconds", float(value) - self._started_at.pop(step), step)
-        else:
+        elif key != "epoch_end_timestamps":
             self._put(key, value, step)
+        elif step in self._started_at:
+            self._put("epoch_seconds", float(value) - self._started_at.pop(step), step)
 
     def log_summary(self, key: str, value: Any) -> None:
         """Take a figure of the whole run, such as the final validation Dice; kept in `summary` and TensorBoard."""
         if not self.enabled:
             return
         self.summary[key] = value
-        number = as_number(value)
-        if number is not None:
+        if (number := _as_number(value)) is not None:
             self._write_events({key: number}, max(self._rows, default=0))
 
     # ---- what our trainers call
-
     def add(self, figures: Mapping[str, Any], step: int) -> None:
-        """Take named figures of epoch `step`: numbers, or tensors and arrays of one element.
+        """Take named figures of epoch `step`: numbers, or tensors and arrays of one element; the later of two counts.
 
-        A name is `group/term` ("loss/consistency"); the plot draws a group in one panel. Naming a figure twice in an
-        epoch keeps the later value.
+        A name is `group/term` ("loss/consistency"); the plot draws a group in one panel.
         """
-        if self.enabled:
-            for name, value in figures.items():
-                self._put(name, value, step)
+        for name, value in figures.items() if self.enabled else ():
+            self._put(name, value, step)
 
     def end_epoch(self, epoch: int) -> None:
         """Close the row of `epoch` (0-based) and rewrite `epochs.csv` as a whole, atomically."""
@@ -161,16 +150,15 @@ class EpochLog:
     def close(self) -> None:
         """Flush and close the TensorBoard file, if there is one; a later figure opens a new one."""
         writer, self._writer = self._writer, None
-        if writer is not None:
-            try:
+        try:
+            if writer is not None:
                 writer.close()
-            except Exception as error:  # the writing thread hands over whatever stopped it
-                self._warn(f"could not close the TensorBoard log ({error})")
+        except Exception as error:  # the writing thread hands over whatever stopped it
+            self._warn(f"could not close the TensorBoard log ({error})")
 
     # ---- details
-
     def _put(self, name: str, value: Any, step: int) -> None:
-        number = None if name == "epoch" else as_number(value)
+        number = None if name == "epoch" else _as_number(value)
         if number is not None:
             self._rows.setdefault(int(step), {})[name] = number
         elif name not in self._refused:
@@ -206,6 +194,15 @@ def _summary_writer_class() -> Any:
             'pip install "nnunetv2-ext[tensorboard]" or switch it off'
         ) from error
     return SummaryWriter
+
+
+def _as_number(value: Any) -> float | None:
+    """A Python number from a number or a one-element tensor or array, else None."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        return int(value) if isinstance(value, int) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _to_csv(rows: Mapping[int, Row]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
@@ -19,9 +20,9 @@ PLANS_KEY = "nnunetv2_ext"
 Model = TypeVar("Model", bound="Settings")
 
 # What a field may say about itself, in ``json_schema_extra``:
-RESUMABLE: JsonDict = {
-    "resumable": True
-}  # may be changed when a training is continued (it sets how long or how often, not what is learnt)
+# may be changed when a training is continued (it sets how long or how often, not what is learnt)
+RESUMABLE: JsonDict = {"resumable": True}
+_resumable: Any = partial(Field, json_schema_extra=RESUMABLE)
 # changes the network or how it predicts; the predictor reads it from one plans.json, so all folds must agree on it
 STRUCTURAL: JsonDict = {"structural": True}
 LOCAL_PATH: JsonDict = {"local_path": True}  # names a file of the training machine: no export takes it along
@@ -51,18 +52,13 @@ class CommonSettings(Settings):
     A method adds its own below its name (``mymethod.weight``).
     """
 
-    num_epochs: int = Field(
-        1000, ge=1, description="epochs; the learning rate decays to zero over them", json_schema_extra=RESUMABLE
-    )
-    num_iterations_per_epoch: int = Field(
-        250, ge=1, description="optimiser steps per epoch", json_schema_extra=RESUMABLE
-    )
-    num_val_iterations_per_epoch: int = Field(
+    num_epochs: int = _resumable(1000, ge=1, description="epochs; the learning rate decays to zero over them")
+    num_iterations_per_epoch: int = _resumable(250, ge=1, description="optimiser steps per epoch")
+    num_val_iterations_per_epoch: int = _resumable(
         50,
         ge=0,
         description="validation batches per epoch, for the pseudo Dice; 0: no validation during training, and so no "
         "best checkpoint",
-        json_schema_extra=RESUMABLE,
     )
     initial_lr: float = Field(
         1e-2, gt=0, description="learning rate of the first epoch (polynomial decay, exponent 0.9)"
@@ -82,14 +78,11 @@ class CommonSettings(Settings):
         description="mirror patches, in training and by default in prediction, as nnU-Net does; false where structures "
         "are told apart by their side (left and right, front and back): mirrored, they look like each other",
     )
-    save_every: int = Field(
-        10, ge=1, description="epochs between two checkpoint_latest.pth (nnU-Net: 50)", json_schema_extra=RESUMABLE
-    )
-    keep_every: int | None = Field(
+    save_every: int = _resumable(10, ge=1, description="epochs between two checkpoint_latest.pth (nnU-Net: 50)")
+    keep_every: int | None = _resumable(
         None,
         ge=1,
         description="epochs between two checkpoints that are kept (checkpoint_epoch_0050.pth); none: none is",
-        json_schema_extra=RESUMABLE,
     )
     seed: int | None = Field(
         None,
@@ -109,23 +102,15 @@ class CommonSettings(Settings):
         description="searched in a case id, its first group is the subject (patient); splits that a trainer writes and "
         "rules about cases of one subject go by it; none: as dataset.json records subjects, else each case is its own",
     )
-    early_stop_patience: int | None = Field(
+    early_stop_patience: int | None = _resumable(
         None,
         ge=1,
         description="end the training after this many epochs without a better moving average of the validation score "
         "(the pseudo Dice)",
-        json_schema_extra=RESUMABLE,
     )
-    panel_every: int = Field(
-        10,
-        ge=0,
-        description="epochs between two pictures of what the method does; 0: never",
-        json_schema_extra=RESUMABLE,
-    )
-    tensorboard: bool = Field(
-        False,
-        description='also log to TensorBoard; needs pip install "nnunetv2-ext[tensorboard]"',
-        json_schema_extra=RESUMABLE,
+    panel_every: int = _resumable(10, ge=0, description="epochs between two pictures of what the method does; 0: never")
+    tensorboard: bool = _resumable(
+        False, description='also log to TensorBoard; needs pip install "nnunetv2-ext[tensorboard]"'
     )
 
     @field_validator("train_cases", mode="before")
@@ -140,12 +125,9 @@ class CommonSettings(Settings):
 def settings_model(
     name: str, methods: Mapping[str, type[BaseModel]], common: Sequence[type[CommonSettings]] = (CommonSettings,)
 ) -> type[CommonSettings]:
-    """The settings model of a trainer: the common keys and one block per method.
+    """The settings model of a trainer of this name: the common keys and one block per method.
 
-    Args:
-        name: name of the trainer class, for messages.
-        methods: block name (the method's name) to the method's own pydantic model.
-        common: models of the common keys; one that another one is derived from adds nothing.
+    Of the models of common keys one that another one is derived from adds nothing.
     """
     blocks: dict[str, Any] = {method: (model, model()) for method, model in methods.items()}
     bases = tuple(a for a in dict.fromkeys(common) if not any(b is not a and issubclass(b, a) for b in common))
@@ -184,9 +166,8 @@ def from_model_folder(block: Mapping[str, Any], model: type[Model], method: str)
     values: dict[str, Any] = {}
     unknown = []
     for key, value in block.items():
-        today = model.RENAMED.get(key, f"{method}.{key}")
-        inner = today.removeprefix(f"{method}.")
-        if inner in model.model_fields:
+        block_today, _, inner = model.RENAMED.get(key, f"{method}.{key}").rpartition(".")
+        if block_today == method and inner in model.model_fields:
             values.setdefault(inner, value)
         elif key not in model.RENAMED:
             unknown.append(f"{method}.{key}")
@@ -231,7 +212,7 @@ def flatten(settings: BaseModel) -> dict[str, Any]:
 
 
 def flatten_layer(layer: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """Nested blocks of a source as dotted keys; a block without a key in it (``mymethod:``) is no key."""
+    """Nested blocks of a source as dotted keys; a block without a key in it (``mymethod:``) is not a key."""
     blocks = {key.partition(".")[0] for key in fields_by_key(model) if "." in key}
     flat: dict[str, Any] = {}
     for key, value in layer.items():
@@ -244,8 +225,5 @@ def flatten_layer(layer: Mapping[str, Any], model: type[BaseModel]) -> dict[str,
 
 def describe(settings: CommonSettings, sources: Mapping[str, str]) -> str:
     """One line per key, ``key = value``, with the source of what is not a default."""
-    lines = []
-    for key, value in flatten(settings).items():
-        origin = sources.get(key)
-        lines.append(f"  {key} = {value}" + (f"    ({origin})" if origin else ""))
-    return "\n".join(lines)
+    origins = {key: f"    ({origin})" for key, origin in sources.items()}
+    return "\n".join(f"  {key} = {value}{origins.get(key, '')}" for key, value in flatten(settings).items())

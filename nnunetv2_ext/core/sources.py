@@ -54,7 +54,7 @@ def from_environment(text: str | None) -> dict[str, Any]:
     """Parse the value of ``nnUNet_ext_settings``: the path of a YAML file, or ``key=value`` pairs separated by blanks.
 
     Values are YAML scalars, ``none``, or flow lists (``train_cases=[case_1,case_2]``); quote a value that contains
-    blanks.
+    blanks. A backslash stands for itself, in quotes too.
 
     Raises:
         ValueError: missing or unreadable file, something that is not YAML, or a part that is not ``key=value``.
@@ -65,8 +65,10 @@ def from_environment(text: str | None) -> dict[str, Any]:
     if "=" not in text or _is_file(text):
         return _from_file(Path(text))
     pairs: dict[str, Any] = {}
+    words = shlex.shlex(text, posix=True, punctuation_chars=False)
+    words.whitespace_split, words.commenters, words.escape = True, "", ""  # a backslash is part of a path or expression
     try:
-        parts = shlex.split(text)
+        parts = list(words)
     except ValueError as error:
         raise ValueError(f"{ENVIRONMENT_VARIABLE} cannot be read ({error}): close the quotes in {text!r}") from error
     for part in parts:
@@ -103,8 +105,7 @@ def _from_file(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"the settings file {str(path)!r} cannot be read as YAML ({reason}); "
-            f"mend it or unset {ENVIRONMENT_VARIABLE}"
+            f"the settings file {str(path)!r} cannot be read as YAML ({reason}); fix it or unset {ENVIRONMENT_VARIABLE}"
         ) from error
     if content is None:
         return {}

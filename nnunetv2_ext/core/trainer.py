@@ -175,9 +175,8 @@ class ExtTrainer(LoopTrainer):
         for name in names:
             values = np.array([output[name] for output in train_outputs if name in output], dtype=np.float64)
             finite = values[np.isfinite(values)]
-            means[name if name == "grad_norm" else f"loss/{name}"] = (
-                float(finite.mean()) if finite.size else float("nan")
-            )
+            key = name if name == "grad_norm" else f"loss/{name}"
+            means[key] = float(finite.mean()) if finite.size else float("nan")
         per_rank = self._gather(means)
         averaged = {name: float(np.mean([rank[name] for rank in per_rank if name in rank])) for name in means}
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])

@@ -22,26 +22,18 @@ from nnunetv2_ext.core.files import atomic_torch_save
 from nnunetv2_ext.core.logs import EpochLog
 from nnunetv2_ext.core.resolve import resume
 from nnunetv2_ext.core.trainer_data import DataTrainer
-from nnunetv2_ext.core.training_modules import load_states, states_of
+from nnunetv2_ext.core.training_modules import load_states
 
 TRAINING_MODULES = "training_modules"  # name of their group in the optimiser
 
 
 class CheckpointTrainer(DataTrainer):
-    """The part of ExtTrainer that saves and loads.
+    """The part of ExtTrainer that saves and loads."""
 
-    Attributes:
-        global_step: optimiser steps done, over all epochs.
-        epoch_log: this run's CSV and TensorBoard log; None before on_train_start.
-        epochs_without_improvement: epochs since the moving average of the pseudo Dice was last best.
-    """
-
-    global_step = 0
-    epochs_without_improvement = 0
-    epoch_log: EpochLog | None = None
-    _partial_epoch: dict[str, Any] | None = (
-        None  # set while a checkpoint is written, or after one was read, within an epoch
-    )
+    global_step = 0  # optimiser steps done, over all epochs
+    epochs_without_improvement = 0  # epochs since the moving average of the validation score was last best
+    epoch_log: EpochLog | None = None  # this run's CSV and TensorBoard log; None before on_train_start
+    _partial_epoch: dict[str, Any] | None = None  # while a checkpoint is written, or after one was read, in an epoch
     _random_states: list[dict[str, Any]] | None = None  # one per rank, from the checkpoint
     _log_state: dict[str, Any] | None = None
     _is_resumed = False  # a checkpoint was loaded
@@ -96,7 +88,7 @@ class CheckpointTrainer(DataTrainer):
                 "random_states": random_states,
                 "log": None if self.epoch_log is None else self.epoch_log.state_dict(),
                 "methods": self.method_state(),
-                "training_modules": states_of(self.training_modules),
+                "training_modules": {name: module.state_dict() for name, module in self.training_modules.items()},
                 "score": self._score,
             },
         }
@@ -134,9 +126,8 @@ class CheckpointTrainer(DataTrainer):
         self.epochs_without_improvement = extension["epochs_without_improvement"]
         self._train_cases = extension["train_cases"]
         self._partial_epoch = extension["partial_epoch"]
-        self._random_states = copy.deepcopy(
-            extension["random_states"]
-        )  # the file is memory-mapped; Windows would not replace it
+        # the file is memory-mapped; Windows would not replace it
+        self._random_states = copy.deepcopy(extension["random_states"])
         self._log_state = extension["log"]
         self._score = extension["score"] if "score" in extension else self._logged_score()
         states = extension.get("training_modules", {})  # checkpoints of older versions have none

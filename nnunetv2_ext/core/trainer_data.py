@@ -35,19 +35,17 @@ class DataTrainer(SettingsTrainer):
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         """nnU-Net's datasets; raises ValueError if no training case has a foreground voxel and the method needs one."""
         train, validation = super().get_tr_and_val_datasets()
-        for case in train.identifiers if self.needs_foreground else ():
-            locations = train.load_case(case)[3]["class_locations"]
-            # the tuple that starts with -1 holds every annotated voxel, background included
-            if any(
-                len(where) for label, where in locations.items() if not (isinstance(label, tuple) and label[0] == -1)
-            ):
-                break
-        else:
-            if self.needs_foreground:
-                raise ValueError(
-                    f"none of the {len(train.identifiers)} training cases of fold {self.fold} has a foreground voxel: "
-                    "check the labels (nnUNetv2_plan_and_preprocess --verify_dataset_integrity) and the split"
-                )
+        # the tuple that starts with -1 holds every annotated voxel, background included
+        if self.needs_foreground and not any(
+            len(where)
+            for case in train.identifiers
+            for label, where in train.load_case(case)[3]["class_locations"].items()
+            if not (isinstance(label, tuple) and label[0] == -1)
+        ):
+            raise ValueError(
+                f"none of the {len(train.identifiers)} training cases of fold {self.fold} has a foreground voxel: "
+                "check the labels (nnUNetv2_plan_and_preprocess --verify_dataset_integrity) and the split"
+            )
         return train, validation
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
@@ -84,14 +82,9 @@ class DataTrainer(SettingsTrainer):
             "regions": labels.foreground_regions if labels.has_regions else None,
             "ignore_label": labels.ignore_label,
         }
+        of_patch = configuration.patch_size, rotation, scales, mirror_axes, dummy_2d
         train_transforms = self.get_training_transforms(
-            configuration.patch_size,
-            rotation,
-            scales,
-            mirror_axes,
-            dummy_2d,
-            use_mask_for_norm=configuration.use_mask_for_norm,
-            **of_labels,
+            *of_patch, use_mask_for_norm=configuration.use_mask_for_norm, **of_labels
         )
         validation_transforms = self.get_validation_transforms(scales, **of_labels)
         train, validation = self.get_tr_and_val_datasets()

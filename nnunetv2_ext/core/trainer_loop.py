@@ -24,14 +24,9 @@ from nnunetv2_ext.core.trainer_checkpoints import CheckpointTrainer
 
 
 class LoopTrainer(CheckpointTrainer):
-    """The part of ExtTrainer that runs the epochs.
+    """The part of ExtTrainer that runs the epochs."""
 
-    Attributes:
-        first_step_of_epoch: ``global_step`` with which the running epoch began.
-    """
-
-    first_step_of_epoch = 0
-
+    first_step_of_epoch = 0  # ``global_step`` with which the running epoch began
     _epoch_score: float | None = None  # of the epoch that ends
     _stop: StopRequest | None = None
 
@@ -177,7 +172,8 @@ class LoopTrainer(CheckpointTrainer):
             while len(outputs) < total:
                 self._stop_if_requested(outputs)
                 outputs.append(self.train_step(self._next_batch(self.dataloader_train, outputs)))
-                bar.update(1, loss=float(outputs[-1]["loss"]))
+                bar.set_postfix(loss=float(outputs[-1]["loss"]), refresh=False)
+                bar.update()
         # a stop during validation resumes at its start, with the random numbers it started with
         state = randomness.get_random_state(self.generator)
         self.on_train_epoch_end(outputs)

@@ -34,8 +34,6 @@ _STOCK = {
 def method_settings_in(plans: dict[str, Any], method: str, model: type[Model]) -> Model:
     """A method's settings from the plans of a model folder, for who knows nothing else: the predictor.
 
-    Keys that this version does not know are passed over with a warning: a newer version wrote them.
-
     Raises:
         ValueError: plans without this package's block, as in nnUNet_preprocessed, or a value that is not valid.
     """
@@ -57,17 +55,14 @@ def merged_over_bases(cls: type, attribute: str) -> dict[str, Any]:
 
 
 class SettingsTrainer(MethodHooks, nnUNetTrainer):
-    """The part of ExtTrainer that knows the settings.
+    """The part of ExtTrainer that knows the settings."""
 
-    Attributes:
-        common_settings: keys without a block; rooms above core offer further ones (parts/settings.py).
-        settings: the resolved settings.
-        generator: the methods' own random stream, on the device, per rank; it leaves nnU-Net's augmentation stream
-            untouched, so runs of one seed see the same batches whatever the method draws.
-    """
-
+    # keys without a block; rooms above core offer further ones (parts/settings.py)
     common_settings: ClassVar[type[ext_settings.CommonSettings]] = ext_settings.CommonSettings
+    # the methods' own random stream, on the device, per rank; it leaves nnU-Net's augmentation stream untouched, so
+    # runs of one seed see the same batches whatever the method draws
     generator: torch.Generator  # -> initialize
+    save_every: int
 
     def __init__(
         self,
@@ -85,7 +80,7 @@ class SettingsTrainer(MethodHooks, nnUNetTrainer):
             )
         self.is_continued = bool(plans.get("continue_training"))
         resolved = resolve(
-            self.settings_model(), trainer_defaults=self.default_settings, plans=plans.get(ext_settings.PLANS_KEY)
+            self.settings_model(), trainer_defaults=self.trainer_defaults(), plans=plans.get(ext_settings.PLANS_KEY)
         )
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
@@ -117,21 +112,21 @@ class SettingsTrainer(MethodHooks, nnUNetTrainer):
         common = [vars(base)["common_settings"] for base in cls.__mro__ if "common_settings" in vars(base)]
         return ext_settings.settings_model(cls.__name__, merged_over_bases(cls, "method_settings"), common)
 
+    @classmethod
+    def trainer_defaults(cls) -> dict[str, Any]:
+        """``default_settings`` of this trainer and of all that it inherits from."""
+        return merged_over_bases(cls, "default_settings")
+
     def _apply_settings(self, resolved: Resolved) -> None:
         s = resolved.settings
         self.resolved, self.settings = resolved, s
-        self.num_epochs = s.num_epochs
-        self.num_iterations_per_epoch = s.num_iterations_per_epoch
-        self.num_val_iterations_per_epoch = s.num_val_iterations_per_epoch
-        self.initial_lr = s.initial_lr
-        self.weight_decay = s.weight_decay
-        self.save_every = s.save_every
         plans = self.plans_manager.plans
-        if not self.was_initialized:  # initialize() spreads both over the DDP ranks
-            self.oversample_foreground_percent = s.oversample_foreground_percent
-            if s.batch_size is not None:
-                plans["configurations"][self.configuration_name]["batch_size"] = s.batch_size
-                self.configuration_manager.configuration["batch_size"] = s.batch_size
+        for key in _STOCK:  # initialize() spreads the percentage and the batch size over the DDP ranks
+            if key != "oversample_foreground_percent" or not self.was_initialized:
+                setattr(self, key, getattr(s, key))
+        if not self.was_initialized and s.batch_size is not None:
+            plans["configurations"][self.configuration_name]["batch_size"] = s.batch_size
+            self.configuration_manager.configuration["batch_size"] = s.batch_size
         # build_network_architecture is called on the class by the predictor, which knows the plans and nothing else
         plans[ext_settings.PLANS_KEY] = s.model_dump(mode="json")
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from nnunetv2_ext.core.checkpoint import unwrap
+from nnunetv2_ext.core.checkpoint import first_difference, unwrap
 
 
 def require_own_parameters(modules: Mapping[str, nn.Module], network: nn.Module, owner: str) -> None:
@@ -67,23 +66,14 @@ def load_states(modules: Mapping[str, nn.Module], states: Mapping[str, Mapping[s
     """
     said = [f"WARNING: the checkpoint has no {name!r}, it starts fresh" for name in modules if name not in states]
     said += [f"WARNING: the checkpoint's {name!r} is not used any more" for name in states if name not in modules]
-    for name, module in modules.items():
-        state = states.get(name)
-        if state is None:
+    for name, state in states.items():
+        if (module := modules.get(name)) is None:
             continue
-        ours = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-        theirs = {key: tuple(value.shape) for key, value in state.items()}
-        for key in [*ours, *theirs]:
-            if ours.get(key) != theirs.get(key):
-                raise ValueError(
-                    f"{owner}: {name!r} of the checkpoint is another module: {key} is {theirs.get(key, 'missing')} "
-                    f"there and {ours.get(key, 'missing')} here; continue with the settings it was trained with, or "
-                    "start a new training without --c"
-                )
+        if difference := first_difference(module.state_dict(), state):
+            key, here, there = difference
+            raise ValueError(
+                f"{owner}: {name!r} of the checkpoint is another module: {key} is {there} there and {here} here; "
+                "continue with the settings it was trained with, or start a new training without --c"
+            )
         module.load_state_dict(state)
     return said
-
-
-def states_of(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
-    """What a checkpoint has to hold."""
-    return {name: module.state_dict() for name, module in modules.items()}

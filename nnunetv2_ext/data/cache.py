@@ -8,7 +8,6 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +15,8 @@ from nnunetv2_ext.core.files import atomic_write, atomic_write_text, require_wri
 
 T = TypeVar("T")
 
-_UNWRITABLE: set[Path] = set()  # roots, in this process
+# of roots that cannot be written, in this process; deleted at its end
+_INSTEAD: dict[Path, tempfile.TemporaryDirectory] = {}
 
 
 class CaseCache:
@@ -27,9 +27,8 @@ class CaseCache:
 
     Args:
         root: Outside of nnU-Net's configuration folders, where further files are errors.
-        kind: What is kept, as a file name.
+        kind, ending: Of the file names.
         parameters: What all entries depend on; JSON-serialisable, and kept readable in ``key.json``.
-        ending: Of the files.
         log: Gets the line about a folder that cannot be written.
     """
 
@@ -42,13 +41,11 @@ class CaseCache:
     def read(self, case: str, state: Any, load: Callable[[Path], T]) -> T | None:
         """``load(file)`` of an entry; None if there is none for this state, or `load` fails because it is damaged.
 
-        Args:
-            case: Its name.
-            state: What its entry is computed from (`Preprocessed.file_state`); JSON-serialisable.
-            load: Reads a file.
+        `state` is what the entry is computed from (`Preprocessed.file_state`); JSON-serialisable.
         """
-        for folder in (self.folder, *([self._spare()] if self.folder.parent in _UNWRITABLE else [])):
-            file = folder / self._name(case, state)
+        instead = _INSTEAD.get(self.folder.parent)
+        for root in (self.folder.parent, *([instead.name] if instead else [])):
+            file = Path(root) / self.folder.name / self._name(case, state)
             if file.is_file():
                 with suppress(Exception):  # every format has its own errors for a damaged file
                     return load(file)
@@ -57,14 +54,14 @@ class CaseCache:
     def write(self, case: str, state: Any, content: bytes) -> Path:
         """Keep an entry, instead of older ones of the case; the file it is in now."""
         root = self.folder.parent
-        if root not in _UNWRITABLE:
+        if root not in _INSTEAD:
             try:
                 return self._write(self.folder, case, state, content)
             except (OSError, ValueError) as error:
-                _UNWRITABLE.add(root)
+                _INSTEAD[root] = tempfile.TemporaryDirectory(prefix="nnunetv2_ext_cache_", ignore_cleanup_errors=True)
                 cause = error.strerror if isinstance(error, OSError) else str(error).partition(";")[0]
                 self._log(f"What is computed of the cases is computed again next time: not kept in {root} ({cause})")
-        return self._write(self._spare(), case, state, content)
+        return self._write(Path(_INSTEAD[root].name) / self.folder.name, case, state, content)
 
     def _write(self, folder: Path, case: str, state: Any, content: bytes) -> Path:
         if not (folder / "key.json").is_file():
@@ -82,15 +79,6 @@ class CaseCache:
 
     def _name(self, case: str, state: Any) -> str:
         return f"{case}.{digest(state)}{self._ending}"
-
-    def _spare(self) -> Path:
-        return Path(_temporary_folder().name) / self.folder.name
-
-
-@cache
-def _temporary_folder() -> tempfile.TemporaryDirectory:
-    """Of this process, deleted at its end."""
-    return tempfile.TemporaryDirectory(prefix="nnunetv2_ext_cache_", ignore_cleanup_errors=True)
 
 
 def digest(value: Any) -> str:

@@ -16,27 +16,18 @@ _OF_A_VOXEL = 0.01  # origins further apart than this share of a voxel differ
 
 
 class Volume(NamedTuple):
-    """Where the voxels of a file lie.
+    """Where the voxels of a file lie."""
 
-    Attributes:
-        name: what the file is, for messages (``label``).
-        shape: (X, Y, Z) in array order.
-        properties: as nnU-Net's reader returns them.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    properties: Mapping[str, Any]
+    name: str  # what the file is, for messages
+    shape: tuple[int, ...]  # (X, Y, Z) in array order
+    properties: Mapping[str, Any]  # as nnU-Net's reader returns them
 
 
 @lru_cache(maxsize=4)
 def find_reader(ending: str, name: str | None, example: Path) -> Any:
-    """nnU-Net's reader for a dataset.
+    """nnU-Net's reader for dataset.json's ``file_ending`` and ``overwrite_image_reader_writer`` (None: it has none).
 
-    Args:
-        ending: dataset.json's ``file_ending``.
-        name: dataset.json's ``overwrite_image_reader_writer``, None if it has none.
-        example: an image or label, which decides between readers of one ending (2-D and 3-D .tif).
+    `example` is an image or label, which decides between readers of one ending (2-D and 3-D .tif).
 
     Raises:
         ValueError: nnU-Net has none for this ending.
@@ -44,25 +35,19 @@ def find_reader(ending: str, name: str | None, example: Path) -> Any:
     from nnunetv2.imageio import reader_writer_registry as registry
 
     dataset_json = {"file_ending": ending, **({"overwrite_image_reader_writer": name} if name else {})}
-    try:
-        # nnU-Net prints a traceback for each reader that cannot
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            found = registry.determine_reader_writer_from_dataset_json(dataset_json, str(example), verbose=False)
-    except RuntimeError:  # damaged or missing: whoever reads it with any reader says so, and which case it is
+    # without the example if it is damaged or missing: whoever reads it with any reader says so, and which case it is
+    for file in (str(example), None):
         try:
-            found = registry.determine_reader_writer_from_dataset_json(dataset_json, None, verbose=False)
+            # nnU-Net prints a traceback for each reader that cannot
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                return registry.determine_reader_writer_from_dataset_json(dataset_json, file, verbose=False)()
         except RuntimeError as error:
-            raise ValueError(f"nnU-Net cannot read files that end in {ending!r} ({error})") from error
-    return found()
+            cause = error
+    raise ValueError(f"nnU-Net cannot read files that end in {ending!r} ({cause})") from cause
 
 
 def read_image(case: str, files: Sequence[str | Path], reader: Any) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-    """The channels of a case, ``(C, X, Y, Z)`` in array order, and the properties of the first file.
-
-    Args:
-        case: its name.
-        files: one per channel.
-        reader: nnU-Net's.
+    """The channels of a case (a file each), ``(C, X, Y, Z)`` in array order, and the properties of the first file.
 
     Raises:
         ValueError: a file is missing or damaged, channels lie on different grids, or a value is NaN or infinite.
@@ -85,13 +70,7 @@ def read_image(case: str, files: Sequence[str | Path], reader: Any) -> tuple[npt
 def read_label_map(
     case: str, file: str | Path, reader: Any, what: str = "label"
 ) -> tuple[npt.NDArray[np.int32], dict[str, Any]]:
-    """A label map, ``(X, Y, Z)`` in array order, and the file's properties.
-
-    Args:
-        case: its name.
-        file: the label map.
-        reader: nnU-Net's.
-        what: the file is, for messages.
+    """A label map, ``(X, Y, Z)`` in array order, and the file's properties; messages call the file `what`.
 
     Raises:
         ValueError: it is missing or damaged, has several channels, or holds fractions.
@@ -123,12 +102,8 @@ def difference(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
     """Both values of ``spacing``, ``direction`` or ``origin`` if they differ; None also where a file has none."""
     smallest = spacing_of(theirs).min()
-    get, tolerance = {
-        "spacing": (spacing_of, 1e-3 * smallest),
-        "direction": (_direction, 1e-3),
-        "origin": (_origin, _OF_A_VOXEL * smallest),
-    }[what]
-    here, there = get(ours), get(theirs)
+    tolerance = {"spacing": 1e-3 * smallest, "direction": 1e-3, "origin": _OF_A_VOXEL * smallest}[what]
+    here, there = (spacing_of(p) if what == "spacing" else _placement(p)[what] for p in (ours, theirs))
     if here is None or there is None or (here.shape == there.shape and np.abs(here - there).max() <= tolerance):
         return None
     return here, there
@@ -160,20 +135,11 @@ def _read(case: str, what: str, file: str | Path, read: Any, argument: Any) -> t
         raise ValueError(f"case {case}: the {what} {file} cannot be read ({reason})") from error
 
 
-def _origin(properties: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
-    if "sitk_stuff" in properties:
-        return np.asarray(properties["sitk_stuff"]["origin"], dtype=float)
-    affine = _affine(properties)
-    return None if affine is None else affine[:3, 3]
-
-
-def _direction(properties: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
-    if "sitk_stuff" in properties:
-        return np.asarray(properties["sitk_stuff"]["direction"], dtype=float)
-    affine = _affine(properties)
-    return None if affine is None else affine[:3, :3].ravel() / np.abs(affine[:3, :3]).max()
-
-
-def _affine(properties: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
-    stuff = properties.get("nibabel_stuff")
-    return None if stuff is None else np.asarray(stuff["original_affine"], dtype=float)
+def _placement(properties: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float64] | None]:
+    """``direction`` and ``origin``; None where the file has none."""
+    if (stuff := properties.get("sitk_stuff")) is not None:
+        return {what: np.asarray(stuff[what], dtype=float) for what in ("direction", "origin")}
+    if (stuff := properties.get("nibabel_stuff")) is None:
+        return {"direction": None, "origin": None}
+    affine = np.asarray(stuff["original_affine"], dtype=float)
+    return {"direction": affine[:3, :3].ravel() / np.abs(affine[:3, :3]).max(), "origin": affine[:3, 3]}

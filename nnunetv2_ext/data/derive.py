@@ -13,16 +13,14 @@ from typing import Any
 
 from nnunetv2_ext.core.files import atomic_write_text, require_writable
 from nnunetv2_ext.data.find import RAW, nnunet_folder
-from nnunetv2_ext.data.raw import Array, RawDataset, require_free_id
+from nnunetv2_ext.data.raw import RawDataset, require_free_id
 
 DENSE = "labelsTr_dense"  # for evaluation only: nothing that trains opens it
 
 
 @contextmanager
 def new_dataset(source: RawDataset, target_id: int) -> Iterator[Path]:
-    """A folder to fill, which becomes ``DatasetXXX_<name of source>`` at the end of the block, or vanishes on error.
-
-    The block's value is the hidden folder; `final_folder` tells its later place.
+    """A hidden folder to fill, which becomes `final_folder` at the end of the block, or vanishes on error.
 
     Raises:
         ValueError: the id is taken, or nnUNet_raw cannot be written.
@@ -65,7 +63,7 @@ def link_images(source: RawDataset, case: str, folder: Path) -> None:
             )
         link_file(file, folder / f"{case}_{channel:04d}{ending}")
     first = str(source.files[case]["images"][0])
-    _link_if_there(Path(first[: -len(f"_0000{source.ending_of(first)}")] + ".json"), folder / f"{case}.json")
+    _link_spacing(first[: -len(f"_0000{source.ending_of(first)}")], case, folder)
 
 
 def link_label(source: RawDataset, case: str, folder: Path) -> None:
@@ -73,12 +71,7 @@ def link_label(source: RawDataset, case: str, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     label = str(source.files[case]["label"])
     link_file(label, folder / f"{case}{source.ending}")
-    _link_if_there(Path(label.removesuffix(source.ending) + ".json"), folder / f"{case}.json")
-
-
-def write_label(source: RawDataset, case: str, label: Array, properties: dict[str, Any], folder: Path) -> None:
-    """Write a training label with the geometry of the source's file."""
-    source.reader.write_seg(label, str(folder / f"{case}{source.ending}"), properties)
+    _link_spacing(label.removesuffix(source.ending), case, folder)
 
 
 def link_folder(origin: Path, folder: Path) -> None:
@@ -117,6 +110,6 @@ def write_json(source: RawDataset, target_id: int, folder: Path, cases: Sequence
     atomic_write_text(folder / "dataset.json", json.dumps(content, indent=2) + "\n")
 
 
-def _link_if_there(origin: Path, target: Path) -> None:
-    if origin.is_file():
-        link_file(origin, target)
+def _link_spacing(stem: str, case: str, folder: Path) -> None:
+    if os.path.isfile(f"{stem}.json"):
+        link_file(f"{stem}.json", folder / f"{case}.json")

@@ -95,14 +95,9 @@ def _datasets_in(root: Path) -> str:
 
 @dataclass(frozen=True)
 class Model:
-    """A result folder.
+    """A result folder."""
 
-    Attributes:
-        folder: ``TRAINER__PLANS__CONFIGURATION``.
-        trainer, plans, configuration: the parts of its name.
-    """
-
-    folder: Path
+    folder: Path  # TRAINER__PLANS__CONFIGURATION
     trainer: str
     plans: str
     configuration: str

@@ -19,6 +19,7 @@ from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2_ext.core.files import atomic_write_text, read_json
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.data.find import PREPROCESSED, nnunet_folder
+from nnunetv2_ext.data.preprocessed import plans_files_in
 from nnunetv2_ext.data.raw import RawDataset, open_raw
 
 PROPERTIES = "foreground_intensity_properties_per_channel"
@@ -41,7 +42,7 @@ def fix_fingerprint(dataset: int | str, say: Callable[[str], None] = print) -> b
         raise ValueError(f"{raw.name} has no ignore label: its fingerprint is right as nnU-Net made it")
     base = nnunet_folder(PREPROCESSED) / raw.name
     fingerprint_file = base / "dataset_fingerprint.json"
-    plans_files = _plans_files(base)
+    plans_files = plans_files_in(base)
     if not (fingerprint_file.is_file() and plans_files):
         raise ValueError(
             f"{raw.name} has not been planned: run nnUNetv2_plan_and_preprocess -d {raw.name} --no_pp first"
@@ -53,25 +54,23 @@ def fix_fingerprint(dataset: int | str, say: Callable[[str], None] = print) -> b
     mark |= {_STAMP: _first_corrected(fingerprint_file, properties) or time.time()}
     for file in (fingerprint_file, *plans_files):
         content = _read(file)
-        before = content[PROPERTIES]
         mark_of_file = mark | {_STAMP: _first_corrected(file, properties) or mark[_STAMP]}
         atomic_write_text(file, json.dumps(content | {PROPERTIES: properties, MARK: mark_of_file}, indent=4) + "\n")
         for channel, new in properties.items():
-            old = before.get(channel, {})
+            old = content[PROPERTIES].get(channel, {})
             say(
                 f"{file.name}  channel {channel}: percentiles 0.5 and 99.5 {_range(old)} -> {_range(new)}, "
                 f"mean {old.get('mean', np.nan):.1f} -> {new['mean']:.1f}, "
                 f"std {old.get('std', np.nan):.1f} -> {new['std']:.1f}"
             )
-    all_plans = [_read(file) for file in plans_files]
     folders = {
         base / c["data_identifier"]: plans
-        for plans in all_plans
+        for plans in map(_read, plans_files)
         for c in plans["configurations"].values()
         if "data_identifier" in c
     }
-    for folder, plans in sorted(folders.items(), key=lambda item: item[0]):
-        for line in stale_intensities(plans, base, folder):
+    for folder in sorted(folders):
+        for line in stale_intensities(folders[folder], base, folder):
             say(line)
     return True
 
@@ -87,18 +86,14 @@ def measure_intensities(raw: RawDataset) -> tuple[dict[str, dict[str, float]], d
     assert raw.ignore is not None
     samples: list[list[np.ndarray]] = []
     per_case = max(1, _MAX_VOXELS // len(raw.cases))
-    with progress_bar(raw.cases, "reading intensities") as bar:
-        for case in raw.cases:
-            label, _ = raw.read_label(case)
-            if ((label > 0) & (label != raw.ignore)).any():
-                images, label, _ = raw.read_case(case)
-                label[label == raw.ignore] = 0
-                images, cropped, _ = crop_to_nonzero(images, label[None])
-                drawn, _ = DatasetFingerprintExtractor.collect_foreground_intensities(
-                    cropped, images, num_samples=per_case
-                )
-                samples.append([np.asarray(d) for d in drawn])
-            bar.update()
+    for case in progress_bar(raw.cases, "reading intensities"):
+        label, _ = raw.read_label(case)
+        if ((label > 0) & (label != raw.ignore)).any():
+            images, label, _ = raw.read_case(case)
+            label[label == raw.ignore] = 0
+            images, cropped, _ = crop_to_nonzero(images, label[None])
+            draw = DatasetFingerprintExtractor.collect_foreground_intensities
+            samples.append([np.asarray(d) for d in draw(cropped, images, num_samples=per_case)[0]])
     if not any(len(s[0]) for s in samples):
         raise ValueError(f"no case of {raw.name} has annotated foreground: label some planes through the objects first")
     channels = [np.concatenate(parts) for parts in zip(*samples)]
@@ -117,9 +112,7 @@ def uses_ct(plans: Mapping[str, Any]) -> bool:
 def needs_fix(plans: Mapping[str, Any], dataset_folder: Path) -> bool:
     """Whether plans of a sparse dataset normalise CT by intensities that count ignored voxels as foreground.
 
-    Args:
-        plans: Of a dataset with an ignore label.
-        dataset_folder: ``nnUNet_preprocessed/<Dataset>``; planning again after the correction copies its fingerprint.
+    Planning again after the correction copies the fingerprint in `dataset_folder` (``nnUNet_preprocessed/<Dataset>``).
     """
     if not uses_ct(plans) or MARK in plans:
         return False
@@ -129,12 +122,7 @@ def needs_fix(plans: Mapping[str, Any], dataset_folder: Path) -> bool:
 
 
 def stale_intensities(plans: Mapping[str, Any], dataset_folder: Path, folder: Path) -> list[str]:
-    """The warning for a dataset that `needs_fix`, or whose data were preprocessed before it was corrected.
-
-    Args:
-        plans, dataset_folder: as of `needs_fix`.
-        folder: of the preprocessed configuration.
-    """
+    """The warning for a dataset that `needs_fix`, or that was preprocessed to `folder` before it was corrected."""
     if needs_fix(plans, dataset_folder):
         return [
             "WARNING: these plans normalise CT by intensities of the whole image, because nnU-Net's fingerprint counts "
@@ -145,7 +133,9 @@ def stale_intensities(plans: Mapping[str, Any], dataset_folder: Path, folder: Pa
         return []
     # plans that were made again from the corrected fingerprint have no mark of their own
     mark = plans.get(MARK) or _read(dataset_folder / "dataset_fingerprint.json").get(MARK, {})
-    times = {file.name: file.stat().st_mtime for file in folder.glob("*") if _is_image(file)}
+    # nnU-Net writes these whenever it preprocesses a case; the .npy files are unpacked in trainings
+    images = (f for f in folder.glob("*") if f.suffix in (".b2nd", ".npz") and not f.name.endswith("_seg.b2nd"))
+    times = {file.name: file.stat().st_mtime for file in images}
     older = sorted(name for name, seconds in times.items() if seconds < mark.get(_STAMP, 0))
     if not older:
         return []
@@ -162,27 +152,16 @@ def _first_corrected(file: Path, properties: Mapping[str, Any]) -> float | None:
     return content.get(MARK, {}).get(_STAMP) if content[PROPERTIES] == properties else None
 
 
-def _is_image(file: Path) -> bool:
-    """Whether nnU-Net writes `file` whenever it preprocesses a case; the .npy files are unpacked in trainings."""
-    return file.suffix in (".b2nd", ".npz") and not file.name.endswith("_seg.b2nd")
-
-
 def _statistics(values: np.ndarray) -> dict[str, float]:
     low, median, high = np.percentile(values, (0.5, 50.0, 99.5))
-    return {
-        "mean": float(np.mean(values)),
-        "median": float(median),
-        "std": float(np.std(values)),
-        "min": float(np.min(values)),
-        "max": float(np.max(values)),
-        "percentile_99_5": float(high),
-        "percentile_00_5": float(low),
+    of_all = {
+        "mean": np.mean(values),
+        "median": median,
+        "std": np.std(values),
+        "min": values.min(),
+        "max": values.max(),
     }
-
-
-def _plans_files(base: Path) -> list[Path]:
-    """All plans of a preprocessed dataset."""
-    return [file for file in sorted(base.glob("*.json")) if "plans_name" in _read(file)]
+    return {name: float(v) for name, v in (of_all | {"percentile_99_5": high, "percentile_00_5": low}).items()}
 
 
 def _read(file: Path) -> dict[str, Any]:

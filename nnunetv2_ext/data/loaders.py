@@ -76,13 +76,12 @@ class _Tracked:
         whole = transforms.transforms if isinstance(transforms, ComposeTransforms) else [transforms]
         self.steps: list[BasicTransform] = [step for step in whole if step is not None]
         self.matrices: list[np.ndarray] = []
-        for step in self.steps:
-            if isinstance(step, (SpatialTransform, MirrorTransform)):
-                continue
-            unknown = next((t for t in _inside(step) if _moves_voxels(t)), None)
-            if unknown is not None:
+        others = [step for step in self.steps if not isinstance(step, (SpatialTransform, MirrorTransform))]
+        for inner in (t for step in others for t in _inside(step)):
+            spatial = type(inner).__module__.startswith("batchgeneratorsv2.transforms.spatial.")
+            if spatial and not isinstance(inner, SimulateLowResolutionTransform):  # which moves no voxel
                 raise ValueError(
-                    f"where a patch comes from cannot be told after {type(unknown).__name__}: leave it out of the "
+                    f"where a patch comes from cannot be told after {type(inner).__name__}: leave it out of the "
                     "augmentation, or build the loader with with_matrices=False, for the boxes alone"
                 )
 
@@ -127,8 +126,7 @@ def _mirror(drawn: dict[str, Any], shape: Sequence[int]) -> np.ndarray:
 def _among_three_axes(matrix: np.ndarray) -> np.ndarray:
     """(4, 4); a transform in two dimensions leaves the first axis alone (2-D configurations, dummy 2-D)."""
     whole = np.eye(4)
-    missing = 4 - len(matrix)
-    whole[missing:, missing:] = matrix
+    whole[-len(matrix) :, -len(matrix) :] = matrix
     return whole
 
 
@@ -139,8 +137,3 @@ def _inside(transform: Any) -> Iterator[BasicTransform]:
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, BasicTransform):
                 yield from _inside(item)
-
-
-def _moves_voxels(transform: BasicTransform) -> bool:
-    spatial = type(transform).__module__.startswith("batchgeneratorsv2.transforms.spatial.")
-    return spatial and not isinstance(transform, SimulateLowResolutionTransform)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,20 +32,12 @@ _PREPROCESSING = (
 
 @dataclass(frozen=True)
 class Preprocessed:
-    """A preprocessed configuration.
+    """A preprocessed configuration."""
 
-    Attributes:
-        base: nnUNet_preprocessed/DatasetXXX_name.
-        plans: nnU-Net's.
-        configuration: nnU-Net's.
-        configuration_name: ``3d_fullres``.
-        dataset_json: of the dataset.
-    """
-
-    base: Path
+    base: Path  # nnUNet_preprocessed/DatasetXXX_name
     plans: PlansManager
     configuration: ConfigurationManager
-    configuration_name: str
+    configuration_name: str  # 3d_fullres
     dataset_json: dict[str, Any]
 
     @property
@@ -122,20 +113,19 @@ def plans_key(plans_name: str, configuration: Mapping[str, Any]) -> dict[str, An
 
 def file_stamp(file: Path) -> list[int]:
     """Size, and time of the last change in nanoseconds."""
-    status = os.stat(file)
+    status = file.stat()
     return [status.st_size, status.st_mtime_ns]
+
+
+def plans_files_in(base: Path) -> list[Path]:
+    """All plans of a preprocessed dataset."""
+    return [file for file in sorted(base.glob("*.json")) if "plans_name" in read_json(file)]
 
 
 def open_preprocessed(
     dataset: int | str, configuration: str, plans_name: str = "nnUNetPlans", files: bool = True
 ) -> Preprocessed:
-    """What nnU-Net preprocessed of a dataset, by id or name, for a configuration.
-
-    Args:
-        dataset: Id or name.
-        configuration: Of the plans.
-        plans_name: File of the plans without ``.json``.
-        files: Whether the configuration's folder must be there.
+    """What nnU-Net preprocessed of a dataset, by id or name, for a configuration; `files`: its folder must be there.
 
     Raises:
         ValueError: the dataset, its plans, the configuration or the files are missing; says what there is instead.
@@ -144,7 +134,7 @@ def open_preprocessed(
     remedy = f"run nnUNetv2_plan_and_preprocess -d {dataset} -c {configuration}"
     file = base / f"{plans_name}.json"
     if not file.is_file():
-        names = [p.stem for p in sorted(base.glob("*.json")) if "plans_name" in read_json(p)]
+        names = [plans.stem for plans in plans_files_in(base)]
         raise ValueError(f"there are no plans {plans_name} in {base} (-p takes {', '.join(names) or 'none'}): {remedy}")
     plans = PlansManager(read_json(file))
     if configuration not in plans.available_configurations:

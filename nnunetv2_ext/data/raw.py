@@ -104,7 +104,7 @@ class RawDataset:
 
 
 class Grid(NamedTuple):
-    """Geometry of one case in the reader's array order."""
+    """Geometry of a case in the reader's array order."""
 
     spacing: tuple[float, ...]  # mm
     box: tuple[slice, ...]  # nnU-Net's non-zero crop
@@ -121,10 +121,6 @@ class Target(NamedTuple):
     spacing: tuple[float, ...]  # mm
     source: str  # where it is known from
 
-    def provenance(self) -> dict[str, Any]:
-        """For dataset.json."""
-        return {"target_spacing": list(self.spacing), "target_spacing_from": self.source}
-
 
 def open_raw(dataset: int | str) -> RawDataset:
     """The dataset with this id or name in nnUNet_raw; every labelled case has its files.
@@ -137,9 +133,7 @@ def open_raw(dataset: int | str) -> RawDataset:
     try:
         content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         files = get_filenames_of_train_images_and_targets(str(folder), content)
-        first = next(iter(files.values()))["images"][0]
-        ending = content["file_ending"]
-        labels = content["labels"]
+        first, ending, labels = next(iter(files.values()))["images"][0], content["file_ending"], content["labels"]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
         raise ValueError(
             f"{folder} is not a complete raw dataset ({type(error).__name__}: {error}); it needs dataset.json, "
@@ -184,9 +178,8 @@ def require_consecutive_labels(labels: Mapping[str, Any], name: str) -> None:
     try:
         values = sorted(declared_values(labels))
     except (TypeError, ValueError, AttributeError):
-        raise ValueError(
-            f"the labels of {name} are not names with integers: correct 'labels' in dataset.json"
-        ) from None
+        cause = f"the labels of {name} are not names with integers"
+        raise ValueError(f"{cause}: correct 'labels' in dataset.json") from None
     if values != list(range(len(values))):
         raise ValueError(
             f"the labels of {name} are {', '.join(map(str, values))}, but nnU-Net needs consecutive integers from 0: "
@@ -230,13 +223,10 @@ def measure(dataset: RawDataset, case: str) -> Grid:
 def target_grids(
     dataset: RawDataset, cases: Sequence[str], plans: str | None, configuration: str
 ) -> tuple[dict[str, Grid], Target]:
-    """The grid of each case, and the spacing it will be resampled to.
+    """The grid of each training case, and the spacing it will be resampled to.
 
-    Args:
-        dataset: Of the cases.
-        cases: All training cases: nnU-Net chooses the spacing from them.
-        plans: Plans of this dataset to read the spacing from, if they exist; else it is estimated.
-        configuration: 3-D configuration of the plans.
+    The spacing is that of the dataset's `plans` and their `configuration` if they exist, else what nnU-Net will choose
+    from all training cases.
 
     Raises:
         ValueError: a case is 2-D, or the configuration is not 3d_fullres and there are no plans that tell its spacing.
@@ -247,11 +237,7 @@ def target_grids(
             f"the spacing of {configuration} is known from plans only, and {dataset.name} has no plans "
             f"{plans or ''}: run nnUNetv2_plan_experiment -d {dataset.name} and name them with -p"
         )
-    grids = {}
-    with progress_bar(cases, "reading images") as bar:
-        for case in cases:
-            grids[case] = measure(dataset, case)
-            bar.update()
+    grids = {case: measure(dataset, case) for case in progress_bar(cases, "reading images")}
     if planned is not None:
         return grids, Target(planned, f"{plans}, {configuration} of {dataset.name}")
     return grids, Target(estimated_spacing(list(grids.values())), "nnU-Net's rule for 3d_fullres")
@@ -263,21 +249,19 @@ def planned_spacing(dataset_name: str, plans_name: str, configuration: str) -> t
     Raises:
         ValueError: the plans lack the configuration, or it is 2-D.
     """
-    root = os.environ.get(PREPROCESSED)
-    file = Path(root or ".") / dataset_name / f"{plans_name}.json"
-    if not root or not file.is_file():
+    file = Path(os.environ.get(PREPROCESSED, "")) / dataset_name / f"{plans_name}.json"
+    if not os.environ.get(PREPROCESSED) or not file.is_file():
         return None
     plans = read_json(file)
-    block = plans["configurations"].get(configuration)
-    while block is not None and "spacing" not in block and "inherits_from" in block:
-        block = plans["configurations"].get(block["inherits_from"])
-    spacing = None if block is None else block.get("spacing")
-    if spacing is None or len(spacing) != 3:
+    known = plans["configurations"]
+    block = known.get(configuration) or {}
+    while "spacing" not in block and "inherits_from" in block:
+        block = known.get(block["inherits_from"]) or {}
+    if len(block.get("spacing", ())) != 3:
         raise ValueError(
-            f"{file.name} of {dataset_name} has no 3-D configuration {configuration!r} "
-            f"(it has {', '.join(plans['configurations'])})"
+            f"{file.name} of {dataset_name} has no 3-D configuration {configuration!r} (it has {', '.join(known)})"
         )
-    return tuple(float(spacing[i]) for i in plans["transpose_backward"])
+    return tuple(float(block["spacing"][i]) for i in plans["transpose_backward"])
 
 
 def estimated_spacing(grids: Sequence[Grid]) -> tuple[float, ...]:
@@ -290,7 +274,7 @@ def estimated_spacing(grids: Sequence[Grid]) -> tuple[float, ...]:
     planner.overwrite_target_spacing = None
     planner.anisotropy_threshold = ANISO_THRESHOLD
     planner.dataset_fingerprint = {
-        "spacings": [grid.spacing for grid in grids],
-        "shapes_after_crop": [grid.shape for grid in grids],
+        "spacings": [g.spacing for g in grids],
+        "shapes_after_crop": [g.shape for g in grids],
     }
     return tuple(float(s) for s in planner.determine_fullres_target_spacing())

@@ -11,7 +11,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunetv2_ext.core.files import atomic_write_text, require_writable
 from nnunetv2_ext.data.find import PREPROCESSED, nnunet_folder
-from nnunetv2_ext.data.subjects import pairs_suggested
+from nnunetv2_ext.data.subjects import members_of, pairs_suggested
 
 Split = dict[str, list[str]]
 
@@ -21,12 +21,11 @@ _SEED = 12345  # nnU-Net's, so that a fully labelled dataset is split as nnU-Net
 def labelled_splits(
     labelled: Collection[str], unlabelled: Collection[str] = (), subjects: Mapping[str, str] | None = None
 ) -> list[Split]:
-    """Folds over min(5, number of labelled subjects) parts of the labelled cases.
+    """Folds over min(5, number of labelled subjects) parts of the labelled cases (those with any annotation).
 
     Args:
-        labelled: Cases with any annotation.
-        unlabelled: Cases without; they are in every fold's training part, except that with `subjects` those of a
-            subject that validates stay out of that fold.
+        labelled, unlabelled: Cases. Unlabelled ones are in every fold's training part, except that with `subjects`
+            those of a subject that validates stay out of that fold.
         subjects: Case to subject; None makes every case its own.
 
     Returns:
@@ -35,25 +34,21 @@ def labelled_splits(
     Raises:
         ValueError: fewer than two labelled subjects.
     """
-    group = dict(subjects) if subjects else {}
-    names = sorted({group.get(case, case) for case in labelled})
+    group = subjects or {}
+    names = list(members_of(labelled, subjects))
     if len(names) < 2:
         unit = "subject has" if subjects else "case has"
         raise ValueError(
             f"only {len(names)} {unit} annotations, which cannot be split into training and validation: "
             + ("train with fold 'all'" if names else "annotate some planes first")
         )
-    splits = []
-    for part in generate_crossval_split(names, _SEED, min(5, len(names))):
-        held_out = {str(name) for name in part["val"]}
-        every = [*labelled, *unlabelled]
-        splits.append(
-            {
-                "train": sorted(case for case in every if group.get(case, case) not in held_out),
-                "val": sorted(case for case in labelled if group.get(case, case) in held_out),
-            }
-        )
-    return splits
+    return [
+        {
+            "train": sorted(case for case in (*labelled, *unlabelled) if group.get(case, case) not in held_out),
+            "val": sorted(case for case in labelled if group.get(case, case) in held_out),
+        }
+        for held_out in (set(part["val"]) for part in generate_crossval_split(names, _SEED, min(5, len(names))))
+    ]
 
 
 def write_split_if_absent(
@@ -80,7 +75,7 @@ def write_split_for(
     """Put the split of a new dataset where nnU-Net will look for it, so that every trainer uses the same one."""
     if subjects is None and (suggested := pairs_suggested({*labelled, *unlabelled})):
         say(f"WARNING: {suggested}. Nothing says so, and folds may divide them: give it as --group-regex")
-    if len({subjects[case] if subjects else case for case in labelled}) < 2:
+    if len(members_of(labelled, subjects)) < 2:
         say("WARNING: one labelled case (or subject) cannot be split: train with fold 'all'")
         return
     if not os.environ.get(PREPROCESSED):
@@ -94,22 +89,15 @@ def write_split_for(
 def clean_fold(
     train: Sequence[str], val: Sequence[str], labelled: Collection[str], warn: Callable[[str], None]
 ) -> tuple[list[str], list[str]]:
-    """A fold of a sparsely labelled dataset: unlabelled cases leave its validation part, with a warning.
-
-    Args:
-        train: Training cases of the fold, unchanged in the result.
-        val: Validation cases.
-        labelled: Cases with any annotation.
-        warn: Gets one line if cases are dropped.
+    """A fold of a sparsely labelled dataset: unlabelled cases leave its validation part, with one line to `warn`.
 
     Raises:
         ValueError: no labelled case is left to train on, or none to validate on.
     """
-    known = set(labelled)
     remedy = "delete splits_final.json, and a split that keeps unlabelled cases out of validation is written"
-    if not known.intersection(train):
+    if not set(labelled).intersection(train):
         raise ValueError(f"none of the {len(train)} training cases of this fold has annotations: {remedy}")
-    kept = [case for case in val if case in known]
+    kept = [case for case in val if case in labelled]
     if val and not kept:
         raise ValueError(f"none of the {len(val)} validation cases of this fold has annotations: {remedy}")
     if len(kept) < len(val):

@@ -7,9 +7,11 @@ import os
 import shutil
 import struct
 import zlib
+from bisect import insort
 from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -47,9 +49,7 @@ class CaseStore:
         for path in self.folder.glob("*.npy"):
             step = path.stem.rpartition(".")[2]
             if step.isdigit():
-                self._steps.setdefault(_case(path), []).append(int(step))
-        for steps in self._steps.values():
-            steps.sort()
+                insort(self._steps.setdefault(_case(path), []), int(step))
 
     def cases(self) -> list[str]:
         """Ids of the cases with an array."""
@@ -57,15 +57,12 @@ class CaseStore:
 
     # ---- what a method calls -----------------------------------------------------------------------------------------
     def read(self, case: str, box: Any = None) -> np.ndarray | None:
-        """The array, or a box of it; None where nothing was written for the case yet.
+        """A copy of the array, or of a box of it; None where nothing was written for the case yet.
 
         Args:
             case: its id.
             box: ``(n, 2)`` first and one past the last index along the last n axes, as ``boxes`` of a
-                `PlacedDataLoader`; it may reach beyond the case.
-
-        Returns:
-            A copy; floats are half precision. Outside the case it holds ``fill``.
+                `PlacedDataLoader`. It may reach beyond the case, where the copy holds ``fill``.
 
         Raises:
             ValueError: the file is damaged, cut short or gone, belongs to another step, or the case has another shape.
@@ -91,16 +88,12 @@ class CaseStore:
         self._require_own_process()
         array = _compact(case, np.asarray(array))
         self._require_shape(case, array.shape, "what is written")
-        self._make_working(case, array.dtype)[...] = array
-        self._working.add(case)
+        self._make_working(case, array.dtype, array)
 
     def update(self, case: str, box: Any, patch: Any) -> None:
         """Replace a box of the array; what lies outside the case is dropped. A new array holds ``fill`` elsewhere.
 
-        Args:
-            case: its id.
-            box: as of `read`.
-            patch: of the box's size along the last axes, and the array's along the ones before.
+        The patch has the size of the box (see `read`) along the last axes, and the array's along the ones before.
 
         Raises:
             ValueError: as `read` and `write`; or the patch does not fit the box.
@@ -108,8 +101,8 @@ class CaseStore:
         """
         self._require_own_process()
         patch = _compact(case, np.asarray(patch))
-        known = case in self._working or case in self._steps
-        old = self._open(case, "r+" if case in self._working else "r") if known else None
+        working = case in self._working
+        old = self._open(case, "r+" if working else "r") if working or case in self._steps else None
         dtype = patch.dtype if old is None else old.dtype
         inside, in_box, size = _cut(tuple(self._shape(case)), box)
         if patch.shape != size or not np.can_cast(patch.dtype, dtype, "same_kind"):
@@ -117,14 +110,9 @@ class CaseStore:
                 f"case {case}: a patch of {_text(patch.shape)} {patch.dtype} does not fit a box of {_text(size)} in "
                 f"the stored {dtype}"
             )
-        array: np.ndarray
-        if old is not None and case in self._working:
-            array = old
-        else:
-            array = self._make_working(case, dtype)
-            array[...] = self._fill if old is None else old
-            self._working.add(case)
-        array[inside] = patch[in_box]
+        if old is None or not working:
+            old = self._make_working(case, dtype, self._fill if old is None else old)
+        old[inside] = patch[in_box]
 
     # ---- what the trainer calls --------------------------------------------------------------------------------------
     def flush(self, step: int) -> None:
@@ -144,15 +132,8 @@ class CaseStore:
             header = io.BytesIO()
             np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
             parts: list[Any] = [header.getvalue(), array.data, _STAMP.pack(_MAGIC, step, first)]
-            checksum = 0
-            for part in parts:
-                checksum = zlib.crc32(part, checksum)
-
-            def seal(file: BinaryIO, parts: Sequence[Any] = (*parts, _CHECKSUM.pack(checksum))) -> None:
-                for part in parts:
-                    file.write(part)
-
-            atomic_write(target, seal)
+            parts.append(_CHECKSUM.pack(reduce(lambda checksum, part: zlib.crc32(part, checksum), parts, 0)))
+            atomic_write(target, lambda file, parts=parts: file.writelines(parts))  # type: ignore[misc]
             self._verified.add(target)
             self._steps[case] = [*(s for s in steps if s != step), step]
             self._working.remove(case)
@@ -206,14 +187,15 @@ class CaseStore:
     def _sealed(self, case: str) -> Path:
         return self.folder / f"{case}.{self._steps[case][-1]}.npy"
 
-    def _make_working(self, case: str, dtype: np.dtype) -> np.ndarray:
-        shape = tuple(self._shape(case))
+    def _make_working(self, case: str, dtype: np.dtype, content: Any) -> np.memmap:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._work_file(case)
-        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        array = np.lib.format.open_memmap(path, "w+", dtype, tuple(self._shape(case)))
         if hasattr(os, "posix_fallocate"):  # a full disk is an error here; found by the memory map, it ends the process
             with path.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+        array[...] = content
+        self._working.add(case)
         return array
 
     def _open(self, case: str, mode: Any = "r") -> np.memmap:
@@ -268,11 +250,10 @@ class CaseStore:
 
 
 def _compare_checksum(path: Path) -> None:
-    checksum, left = 0, path.stat().st_size - _CHECKSUM.size
+    checksum, end = 0, path.stat().st_size - _CHECKSUM.size
     with path.open("rb") as file:
-        while left:
-            chunk = file.read(min(left, _CHUNK))
-            checksum, left = zlib.crc32(chunk, checksum), left - len(chunk)
+        while file.tell() < end:
+            checksum = zlib.crc32(file.read(min(end - file.tell(), _CHUNK)), checksum)
         if _CHECKSUM.pack(checksum) != file.read():
             raise _damaged(path, "its content does not match its checksum")
 

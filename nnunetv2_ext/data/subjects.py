@@ -21,17 +21,11 @@ _CUT = r"(?:[_.-]+|(?<=\d))"  # before such a word
 
 
 class PairsSuggested(NamedTuple):
-    """Names that look as if several cases were of one subject.
+    """Names that look as if several cases were of one subject."""
 
-    Attributes:
-        regex: would group them; finds a subject in every name.
-        subjects: case to subject by that expression.
-        example: two cases that look like one subject.
-    """
-
-    regex: str
-    subjects: dict[str, str]
-    example: tuple[str, str]
+    regex: str  # would group them; finds a subject in every name
+    subjects: dict[str, str]  # case to subject by that expression
+    example: tuple[str, str]  # two cases that look like one subject
 
     def __str__(self) -> str:
         number = len(set(self.subjects.values()))
@@ -44,13 +38,7 @@ class PairsSuggested(NamedTuple):
 def subjects_of_dataset(
     dataset_json: Mapping[str, Any], cases: Iterable[str], regex: str | None = None, table: Path | None = None
 ) -> dict[str, str] | None:
-    """The subject of each case: by `regex` or `table` if one is given, else as dataset.json records it.
-
-    Args:
-        dataset_json: Of the dataset.
-        cases: Case ids.
-        regex: See `subjects_by_regex`.
-        table: See `subjects_from_table`.
+    """The subject of each case: by regular expression or table if one is given, else as dataset.json records it.
 
     Returns:
         Case to subject for all `cases`; one that the record leaves out is its own. None: nothing is known.
@@ -75,12 +63,7 @@ def subjects_by_regex(cases: Iterable[str], regex: str, setting: str = "group_re
     >>> subjects_by_regex(["patient001_frame01", "patient001_frame12"], r"^(patient\d+)")
     {'patient001_frame01': 'patient001', 'patient001_frame12': 'patient001'}
 
-    Args:
-        cases: Case ids.
-        regex: Python's.
-        setting: What the user calls the expression, for the error.
-
-    Raises:
+    Raises (with `setting`, which is what the user calls the expression):
         ValueError: the expression is invalid, or finds no subject in a case, or an empty one.
     """
     try:
@@ -113,11 +96,8 @@ def subjects_from_table(cases: Iterable[str], file: Path) -> dict[str, str]:
     for case in cases:
         subject = content.get(case)
         if isinstance(subject, bool) or not isinstance(subject, (str, int)) or subject == "":
-            missing = case not in content
-            raise ValueError(
-                f"{file} gives no subject for the case {case!r}: "
-                + ("add it" if missing else f"{subject!r} is not a name; write a text")
-            )
+            remedy = f"{subject!r} is not a name; write a text" if case in content else "add it"
+            raise ValueError(f"{file} gives no subject for the case {case!r}: {remedy}")
         subjects[case] = str(subject)
     return subjects
 

@@ -92,7 +92,7 @@ def test_a_fold_without_the_final_checkpoint_is_left_out_of_the_command(model, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "out"], "nowhere is no trained model folder"),
+        (["nowhere", "out"], "nowhere is not a trained model folder"),
         (["MODEL", "."], ". exists; name a folder that does not"),
         (["MODEL", "out", "--weights", "mean"], "no 'mean' weights to export; it has: student, teacher"),
     ],

@@ -210,12 +210,12 @@ def nothing_is_left(folder: Path) -> bool:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda model: shutil.rmtree(model), "no trained model folder.*plans.json, dataset.json missing"),
-        (lambda model: (model / "plans.json").unlink(), "no trained model folder.*plans.json missing"),
-        (lambda model: (model / FINAL).unlink(), r"no trained model folder.*fold_\*/checkpoint_\*\.pth missing"),
+        (lambda model: shutil.rmtree(model), "not a trained model folder.*plans.json, dataset.json missing"),
+        (lambda model: (model / "plans.json").unlink(), "not a trained model folder.*plans.json missing"),
+        (lambda model: (model / FINAL).unlink(), r"not a trained model folder.*fold_\*/checkpoint_\*\.pth missing"),
         (lambda model: (model / FINAL).write_bytes(b"PK"), "checkpoint_final.pth is broken or cut short"),
         (lambda model: (model / FINAL).write_bytes((model / FINAL).read_bytes()[:20000]), "broken or cut short"),
-        (lambda model: torch.save({"weights": 1}, model / FINAL), "is no nnU-Net checkpoint"),
+        (lambda model: torch.save({"weights": 1}, model / FINAL), "is not an nnU-Net checkpoint"),
     ],
     ids=["no folder", "no plans", "no checkpoint", "no zip", "cut short", "another file"],
 )
@@ -287,7 +287,7 @@ def test_a_broken_description_is_named(model, tmp_path, name):
 
 def test_a_model_of_plain_nnunet_needs_no_export(make_trainer, tmp_path):
     folder = save_model(make_trainer(nnUNetTrainer))
-    with pytest.raises(ValueError, match="nnUNetTrainer, which is none of our trainers; there is nothing to export"):
+    with pytest.raises(ValueError, match="nnUNetTrainer, which is not one of our trainers; there is nothing to export"):
         export_model(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -67,7 +67,7 @@ def test_image_alone_is_grey(axes):
 def test_fill_colours_the_labelled_half_only_and_lower_rows_are_below(axes):
     label = np.zeros((8, 8), dtype=int)
     label[:4] = 2
-    draw_slice(axes, np.zeros((8, 8)), label, CLASSES, fill=1.0, contour=False)
+    draw_slice(axes, np.zeros((8, 8)), label, CLASSES, fill=1.0)
     pixels = _pixels(axes)
     expected = np.round(255 * np.array(label_colours(CLASSES)[2]))
     assert np.abs(pixels[75, 50] - expected).max() <= 1  # pixel rows count from the top

@@ -199,7 +199,7 @@ def test_require_writable_names_a_file_in_the_folders_place(tmp_path, below):
     [
         (PermissionError(errno.EACCES, "Permission denied"), "permission denied; give yourself write permission"),
         (OSError(errno.EROFS, "Read-only file system"), "the file system is read-only; mount it for writing"),
-        (OSError(errno.EIO, "Input/output error"), "Input/output error; mend that or choose another folder"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error; fix that or choose another folder"),
     ],
 )
 def test_require_writable_says_cause_and_remedy(tmp_path, monkeypatch, error, words):

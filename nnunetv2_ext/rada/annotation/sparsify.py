@@ -21,7 +21,6 @@ from nnunetv2_ext.data.derive import (
     link_label,
     new_dataset,
     write_json,
-    write_label,
 )
 from nnunetv2_ext.data.raw import RawDataset, Target, measure, open_raw, require_free_id, target_grids
 from nnunetv2_ext.data.split import write_split_for
@@ -87,12 +86,18 @@ def sparsify(source: int | str, target_id: int, options: SparsifyOptions, say: S
 
 
 def thicken_dataset(
-    source: int | str, target_id: int, plans: str = "nnUNetPlans", configuration: str = "3d_fullres", say: Say = print
+    source: int | str,
+    target_id: int,
+    plans: str = "nnUNetPlans",
+    configuration: str = "3d_fullres",
+    subjects: Mapping[str, str] | None = None,
+    say: Say = print,
 ) -> Path:
     """Write a copy of a sparse dataset whose annotated planes survive nnU-Net's resampling; its folder is returned.
 
     Labels without a plane are linked unchanged. The thickness follows the plans of `source` if it has been planned,
-    else nnU-Net's rule for 3d_fullres.
+    else nnU-Net's rule for 3d_fullres. The split keeps `subjects` whole (case to subject; None: those that dataset.json
+    records).
 
     Raises:
         ValueError: the id is taken, the dataset is 2-D, has no ignore label or no annotated plane at all.
@@ -110,7 +115,10 @@ def thicken_dataset(
         return label, properties, planes
 
     block = {**((dataset.json.get(BLOCK) or {}).get("sparsify") or {}), "thickened_from": dataset.name}
-    subjects = recorded_subjects(dataset.json)
+    if subjects is None:
+        subjects = recorded_subjects(dataset.json)
+    else:
+        block["subjects"] = dict(subjects)
     return _derive(dataset, target_id, ignore, choose, (plans, configuration), block, subjects, say, loose=loose)
 
 
@@ -156,7 +164,7 @@ def _derive(
                 slabs[case] = [Slab(s.axis, *(i + offset[s.axis] for i in s[1:])) for s in found]
                 classes |= set(np.unique(label).tolist())
             if chosen or is_dense:
-                write_label(dataset, case, label, properties, folder / "labelsTr")
+                dataset.reader.write_seg(label, str(folder / "labelsTr" / f"{case}{dataset.ending}"), properties)
             else:
                 link_label(dataset, case, folder / "labelsTr")
             bar.update()
@@ -179,7 +187,8 @@ def _derive(
             case: {"planes": planes[case].indices, "slabs": [[s.axis, s.start, s.stop - 1] for s in slabs[case]]}
             for case in sorted(planes)
         }
-        block = {**block, "version": __version__, **target.provenance(), "labelled": labelled}
+        block = {**block, "version": __version__, "target_spacing": list(target.spacing), "labelled": labelled}
+        block["target_spacing_from"] = target.source
         block["classes_on_no_plane"] = missing
         recorded = {**(dataset.json.get(BLOCK) or {}), "sparsify": block}
         write_json(dataset, target_id, folder, train, {"labels": labels, BLOCK: recorded})

@@ -58,12 +58,12 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_ext.data.subjects import subjects_of_dataset
     from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify, thicken_dataset
 
+    raw = open_raw(args.d)
+    subjects = subjects_of_dataset(raw.json, raw.cases, args.group_regex, args.groups)
     if args.thicken_only:
-        thicken_dataset(args.d, args.o, args.p or "nnUNetPlans", args.c)
+        thicken_dataset(args.d, args.o, args.p or "nnUNetPlans", args.c, subjects)
     else:
         labelled, axes = _number(args.labelled), _axes(args.planes)
-        raw = open_raw(args.d)
-        subjects = subjects_of_dataset(raw.json, raw.cases, args.group_regex, args.groups)
         chosen = args.rule, args.seed, args.test_share, subjects, args.p, args.c, args.allow_split_subjects
         sparsify(args.d, args.o, SparsifyOptions(labelled, axes, *chosen))
     which = f"-d {args.o} -c {args.c}"

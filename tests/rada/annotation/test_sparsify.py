@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_ext.cli.dispatch import main
 from nnunetv2_ext.phantom import write_phantom_dataset
@@ -365,6 +366,21 @@ def test_what_looks_like_pairs_is_pointed_out(paired: Path, capsys) -> None:
     assert "WARNING: pat0_L and pat0_R look like one subject" in out and "--group-regex" in out
 
 
+def test_thicken_only_says_how_to_keep_pairs_whole(paired: Path, world: Path, capsys) -> None:
+    sparsify(1, 2, SparsifyOptions(6), say=lambda line: None)
+    thicken = ["sparsify", "-d", "2", "--thicken-only", "-o"]
+    assert main([*thicken, "3"]) == 0
+    (expression,) = re.findall(
+        r"WARNING: .* one subject: ('.*?') would .* give it as --group-regex", capsys.readouterr().out
+    )
+    assert main([*thicken, "4", "--group-regex", shlex.split(expression)[0]]) == 0
+    assert "look like one subject" not in capsys.readouterr().out
+    splits = json.loads((world.parent / "preprocessed" / "Dataset004_Phantom" / "splits_final.json").read_text())
+    assert len(splits) == 3 and all(len({case[:4] for case in fold["val"]}) == 1 for fold in splits)
+    block = json.loads((world / "Dataset004_Phantom" / "dataset.json").read_text())["nnunetv2_ext"]["sparsify"]
+    assert block["subjects"]["pat2_R"] == block["subjects"]["pat2_L"] != block["subjects"]["pat1_L"]
+
+
 def test_recorded_subjects_of_the_source_are_kept(paired: Path, world: Path) -> None:
     """As the record says, not as the names look."""
     content = json.loads((paired / "dataset.json").read_text())
@@ -460,7 +476,7 @@ def test_an_error_half_way_leaves_nothing(phantom, world: Path, monkeypatch: pyt
         if len(written) == 3:
             raise OSError("disk full")
 
-    monkeypatch.setattr(sparsify_module, "write_label", fail_at_the_third)
+    monkeypatch.setattr(SimpleITKIO, "write_seg", fail_at_the_third)
     with pytest.raises(OSError, match="disk full"):
         sparsify(1, 2, SparsifyOptions(2))
     assert [p.name for p in world.iterdir()] == ["Dataset001_Phantom"]
