@@ -35,7 +35,7 @@ def read_splits(path: Path) -> list[dict[str, list[str]]]:
         return [{part: [str(case) for case in split[part]] for part in ("train", "val")} for split in splits]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise QuickstartError(
-            f"{path} is no split file of nnU-Net ({type(error).__name__}: {error}): mend it, or unset "
+            f"{path} is not a split file of nnU-Net ({type(error).__name__}: {error}): fix it, or unset "
             "nnUNet_preprocessed to hold out cases by name"
         ) from error
 
@@ -184,9 +184,9 @@ def read_description(dataset: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise QuickstartError(f"{path} cannot be read as JSON ({error}): mend it") from error
+        raise QuickstartError(f"{path} cannot be read as JSON ({error}): fix it") from error
     if not isinstance(description, dict):
-        raise QuickstartError(f"{path} holds a {type(description).__name__} instead of a JSON object: mend it")
+        raise QuickstartError(f"{path} holds a {type(description).__name__} instead of a JSON object: fix it")
     channels = description.get("channel_names", description.get("modality"))  # nnU-Net still reads the old name
     labels, ending = description.get("labels"), description.get("file_ending")
     fits = {

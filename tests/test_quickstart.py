@@ -259,7 +259,7 @@ def test_a_split_file_is_read_or_refused(data, tmp_path):
     assert data.read_splits(path) == GROUPED
     for text in ('[{"train": ["a"]}]', "[1]", "{", "3"):
         path.write_text(text)
-        with pytest.raises(data.QuickstartError, match="is no split file of nnU-Net"):
+        with pytest.raises(data.QuickstartError, match="is not a split file of nnU-Net"):
             data.read_splits(path)
 
 

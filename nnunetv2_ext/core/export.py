@@ -117,8 +117,10 @@ def _checkpoints(model_folder: Path, best: bool) -> list[Path]:
     """Of each fold the final checkpoint, else the latest, else another; with ``best`` also checkpoint_best.pth."""
     chosen: set[Path] = set()
     for fold in sorted({file.parent for file in model_folder.glob("fold_*/checkpoint_*.pth")}):
-        names = sorted(file.name for file in fold.glob("checkpoint_*.pth"))
-        chosen.add(fold / next((name for name in _PREFERRED if name in names), names[0]))
+        # what comes before a NaN was kept to look into, not to predict with
+        names = sorted(file.name for file in fold.glob("checkpoint_*.pth") if file.name != "checkpoint_before_nan.pth")
+        if names:  # with keep_every the newest of those that are kept
+            chosen.add(fold / next((name for name in _PREFERRED if name in names), names[-1]))
         if best and "checkpoint_best.pth" in names:
             chosen.add(fold / "checkpoint_best.pth")
     return sorted(chosen)

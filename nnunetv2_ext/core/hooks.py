@@ -26,7 +26,7 @@ class MethodHooks:
         method_settings: block name to pydantic model, merged over all base classes; the keys users set.
         default_settings: dotted keys whose default differs for this trainer, merged over all base classes.
         needs_foreground: whether a training set without any foreground voxel is refused. False for methods that learn
-            without labels.
+            without labels; they also override nnU-Net's ``perform_actual_validation``, which scores against labels.
     """
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {}

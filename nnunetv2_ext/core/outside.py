@@ -18,7 +18,7 @@ from typing import Any, Literal
 import nnunetv2_ext
 
 # What a trainer may refuse, and the contract suite (tests/contract) then expects a refusal of
-Property = Literal["2d", "3d", "resenc", "regions", "ignore", "cascade", "ddp", "pretrained_weights"]
+Property = Literal["2d", "3d", "resenc", "regions", "ignore", "cascade", "ddp"]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,8 +91,11 @@ def resume(model: type[CommonSettings], saved: Mapping[str, Any], now: Resolved,
     """
     fields = fields_by_key(model)
     renamed = renamed_keys(model)
-    saved = {renamed.get(key, key): value for key, value in saved.items()}
+    saved = {renamed.get(key, key): value for key, value in saved.items() if renamed.get(key) not in saved}
     values = {key: value for key, value in saved.items() if key in fields}
+    if len(values) < len(saved):
+        gone = ", ".join(key for key in saved if key not in fields)
+        warnings.warn(f"this version of nnunetv2-ext does not know the checkpoint's {gone}: passed over", stacklevel=2)
     sources = dict.fromkeys(values, "checkpoint")
     before = flatten(_validate(model, values, sources))  # with the defaults of keys an older version did not have
     for key, value in now.explicit().items() if strict else ():

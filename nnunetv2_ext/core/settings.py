@@ -11,7 +11,16 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -113,6 +122,15 @@ class CommonSettings(Settings):
         False, description='also log to TensorBoard; needs pip install "nnunetv2-ext[tensorboard]"'
     )
 
+    @model_validator(mode="after")
+    def _early_stop_has_a_score(self) -> CommonSettings:
+        if self.early_stop_patience is not None and self.num_val_iterations_per_epoch == 0:
+            raise ValueError(
+                "early_stop_patience goes by the validation score, and num_val_iterations_per_epoch=0 asks for no "
+                "validation; unset one of the two"
+            )
+        return self
+
     @field_validator("train_cases", mode="before")
     @classmethod
     def _case_ids(cls, value: Any) -> Any:
@@ -157,8 +175,8 @@ def renamed_keys(model: type[BaseModel]) -> dict[str, str]:
 def from_model_folder(block: Mapping[str, Any], model: type[Model], method: str) -> Model:
     """A method's block of a model folder's plans, which any version of this package may have written.
 
-    Keys that this version does not know (a newer one's, or renamed ones that moved to another block) are passed over
-    with one warning: what changes the network has no such keys, or the network's weights do not fit.
+    Keys that this version does not know are passed over with one warning: a newer one wrote them, and if they changed
+    the network its weights do not fit. Renamed keys that moved to another block are passed over in silence.
 
     Raises:
         ValueError: a value that is not valid in this version.

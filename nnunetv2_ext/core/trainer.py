@@ -61,8 +61,12 @@ class ExtTrainer(LoopTrainer):
         """nnU-Net's, or the base trainer's, with the training modules in a group of their own."""
         optimizer, scheduler = super().configure_optimizers(*args, **kwargs)
         parameters = [p for module in self.training_modules.values() for p in module.parameters()]
-        if parameters and not any(group.get("name") == TRAINING_MODULES for group in optimizer.param_groups):
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if parameters and not self._group_is_aside and id(parameters[0]) not in known:
             optimizer.add_param_group({"params": parameters, "name": TRAINING_MODULES})
+            if hasattr(scheduler, "base_lrs"):  # torch's own schedulers keep a rate per group from their start
+                optimizer.param_groups[-1].setdefault("initial_lr", optimizer.param_groups[-1]["lr"])
+                scheduler.base_lrs.append(scheduler.base_lrs[0])
         return optimizer, scheduler
 
     def trained_parameters(self) -> list[nn.Parameter]:

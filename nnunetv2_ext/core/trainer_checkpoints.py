@@ -37,6 +37,7 @@ class CheckpointTrainer(DataTrainer):
     _random_states: list[dict[str, Any]] | None = None  # one per rank, from the checkpoint
     _log_state: dict[str, Any] | None = None
     _is_resumed = False  # a checkpoint was loaded
+    _group_is_aside = False  # the training modules' group of the optimiser
     _score: float | None = None  # moving average of the validation score
 
     def save_checkpoint(self, filename: str) -> None:
@@ -157,7 +158,9 @@ class CheckpointTrainer(DataTrainer):
                     group["name"] = name
             return
         groups.remove(ours[0])
+        self._group_is_aside = True  # some base trainers configure their optimiser again while they load
         try:
             yield
         finally:
+            self._group_is_aside = False
             self.optimizer.add_param_group({key: v for key, v in ours[0].items() if key in ("params", "name")})

@@ -92,6 +92,8 @@ class LoopTrainer(CheckpointTrainer):
         finally:
             self.save_every, self._best_ema = save_every, best
         score = self._epoch_score
+        if score is None and self.settings.early_stop_patience is not None and epoch == 0:
+            self.print_to_log_file("WARNING: early_stop_patience has no effect: this training has no validation score.")
         if score is not None and not math.isnan(score):
             assert self._score is not None
             improved = best is None or math.isnan(best) or self._score > best

@@ -165,7 +165,9 @@ class SettingsTrainer(MethodHooks, nnUNetTrainer):
             return
         # not as YAML, which reads JSON's 1e-05 as a string
         block = read_json(plans_file).get(ext_settings.PLANS_KEY) or {}
-        theirs, ours = ext_settings.flatten_layer(block, type(self.settings)), ext_settings.flatten(self.settings)
+        renamed = ext_settings.renamed_keys(type(self.settings))
+        theirs = {renamed.get(k, k): v for k, v in ext_settings.flatten_layer(block, type(self.settings)).items()}
+        ours = ext_settings.flatten(self.settings)
         for key, field in ext_settings.fields_by_key(type(self.settings)).items():
             if ext_settings.is_marked(field, "structural") and key in theirs and theirs[key] != ours[key]:
                 raise ValueError(

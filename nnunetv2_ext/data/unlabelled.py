@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from nnunetv2_ext.data.loaders import PlacedDataLoader
+from nnunetv2_ext.data.subjects import divided
 
 
 class UnlabelledLoader(PlacedDataLoader):
@@ -50,19 +51,33 @@ class UnlabelledStream:
                 loader.set_thread_id(thread_id)
 
 
-def with_unlabelled(labelled: Any, dataset: Any, cases: Collection[str], **nnunet_arguments: Any) -> UnlabelledStream:
+def with_unlabelled(
+    labelled: Any,
+    dataset: Any,
+    cases: Collection[str],
+    subjects: Mapping[str, str] | None = None,
+    held_out: Collection[str] = (),
+    **nnunet_arguments: Any,
+) -> UnlabelledStream:
     """A loader with a stream of further cases of the same preprocessed configuration.
 
     Args:
         labelled: the loader of the training cases.
         dataset: nnU-Net's training dataset, which tells folder and kind of files.
-        cases: the unlabelled ones. Validation cases are scored later: leave them out, unless the method may see their
-            images (transductive), and then say so.
+        cases: the unlabelled ones. Validation cases are scored later: leave them out and give them as ``held_out``,
+            unless the method may see their images (transductive), and then say so.
+        subjects: case to subject (data/subjects.py), so that another scan of a held-out patient is noticed.
+        held_out: cases that will be scored.
         nnunet_arguments: as ``make_train_loader`` got them; ``batch_size`` may differ.
 
     Raises:
-        ValueError: no case, or one that is a training case.
+        ValueError: no case, or one that is a training case, or one of a subject that is held out.
     """
+    if both := divided(cases, held_out, subjects):
+        raise ValueError(
+            f"the unlabelled stream has cases of subjects that are held out for scoring ({', '.join(both[:5])}): leave "
+            "their cases out"
+        )
     shared = sorted(set(cases) & set(dataset.identifiers))
     if shared or not cases:
         what = f"{', '.join(shared)} are training cases" if shared else "there are no cases left"

@@ -64,8 +64,8 @@ EMPTY_POLICIES: dict[str, str] = {
     LEAVE_OUT: f"{_EMPTY} Dice 0 and NSD 0, but has no HD95, which flatters a method that misses structures.",
 }
 IGNORE_DEFINITION = (
-    "voxels under the truth's ignore label are left out of both; a border to them is no surface. Distances near them "
-    "are upper bounds, as the nearest surface may lie under the ignore label"
+    "voxels under the truth's ignore label are left out of both; a border to them is not a surface. Distances near "
+    "them are upper bounds, as the nearest surface may lie under the ignore label"
 )
 
 

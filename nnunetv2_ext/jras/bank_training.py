@@ -106,7 +106,7 @@ class BankTraining(MethodTrainer):
             self._draw_bank(network, cases)
         elif not set(self._bank_state["cases"]) <= set(cases):
             raise ValueError(
-                "the checkpoint's guide bank holds cases that are no training cases of this fold any more: "
+                "the checkpoint's guide bank holds cases that are not training cases of this fold any more: "
                 f"{', '.join(sorted(set(self._bank_state['cases']) - set(cases)))}; restore the "
                 "split, or start a new training without --c"
             )

@@ -76,7 +76,7 @@ class MedContextTraining(TeacherTraining):
         )
         if 0 < s.mask_ratio < 1 and hidden in (0, cells):
             self.print_to_log_file(
-                "WARNING: that is no mask, or nothing but mask; set medcontext.mask_block to smaller blocks."
+                "WARNING: that hides nothing, or everything; set medcontext.mask_block to smaller blocks."
             )
         if s.preset == "paper_code":
             self.print_to_log_file(

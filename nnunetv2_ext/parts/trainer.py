@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from torch import nn
+from torch import distributed, nn
 
 from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.trainer import ExtTrainer
+from nnunetv2_ext.data.split import write_split_if_absent
 from nnunetv2_ext.data.store import CaseStore
+from nnunetv2_ext.data.subjects import divided, pairs_suggested, subjects_of_dataset
 from nnunetv2_ext.parts.settings import HouseSettings
 from nnunetv2_ext.parts.start import start_from
 
@@ -68,11 +71,34 @@ class MethodTrainer(ExtTrainer):
             return None
         folder = self.preprocessed_dataset_folder
 
+        @cache
         def shape(case: str) -> tuple[int, ...]:
             dataset = infer_dataset_class(folder)(folder, [case])
             return (*channels, *dataset.load_case(case)[0].shape[1:])
 
         return CaseStore(Path(self.output_folder) / "case_state", shape, fill)
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's; where subjects are known and no split was written, it is written with every subject whole."""
+        if self.fold == "all":
+            return super().do_split()
+        folder = self.preprocessed_dataset_folder
+        cases = infer_dataset_class(folder).get_identifiers(folder)
+        subjects = subjects_of_dataset(self.dataset_json, cases, self.settings.group_regex)
+        file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+        if subjects is not None and self.local_rank == 0 and write_split_if_absent(file, cases, (), subjects):
+            self.print_to_log_file(f"Wrote {file}: no subject is in training and validation.")
+        if self.is_ddp:
+            distributed.barrier()
+        train, validation = super().do_split()
+        if subjects is None and (pairs := pairs_suggested(cases)) and divided(train, validation, pairs.subjects):
+            self.print_to_log_file(f"WARNING: {pairs}. This fold divides them: give the expression as group_regex.")
+        if both := divided(train, validation, subjects):
+            self.print_to_log_file(
+                f"WARNING: {len(both)} subjects, e.g. {both[0]}, have cases in training and validation: delete {file}, "
+                "and a split that keeps subjects together is written"
+            )
+        return train, validation
 
     def on_train_start(self) -> None:
         """nnU-Net's, with the state of the cases as the checkpoint knew it, or none.
@@ -92,6 +118,12 @@ class MethodTrainer(ExtTrainer):
         if self.case_store is not None and not self._is_resumed:
             self.case_store.set_aside()
 
+    def on_train_epoch_start(self) -> None:
+        """nnU-Net's; the state of the cases is kept, to which checkpoint_before_nan.pth goes back."""
+        super().on_train_epoch_start()
+        if self.case_store is not None and not self.disable_checkpointing:
+            self.case_store.flush(self.global_step)
+
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """nnU-Net's; the file that ``init_from`` names is not read, and may be gone by now."""
         self._takes_weights_of_checkpoint = True
@@ -102,10 +134,12 @@ class MethodTrainer(ExtTrainer):
         if store is not None:
             store.flush(self.global_step)
         super()._save(path, *arguments, **named)
-        # --c takes the best one only if there is no other
-        others = (path.with_name(name).is_file() for name in ("checkpoint_final.pth", "checkpoint_latest.pth"))
-        if store is not None and (path.name != "checkpoint_best.pth" or not any(others)):
-            store.saved(self.global_step)
+        # nnU-Net's --c takes one of these, and the best one only if there is no other
+        names = ("checkpoint_final.pth", "checkpoint_latest.pth")
+        is_continued = path.name in names or not any(path.with_name(name).is_file() for name in names)
+        if store is not None and is_continued:
+            # within an epoch its start is still needed, of which checkpoint_before_nan.pth is
+            store.saved(self.global_step if self._partial_epoch is None else self.first_step_of_epoch)
 
 
 def _versions(network: nn.Module) -> list[int]:

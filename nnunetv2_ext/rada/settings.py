@@ -6,6 +6,7 @@ Sources: "paper" is arXiv 2604.11164, of which only the opening was read; "SGTC"
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -19,6 +20,8 @@ class RADASettings(Settings):
     For network k: total = (1 - n lambda) L_sup + lambda (sum of L_u over the n other networks) + `mu_align` L_align,
     lambda(t) = `lambda_max` exp(-5 (1 - t)^2), t = finished share of the training.
     """
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"clip_norm": "clip_norm"}  # the common key
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # what a digest by others says of the paper; the paper itself could not be read in full
@@ -61,7 +64,7 @@ class RADASettings(Settings):
     min_labelled: int = Field(
         2,
         ge=1,
-        description="Labelled patches a batch has at least; a batch that is no larger is all labelled. "
+        description="Labelled patches a batch has at least; a batch of that size or less is all labelled. "
         "Source: measured (one labelled patch a step loses more than unlabelled ones bring).",
     )
     deep_supervision: Literal["pool", "off"] = Field(
@@ -69,7 +72,6 @@ class RADASettings(Settings):
         description="Targets of the lower resolutions: pool (a block is annotated if any of its voxels is, with their "
         "majority label), or off (full resolution only). Source: measured.",
     )
-    clip_norm: float = Field(12, gt=0, description="Norm at which each network's gradient is clipped. Source: nnU-Net.")
     # ---- co-training
     lambda_max: float = Field(
         0.1, ge=0, le=0.5, description="Weight of each teacher at the end; 0: no co-training. Source: SGTC."

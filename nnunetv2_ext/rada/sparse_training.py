@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel
 
 from nnunetv2_ext.data.split import clean_fold, write_split_if_absent
-from nnunetv2_ext.data.subjects import divided, subjects_of_dataset
+from nnunetv2_ext.data.subjects import subjects_of_dataset
 from nnunetv2_ext.parts.trainer import MethodTrainer
 from nnunetv2_ext.rada.annotation.annotations import Annotation, log_lines
 from nnunetv2_ext.rada.annotation.cases import CaseSource, cache_root, case_sources
@@ -85,11 +85,6 @@ class SparseTraining(MethodTrainer):
             self.print_to_log_file(f"RADA wrote {file}: unlabelled cases are in every fold's training part.")
         train, validation = super().do_split()
         self._require_labelled_among_chosen(train, labelled)
-        if both := divided(train, validation, subjects):
-            self.print_to_log_file(
-                f"WARNING: {len(both)} subjects, e.g. {both[0]}, have cases in training and validation: delete {file}, "
-                "and a split that keeps subjects together is written"
-            )
         return clean_fold(train, validation, labelled, self.print_to_log_file)
 
     def _require_labelled_among_chosen(self, train: list[str], labelled: set[str]) -> None:

@@ -313,7 +313,8 @@ class RADATraining(SparseTraining):
         Returns:
             The norm over all networks before clipping, 0-dim.
         """
-        norms = [nn.utils.clip_grad_norm_(m.parameters(), self.rada.clip_norm) for m in self.rada_network.members]
+        clipped = (*self.rada_network.members, *self.training_modules.values())
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), self.clip_norm) for m in clipped]
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def train_step(self, batch: dict) -> dict:

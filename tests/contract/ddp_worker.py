@@ -35,7 +35,9 @@ def on_the_cpu(cls: type) -> type:
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in unwrap(trainer.network).state_dict().items()}
+    modules = {"network": unwrap(trainer.network), **trainer.training_modules}
+    states = ((part, module.state_dict()) for part, module in modules.items())
+    return {f"{part}.{name}": value.clone() for part, state in states for name, value in state.items()}
 
 
 def two_steps(cls: type, configuration: str, plans: dict[str, Any], dataset_json: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
+from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainerCosAnneal import nnUNetTrainerCosAnneal
 from pydantic import Field
 from torch import nn
 
@@ -490,3 +491,65 @@ def test_renamed_keys_are_taken_where_a_user_writes_them():
         resolve(model, environment="toy.old_ratio=0.125 toy.ratio=0.5")
     saved = resume(model, {"toy.old_ratio": 0.25, "toy.gone": 1}, resolve(model, environment=""), strict=True)
     assert saved.settings.toy.ratio == 0.25
+
+
+# ---- found by a hostile reader
+
+
+def test_early_stop_without_validation_is_refused_and_without_a_score_is_said(make_trainer, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="early_stop_patience goes by the validation score, and num_val_iterations"):
+        make_trainer(ExtTrainer, "num_val_iterations_per_epoch=0 early_stop_patience=3", "2d")
+    monkeypatch.setattr(Scored, "told", [None] * 2)
+    run(make_trainer, Scored, "num_epochs=2 early_stop_patience=1")
+    assert capsys.readouterr().out.count("early_stop_patience has no effect") == 1
+
+
+def test_continuing_warns_of_settings_it_does_not_know():
+    from nnunetv2_ext.core.resolve import resolve, resume
+
+    model = settings_model("T", {"toy": Today})
+    with pytest.warns(UserWarning, match=r"does not know the checkpoint's toy\.depth: passed over"):
+        resume(model, {"toy.depth": 1, "toy.ratio": 0.25}, resolve(model, environment=""), strict=True)
+    both = resume(model, {"toy.ratio": 0.25, "toy.old_ratio": 0.75}, resolve(model, environment=""), strict=True)
+    assert both.settings.toy.ratio == 0.25, "the name of today counts"
+
+
+class CosineWithHead(WithHead, nnUNetTrainerCosAnneal):
+    """A base trainer whose scheduler keeps a rate per group from its start."""
+
+
+def test_a_schedulers_own_rates_reach_the_training_modules(make_trainer, fixed_batches):
+    trainer = make_trainer(CosineWithHead, "", "2d")
+    trainer.initialize()
+    trainer.train_step(fixed_batches(trainer, 1)[0])
+    trainer.lr_scheduler.step(trainer.num_epochs // 2)
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert len(rates) == 2 and rates[0] == rates[1] < trainer.initial_lr
+
+
+class PrimusWithHead(WithHead, PrimusWithSettings):
+    """Configures its optimiser again while it loads a checkpoint."""
+
+
+def test_a_base_that_configures_again_takes_up_a_checkpoint_without_the_head(make_trainer, fixed_batches, tmp_path):
+    plain = trained(make_trainer, fixed_batches, 1, cls=PrimusWithSettings, settings="")
+    plain.save_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+    trainer = make_trainer(PrimusWithHead, "", "2d", continued=True)
+    trainer.load_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+    assert [group.get("name") for group in trainer.optimizer.param_groups] == [None, "training_modules"]
+    before = head(trainer)
+    trainer.train_step(fixed_batches(trainer, 1)[0])
+    assert not equal(before, head(trainer))
+
+
+def test_building_modules_leaves_nnunets_random_stream_alone(make_trainer):
+    class Random(ExtTrainer):
+        def build_training_modules(self):
+            assert self.generator is not None
+            return {"head": nn.Linear(4, 4)}
+
+    drawn = []
+    for cls in (ExtTrainer, Random):
+        make_trainer(cls, "seed=3", "2d").initialize()
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)

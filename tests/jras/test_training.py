@@ -304,7 +304,7 @@ def test_a_split_that_moved_a_bank_case_to_validation_is_refused(make_jras):
     trainer.save_checkpoint(path)
     other = make_jras(continued=True, fold=1)
     other.load_checkpoint(path)
-    with pytest.raises(ValueError, match="no training cases of this fold any more: phantom_004, phantom_005"):
+    with pytest.raises(ValueError, match="not training cases of this fold any more: phantom_004, phantom_005"):
         other.on_train_start()
 
 

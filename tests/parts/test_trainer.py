@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,6 +23,7 @@ from nnunetv2_ext.parts.settings import HouseSettings
 from nnunetv2_ext.parts.trainer import MethodTrainer
 from nnunetv2_ext.trainers.nnUNetTrainerExt import nnUNetTrainerExt
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
+from tests.conftest import TinyDataset
 
 
 def train(trainer: nnUNetTrainer) -> nnUNetTrainer:
@@ -179,3 +182,96 @@ def test_a_new_training_starts_without_state_and_without_checkpoints_none_is_sea
     other.train_step(next(other.dataloader_train))
     other.save_checkpoint(str(folder / "checkpoint_latest.pth"))
     assert counted(other) and not list((folder / "case_state").glob("*.npy"))
+
+
+def test_kept_checkpoints_drop_no_state_that_continuing_needs(make_trainer, no_pictures):
+    settings = "seed=2 num_epochs=6 num_iterations_per_epoch=2 save_every=4 keep_every=1"
+    trainer = make_trainer(Counting, settings, configuration="2d")
+    trainer.dies_at = 11  # in the last epoch; checkpoint_latest is of epoch 4, kept ones are of each
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run_training()
+    again = make_trainer(Counting, settings, configuration="2d", continued=True)
+    again.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
+    assert again.global_step == 8
+    again.on_train_start()
+    assert sum(value[0] for value in counted(again).values()) == 8 * 2, "two samples a step"
+
+
+def test_the_weights_of_before_a_nan_find_the_state_of_their_epochs_start(make_trainer, no_pictures):
+    settings = "seed=2 num_epochs=3 num_iterations_per_epoch=3 save_every=1"
+    trainer = make_trainer(Counting, settings, configuration="2d")
+
+    class Broken(torch.nn.Module):
+        def forward(self, output, target):
+            return output[0].sum() * float("nan")
+
+    original = trainer.on_train_epoch_start
+
+    def break_later() -> None:
+        original()
+        if trainer.current_epoch == 1:
+            step = trainer.train_step
+            trainer.train_step = lambda batch: (
+                setattr(trainer, "loss", Broken()) if trainer.global_step == 4 else None,
+                step(batch),
+            )[1]
+
+    trainer.on_train_epoch_start = break_later
+    with pytest.raises(ValueError, match="not finite"):
+        trainer.run_training()
+    folder = Path(trainer.output_folder)
+    (folder / "checkpoint_before_nan.pth").replace(folder / "checkpoint_latest.pth")
+    again = make_trainer(Counting, settings, configuration="2d", continued=True)
+    again.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+    assert again.global_step == 3
+    again.on_train_start()
+    assert sum(value[0] for value in counted(again).values()) == 3 * 2
+
+
+def test_the_store_reads_the_shape_of_a_case_once(make_trainer, monkeypatch):
+    trainer = make_trainer(MethodTrainer, configuration="2d")
+    trainer.initialize()
+    store = trainer.new_case_store(channels=(2,))
+    case = trainer.do_split()[0][0]
+    reads = []
+    original = trainer.dataset_class.load_case
+    monkeypatch.setattr(trainer.dataset_class, "load_case", lambda self, c: reads.append(c) or original(self, c))
+    box = np.array([[0, 1], [0, 4], [0, 4]])
+    for _ in range(3):
+        store.update(case, box, np.ones((2, 1, 4, 4)))
+    assert reads == [case] and store.read(case).shape[0] == 2
+
+
+# ---- subjects
+
+
+def test_a_split_that_is_missing_keeps_subjects_whole(make_trainer, tiny, tmp_path, capsys):
+    dataset = TinyDataset(tmp_path, tiny.dataset_id, tiny.name)
+    for part in ("raw", "preprocessed"):
+        shutil.copytree(getattr(tiny, part), getattr(dataset, part))
+    splits = dataset.preprocessed / dataset.name / "splits_final.json"
+    cases = sorted(p.name.removesuffix(".nii.gz") for p in (dataset.raw / dataset.name / "labelsTr").iterdir())
+
+    def folds(settings: str = "") -> tuple[list[str], list[str]]:
+        trainer = make_trainer(nnUNetTrainerExt, settings, configuration="2d", dataset=dataset)
+        trainer.initialize()
+        return trainer.do_split()
+
+    pair = {cases[0]: "a", cases[1]: "a"}
+    plan = json.loads((dataset.preprocessed / dataset.name / "dataset.json").read_text())
+    recorded = plan | {"nnunetv2_ext": {"subjects": {case: pair.get(case, case) for case in cases}}}
+    (dataset.preprocessed / dataset.name / "dataset.json").write_text(json.dumps(recorded))
+    folds()
+    assert "cases in training and validation" not in capsys.readouterr().out, "fold 0 holds both of the subject"
+    splits.write_text(json.dumps([{"train": cases[1:], "val": cases[:1]}]))
+    folds()
+    assert "WARNING: 1 subjects, e.g. a, have cases in training and validation: delete" in capsys.readouterr().out
+    splits.unlink()
+    train, validation = folds()
+    assert splits.is_file() and sorted(train + validation) == cases
+    assert (cases[0] in train) == (cases[1] in train)
+    splits.unlink()
+    (dataset.preprocessed / dataset.name / "dataset.json").write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match="group_regex"):
+        folds("group_regex=nobody")
+    assert not splits.exists()
