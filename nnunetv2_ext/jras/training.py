@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import Tensor
 
 from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
@@ -32,7 +33,6 @@ from nnunetv2_ext.jras.contrastive import (
 )
 from nnunetv2_ext.jras.network import Retrieval
 from nnunetv2_ext.jras.panel import draw_guides, view_of_batch
-from nnunetv2_ext.parts.schedule import ScaledPolyLR
 
 RETRIEVER = "retriever"  # name of its group in the optimiser
 
@@ -100,6 +100,16 @@ class RetrievalFigures:
             {name: value.to(device) for name, value in state[part].items()} for part in ("sums", "counts")
         )
         self.used = None if state["used"] is None else state["used"].to(device)
+
+
+class ScaledPolyLR(PolyLRScheduler):
+    """nnU-Net's schedule, times each group's `lr_scale`; nnU-Net's own writes one rate into all groups."""
+
+    def step(self, current_step: int | None = None) -> None:
+        super().step(current_step)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
 class JRASTraining(BankTraining):
