@@ -100,7 +100,7 @@ class EMATeacher:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"the stored MedContext teacher does not fit this network ({reason}): continue with the plans and "
+                f"the stored teacher does not fit this network ({reason}): continue with the plans and "
                 "settings the checkpoint was trained with"
             ) from error
 
