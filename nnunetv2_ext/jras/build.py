@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -86,8 +88,7 @@ def draw_bank(
 
     Args:
         cases: the fold's training cases; no other case is read.
-        patch_size: P, 2 or 3 numbers; 2d configurations draw slices along the first axis.
-        low_shape: L, cells per axis.
+        patch_size, low_shape: P and L; 2d configurations draw slices along the first axis.
         subjects: case to subject, see ``group_ids``.
         mirror_axes: axes of L along which training patches are mirrored. Every guide is stored in one of these
             orientations, all equally often: a mirrored patch finds no guide of its shape among unmirrored ones.
@@ -165,9 +166,8 @@ def _spread(offers: list[_Case], bank_size: int, rng: np.random.Generator) -> li
 
 def _assign_classes(entries: list[_Case], fg_share: float, rng: np.random.Generator) -> list[Any]:
     """Per entry the class (or region) to centre on, or None."""
-    turn: list[int] = []  # how many entries of the same case come before
-    for i, entry in enumerate(entries):
-        turn.append(turn[-1] + 1 if i and entries[i - 1].name == entry.name else 0)
+    # how many entries of the same case come before
+    turn = [n for _, same in groupby(entries, attrgetter("name")) for n, _ in enumerate(same)]
     shuffled = rng.permutation(len(entries)).tolist()
     # round robin over the cases that have foreground, so that no case is all foreground while another has none
     eligible = sorted((i for i in shuffled if entries[i].classes), key=lambda i: turn[i])
@@ -188,12 +188,10 @@ def _draw_corner(
     case: _Case, chosen: Any, locations: Any, patch_size: Sequence[int], rng: np.random.Generator
 ) -> tuple[int, ...]:
     """Lowest voxel of a patch: inside the image, or centred on it along axes where it is smaller than the patch."""
-    key = case.annotated if chosen is None else chosen
-    if key is not None:
+    if (key := case.annotated if chosen is None else chosen) is not None:
         voxel = locations[key][rng.integers(len(locations[key]))][1:]  # the first entry is the channel
         return corner_around(voxel, case.shape, patch_size)
-    ranges = _corners(case.shape, patch_size)
-    return tuple(int(rng.integers(low, high + 1)) for low, high in ranges)
+    return tuple(int(rng.integers(low, high + 1)) for low, high in _corners(case.shape, patch_size))
 
 
 def corner_around(voxel: Sequence[int], shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:
@@ -209,13 +207,7 @@ def _corners(shape: Sequence[int], patch_size: Sequence[int]) -> list[tuple[int,
 
 
 def cut_patch(data: Any, seg: Any, corner: Sequence[int], patch_size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """A patch of a preprocessed case at full resolution, not augmented.
-
-    Args:
-        data: ``(C, Z, Y, X)``.
-        seg: ``(1, Z, Y, X)``.
-        corner: 3 numbers, as in ``BankContent.coordinates``.
-        patch_size: P.
+    """A patch of a preprocessed case, ``(C, Z, Y, X)`` and ``(1, Z, Y, X)``, at full resolution, not augmented.
 
     Returns:
         Image ``(C, *P)`` fp32, 0 outside; labels ``(*P)`` int16, negative = background or outside; outside, ``(*P)``
