@@ -22,11 +22,8 @@ MAX_CELLS = 8  # per axis, of the masks that are compared
 
 
 class Masks(NamedTuple):
-    """Low-resolution masks of n patches.
-
-    Attributes:
-        share: `(n, M, *cells)` fp32, 0..1 of each cell's annotated part; foreground channels only.
-        annotated: `(n, *cells)` fp32, 0..1 of each cell.
+    """Low-resolution masks of n patches: the foreground channels' share of each cell's annotated part, 0..1
+    `(n, M, *cells)` fp32, and how much of each cell is annotated, 0..1 `(n, *cells)` fp32.
     """
 
     share: Tensor
@@ -100,8 +97,7 @@ def nt_xent(first: Tensor, second: Tensor, tau: float) -> Tensor:
     n = len(first)
     itself = torch.eye(2 * n, dtype=torch.bool, device=views.device)
     logits = torch.where(itself, -torch.inf, views @ views.T / tau)
-    partner = torch.arange(2 * n, device=views.device).roll(n)
-    return F.cross_entropy(logits, partner)
+    return F.cross_entropy(logits, torch.arange(2 * n, device=views.device).roll(n))
 
 
 def flip(x: Tensor, flips: Tensor) -> Tensor:
