@@ -60,11 +60,9 @@ def group_ids(cases: Sequence[str], key: bytes, subjects: Mapping[str, str] | No
     Without the key, 16 random bytes that stay out of the weights, a published model does not tell whether a given case
     was in it. Cases of one subject never guide each other; without ``subjects`` each case is its own.
     """
-
-    def number(subject: str) -> int:
-        return int.from_bytes(hashlib.blake2b(subject.encode(), digest_size=8, key=key).digest(), "little", signed=True)
-
-    return torch.tensor([number((subjects or {}).get(case, case)) for case in cases], dtype=torch.int64)
+    names = ((subjects or {}).get(case, case).encode() for case in cases)
+    digests = b"".join(hashlib.blake2b(name, digest_size=8, key=key).digest() for name in names)
+    return torch.from_numpy(np.frombuffer(digests, "<i8").astype(np.int64))
 
 
 def draw_bank(
@@ -99,8 +97,7 @@ def draw_bank(
     names = sorted(set(cases))
     rng = np.random.default_rng(seed)
     offers = [_inspect(dataset, name, label_manager) for name in names]
-    if label_manager.has_ignore_label:
-        offers = [offer for offer in offers if offer.annotated is not None]
+    offers = [offer for offer in offers if offer.annotated is not None or not label_manager.has_ignore_label]
     number = len(members_of([offer.name for offer in offers], subjects))
     if number < 2:
         raise ValueError(
@@ -127,7 +124,10 @@ def draw_bank(
         if label_manager.has_ignore_label:
             ignored |= label == label_manager.ignore_label
         labels.append(low_res_labels(label, low_shape, ignored))
-    mirrored = _draw_orientations(len(entries), len(low_shape), mirror_axes, rng)
+    flips = rng.permutation(len(entries)) % 2 ** len(mirror_axes)  # bits: every combination of axes equally often
+    mirrored = torch.zeros((len(entries), len(low_shape)), dtype=torch.bool)
+    for bit, axis in enumerate(mirror_axes):
+        mirrored[:, axis] = torch.from_numpy(flips >> bit & 1).bool()
     return BankContent(
         images=flip(torch.stack(images), mirrored),
         labels=flip(torch.stack(labels)[:, None], mirrored)[:, 0],
@@ -138,22 +138,13 @@ def draw_bank(
     )
 
 
-def _draw_orientations(number: int, axes: int, mirror_axes: Sequence[int], rng: np.random.Generator) -> Tensor:
-    """Bool ``(number, axes)``: every combination of the axes equally often, in random order."""
-    combination = rng.permutation(number) % 2 ** len(mirror_axes)
-    mirrored = np.zeros((number, axes), dtype=bool)
-    for bit, axis in enumerate(mirror_axes):
-        mirrored[:, axis] = combination >> bit & 1
-    return torch.from_numpy(mirrored)
-
-
 def _inspect(dataset: Any, name: str, label_manager: LabelManager) -> _Case:
     data, _, _, properties = dataset.load_case(name)
     locations = properties["class_locations"]
+    found = [key for key in locations if len(locations[key])]
     # the key that starts with -1 stands for every annotated voxel, background included; written with an ignore label
-    everything = [key for key in locations if isinstance(key, tuple) and key[0] == -1]
-    classes = tuple(key for key in locations if key not in everything and len(locations[key]))
-    annotated = next((key for key in everything if len(locations[key])), None)
+    annotated = next((key for key in found if isinstance(key, tuple) and key[0] == -1), None)
+    classes = tuple(key for key in found if key != annotated)
     return _Case(name, tuple(data.shape[1:]), classes, annotated if label_manager.has_ignore_label else None)
 
 

@@ -110,11 +110,8 @@ def flip(x: Tensor, flips: Tensor) -> Tensor:
 
 def perturb(x: Tensor, generator: torch.Generator) -> Tensor:
     """A view of patches `(n, C, *L)`: scaled by 0.7..1.3 and shifted by 0.1 of its spread per channel, noise of 0.1."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=x.device)
-
-    ones = (1,) * (x.ndim - 2)
-    spread = x.flatten(2).std(2).reshape(*x.shape[:2], *ones)
-    scale = 0.7 + 0.6 * torch.rand((*x.shape[:2], *ones), generator=generator, device=x.device)
-    return x * scale + spread * (0.1 * draw(*x.shape[:2], *ones) + 0.1 * draw(*x.shape))
+    per_channel = (*x.shape[:2], *(1,) * (x.ndim - 2))
+    spread = x.flatten(2).std(2).reshape(per_channel)
+    scale = 0.7 + 0.6 * torch.rand(per_channel, generator=generator, device=x.device)
+    shift, noise = (torch.randn(shape, generator=generator, device=x.device) for shape in (per_channel, x.shape))
+    return x * scale + spread * (0.1 * shift + 0.1 * noise)
