@@ -30,14 +30,10 @@ PER_GUIDE = ("images", "labels", "keys", "groups")  # buffers with one row per g
 
 
 class Guides(NamedTuple):
-    """What a query gets: K guides per sample; invalid slots hold id 0 and zeros.
+    """What a query gets: K guides per sample, the valid ones first, nearest first; others have id 0 and zeros.
 
-    Attributes:
-        ids: ``(B, K)`` int64, rows of the bank, never negative.
-        valid: ``(B, K)`` bool; the valid ones come first, nearest first.
-        images: ``(B, K, C, *L)`` fp32, in the network's intensities.
-        masks: ``(B, K, M, *L)`` fp32, 0 or 1 per mask channel.
-        keys: ``(B, K, D)`` fp32, the stored ones.
+    Ids ``(B, K)`` int64 are rows of the bank, valid ``(B, K)`` is bool. Images ``(B, K, C, *L)`` in the network's
+    intensities, masks ``(B, K, M, *L)``, 0 or 1, and the stored keys ``(B, K, D)`` are fp32.
     """
 
     ids: Tensor
@@ -51,10 +47,8 @@ class GuideBank(nn.Module):
     """Stores the guides and finds those of a query.
 
     Args:
-        image_channels: C, image channels (the one-hot channels of a cascade are not stored).
-        num_heads: M, channels of a guide's mask: the segmentation heads, classes or regions.
-        low_shape: L, cells per axis of a stored patch.
-        key_dim: D.
+        image_channels, num_heads: C, without the one-hot channels of a cascade, and M, classes or regions of a mask.
+        low_shape, key_dim: L, cells per axis of a stored patch, and D.
         dedup_cosine: guides whose inner product with the query exceeds this are not returned: a partial guard for
             predicting training cases. None: off.
 
@@ -136,16 +130,11 @@ class GuideBank(nn.Module):
 
     def stored_images(self, ids: Tensor) -> Tensor:
         """Guide images of ids ``(...)`` as ``(..., C, *L)`` fp32 in the network's intensities."""
-        per_channel = self.scale.view(-1, *[1] * len(self.low_shape))
-        return self.images[ids].float() * per_channel
+        return self.images[ids].float() * self.scale.view(-1, *[1] * len(self.low_shape))
 
     def masks(self, ids: Tensor) -> Tensor:
-        """Masks of ids ``(...)`` as ``(..., M, *L)`` fp32, 0 or 1.
-
-        Classes one-hot, regions by membership, all channels zero where the label is 255.
-        """
-        channels_last = self.lut[self.labels[ids].int()]
-        return channels_last.movedim(-1, ids.ndim).float().contiguous()
+        """Masks of ids ``(...)`` as ``(..., M, *L)`` fp32, 0 or 1; all channels are zero where the label is 255."""
+        return self.lut[self.labels[ids].int()].movedim(-1, ids.ndim).float().contiguous()
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -180,8 +169,7 @@ class GuideBank(nn.Module):
         queries, k = queries.float(), min(num_guides, len(self))
         groups = None if groups is None else groups.to(queries.device)
         largest = 0 if groups is None else self._largest_group()
-        dedup = self.dedup_cosine
-        chosen = select(queries, self.keys, k, self.groups, groups, largest, dedup, random, generator)
+        chosen = select(queries, self.keys, k, self.groups, groups, largest, self.dedup_cosine, random, generator)
         ids, valid = (F.pad(part, (0, num_guides - k)) for part in chosen)
 
         def blank(rows: Tensor) -> Tensor:

@@ -104,11 +104,10 @@ class BankTraining(MethodTrainer):
                     "WARNING: the checkpoint has no guide bank to continue with; a new one is drawn."
                 )
             self._draw_bank(network, cases)
-        elif not set(self._bank_state["cases"]) <= set(cases):
+        elif gone := sorted(set(self._bank_state["cases"]) - set(cases)):
             raise ValueError(
                 "the checkpoint's guide bank holds cases that are not training cases of this fold any more: "
-                f"{', '.join(sorted(set(self._bank_state['cases']) - set(cases)))}; restore the "
-                "split, or start a new training without --c"
+                f"{', '.join(gone)}; restore the split, or start a new training without --c"
             )
         else:  # checkpoints of older versions did not know recorded subjects
             network.bank.groups = self.groups_of(self._bank_state["cases"])
@@ -140,8 +139,8 @@ class BankTraining(MethodTrainer):
         trained = {known.get(case, case) for case in cases}
         shared = [case for case in validation if known.get(case, case) in trained]
         if self.fold == "all" or shared:
-            which = f"validation cases {', '.join(shared)} share a subject with training cases"
-            which = "fold all validates on training cases" if self.fold == "all" else which
+            named = f"validation cases {', '.join(shared)} share a subject with training cases"
+            which = "fold all validates on training cases" if self.fold == "all" else named
             self.print_to_log_file(
                 f"WARNING: {which}. The predictor knows no case ids, so the final validation retrieves guides of the "
                 "very subjects it is scored on: THOSE SCORES ARE VOID. Scores during training exclude them."
@@ -159,26 +158,18 @@ class BankTraining(MethodTrainer):
         key = [secrets.token_bytes(16)]  # stays in the training's own state, never among the weights
         if self.is_ddp:
             distributed.broadcast_object_list(key, 0)
-        content = draw_bank(
-            self._datasets[0],
-            cases,
-            self.configuration_manager.patch_size,
-            network.low_shape,
-            s.bank_size,
-            s.fg_share,
-            self.label_manager,
-            seed=(self.settings.seed or 0) * 1000 + (999 if self.fold == "all" else int(self.fold)),
-            subjects=self._subjects(cases),
-            mirror_axes=axes if s.mirror_guides else (),
-        )
+        seed = (self.settings.seed or 0) * 1000 + (999 if self.fold == "all" else int(self.fold))
+        patch, labels, subjects = self.configuration_manager.patch_size, self.label_manager, self._subjects(cases)
+        how = (s.bank_size, s.fg_share, labels, seed, subjects, axes if s.mirror_guides else ())
+        content = draw_bank(self._datasets[0], cases, patch, network.low_shape, *how)
         if not ((content.labels > 0) & (content.labels != OUTSIDE)).any():
             self.print_to_log_file(
                 "WARNING: no guide contains any foreground, so they can teach nothing about shape; "
                 "raise jras.fg_share or jras.bank_size."
             )
         self._describe_labels(content)
-        state = {"group_key": key[0], "cases": content.cases, "coordinates": content.coordinates}
-        self._bank_state = {**state, "mirrored": content.mirrored, **self._geometry()}
+        drawn = {name: getattr(content, name) for name in ("cases", "coordinates", "mirrored")}
+        self._bank_state = {"group_key": key[0], **drawn, **self._geometry()}
         groups = self.groups_of(content.cases)
         network.bank.fill(content.images, content.labels, groups, mask_lut(self.label_manager))
         self._refresh(network)
@@ -188,10 +179,9 @@ class BankTraining(MethodTrainer):
         if not self.label_manager.has_ignore_label:
             return
         share = float((content.labels != OUTSIDE).float().mean())
-        missing = [value for value in self.label_manager.all_labels if value and not (content.labels == value).any()]
-        text = f"{100 * share:.2g} % of the guides' cells are annotated"
-        if missing:
-            text += f", none with the label {', '.join(map(str, missing))}"
+        missing = [str(n) for n in self.label_manager.all_labels if n and not (content.labels == n).any()]
+        none = f", none with the label {', '.join(missing)}" if missing else ""
+        text = f"{100 * share:.2g} % of the guides' cells are annotated{none}"
         if share < MIN_ANNOTATED or missing:
             text = (
                 f"WARNING: {text}: such guides say little about shape, and retrieval can hardly learn from them. "
@@ -219,10 +209,9 @@ class BankTraining(MethodTrainer):
     def _read_guides(self, rows: range) -> Tensor:
         """The guides' patches at full resolution, `(n, C, *P)` on the device."""
         assert self._bank_state is not None and self._datasets is not None
-        cases, corners = self._bank_state["cases"], self._bank_state["coordinates"]
-        patch = self.configuration_manager.patch_size
-        cases_read = (self._datasets[0].load_case(cases[row]) for row in rows)
-        images = [cut_patch(data, seg, corners[row], patch)[0] for row, (data, seg, *_) in zip(rows, cases_read)]
+        cases, corners, size = (self._bank_state[name] for name in ("cases", "coordinates", "patch_size"))
+        read = (self._datasets[0].load_case(cases[row]) for row in rows)
+        images = [cut_patch(data, seg, corners[row], size)[0] for row, (data, seg, *_) in zip(rows, read)]
         patches = torch.stack(images).to(self.device, non_blocking=True)
         mirrored = self._bank_state.get("mirrored")  # checkpoints of older versions have none
         return patches if mirrored is None else flip(patches, mirrored[rows.start : rows.stop].to(patches.device))
@@ -286,9 +275,8 @@ class BankTraining(MethodTrainer):
         self._bank_state = {name: state[name] for name in names if name in state} | now
 
     def _geometry(self) -> dict[str, tuple[float, ...]]:
-        configuration = self.configuration_manager
-        spacing = tuple(float(mm) for mm in configuration.spacing)
-        return {"patch_size": tuple(int(n) for n in configuration.patch_size), "spacing": spacing}
+        plan = self.configuration_manager
+        return {"patch_size": tuple(map(int, plan.patch_size)), "spacing": tuple(map(float, plan.spacing))}
 
     @classmethod
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -58,11 +60,9 @@ def group_ids(cases: Sequence[str], key: bytes, subjects: Mapping[str, str] | No
     Without the key, 16 random bytes that stay out of the weights, a published model does not tell whether a given case
     was in it. Cases of one subject never guide each other; without ``subjects`` each case is its own.
     """
-
-    def number(subject: str) -> int:
-        return int.from_bytes(hashlib.blake2b(subject.encode(), digest_size=8, key=key).digest(), "little", signed=True)
-
-    return torch.tensor([number((subjects or {}).get(case, case)) for case in cases], dtype=torch.int64)
+    names = ((subjects or {}).get(case, case).encode() for case in cases)
+    digests = b"".join(hashlib.blake2b(name, digest_size=8, key=key).digest() for name in names)
+    return torch.from_numpy(np.frombuffer(digests, "<i8").astype(np.int64))
 
 
 def draw_bank(
@@ -86,8 +86,7 @@ def draw_bank(
 
     Args:
         cases: the fold's training cases; no other case is read.
-        patch_size: P, 2 or 3 numbers; 2d configurations draw slices along the first axis.
-        low_shape: L, cells per axis.
+        patch_size, low_shape: P and L; 2d configurations draw slices along the first axis.
         subjects: case to subject, see ``group_ids``.
         mirror_axes: axes of L along which training patches are mirrored. Every guide is stored in one of these
             orientations, all equally often: a mirrored patch finds no guide of its shape among unmirrored ones.
@@ -98,8 +97,7 @@ def draw_bank(
     names = sorted(set(cases))
     rng = np.random.default_rng(seed)
     offers = [_inspect(dataset, name, label_manager) for name in names]
-    if label_manager.has_ignore_label:
-        offers = [offer for offer in offers if offer.annotated is not None]
+    offers = [offer for offer in offers if offer.annotated is not None or not label_manager.has_ignore_label]
     number = len(members_of([offer.name for offer in offers], subjects))
     if number < 2:
         raise ValueError(
@@ -126,7 +124,10 @@ def draw_bank(
         if label_manager.has_ignore_label:
             ignored |= label == label_manager.ignore_label
         labels.append(low_res_labels(label, low_shape, ignored))
-    mirrored = _draw_orientations(len(entries), len(low_shape), mirror_axes, rng)
+    flips = rng.permutation(len(entries)) % 2 ** len(mirror_axes)  # bits: every combination of axes equally often
+    mirrored = torch.zeros((len(entries), len(low_shape)), dtype=torch.bool)
+    for bit, axis in enumerate(mirror_axes):
+        mirrored[:, axis] = torch.from_numpy(flips >> bit & 1).bool()
     return BankContent(
         images=flip(torch.stack(images), mirrored),
         labels=flip(torch.stack(labels)[:, None], mirrored)[:, 0],
@@ -137,22 +138,13 @@ def draw_bank(
     )
 
 
-def _draw_orientations(number: int, axes: int, mirror_axes: Sequence[int], rng: np.random.Generator) -> Tensor:
-    """Bool ``(number, axes)``: every combination of the axes equally often, in random order."""
-    combination = rng.permutation(number) % 2 ** len(mirror_axes)
-    mirrored = np.zeros((number, axes), dtype=bool)
-    for bit, axis in enumerate(mirror_axes):
-        mirrored[:, axis] = combination >> bit & 1
-    return torch.from_numpy(mirrored)
-
-
 def _inspect(dataset: Any, name: str, label_manager: LabelManager) -> _Case:
     data, _, _, properties = dataset.load_case(name)
     locations = properties["class_locations"]
+    found = [key for key in locations if len(locations[key])]
     # the key that starts with -1 stands for every annotated voxel, background included; written with an ignore label
-    everything = [key for key in locations if isinstance(key, tuple) and key[0] == -1]
-    classes = tuple(key for key in locations if key not in everything and len(locations[key]))
-    annotated = next((key for key in everything if len(locations[key])), None)
+    annotated = next((key for key in found if isinstance(key, tuple) and key[0] == -1), None)
+    classes = tuple(key for key in found if key != annotated)
     return _Case(name, tuple(data.shape[1:]), classes, annotated if label_manager.has_ignore_label else None)
 
 
@@ -165,9 +157,8 @@ def _spread(offers: list[_Case], bank_size: int, rng: np.random.Generator) -> li
 
 def _assign_classes(entries: list[_Case], fg_share: float, rng: np.random.Generator) -> list[Any]:
     """Per entry the class (or region) to centre on, or None."""
-    turn: list[int] = []  # how many entries of the same case come before
-    for i, entry in enumerate(entries):
-        turn.append(turn[-1] + 1 if i and entries[i - 1].name == entry.name else 0)
+    # how many entries of the same case come before
+    turn = [n for _, same in groupby(entries, attrgetter("name")) for n, _ in enumerate(same)]
     shuffled = rng.permutation(len(entries)).tolist()
     # round robin over the cases that have foreground, so that no case is all foreground while another has none
     eligible = sorted((i for i in shuffled if entries[i].classes), key=lambda i: turn[i])
@@ -188,12 +179,10 @@ def _draw_corner(
     case: _Case, chosen: Any, locations: Any, patch_size: Sequence[int], rng: np.random.Generator
 ) -> tuple[int, ...]:
     """Lowest voxel of a patch: inside the image, or centred on it along axes where it is smaller than the patch."""
-    key = case.annotated if chosen is None else chosen
-    if key is not None:
+    if (key := case.annotated if chosen is None else chosen) is not None:
         voxel = locations[key][rng.integers(len(locations[key]))][1:]  # the first entry is the channel
         return corner_around(voxel, case.shape, patch_size)
-    ranges = _corners(case.shape, patch_size)
-    return tuple(int(rng.integers(low, high + 1)) for low, high in ranges)
+    return tuple(int(rng.integers(low, high + 1)) for low, high in _corners(case.shape, patch_size))
 
 
 def corner_around(voxel: Sequence[int], shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:
@@ -209,13 +198,7 @@ def _corners(shape: Sequence[int], patch_size: Sequence[int]) -> list[tuple[int,
 
 
 def cut_patch(data: Any, seg: Any, corner: Sequence[int], patch_size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """A patch of a preprocessed case at full resolution, not augmented.
-
-    Args:
-        data: ``(C, Z, Y, X)``.
-        seg: ``(1, Z, Y, X)``.
-        corner: 3 numbers, as in ``BankContent.coordinates``.
-        patch_size: P.
+    """A patch of a preprocessed case, ``(C, Z, Y, X)`` and ``(1, Z, Y, X)``, at full resolution, not augmented.
 
     Returns:
         Image ``(C, *P)`` fp32, 0 outside; labels ``(*P)`` int16, negative = background or outside; outside, ``(*P)``

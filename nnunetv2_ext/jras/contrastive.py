@@ -22,11 +22,8 @@ MAX_CELLS = 8  # per axis, of the masks that are compared
 
 
 class Masks(NamedTuple):
-    """Low-resolution masks of n patches.
-
-    Attributes:
-        share: `(n, M, *cells)` fp32, 0..1 of each cell's annotated part; foreground channels only.
-        annotated: `(n, *cells)` fp32, 0..1 of each cell.
+    """Low-resolution masks of n patches: the foreground channels' share of each cell's annotated part, 0..1
+    `(n, M, *cells)` fp32, and how much of each cell is annotated, 0..1 `(n, *cells)` fp32.
     """
 
     share: Tensor
@@ -100,8 +97,7 @@ def nt_xent(first: Tensor, second: Tensor, tau: float) -> Tensor:
     n = len(first)
     itself = torch.eye(2 * n, dtype=torch.bool, device=views.device)
     logits = torch.where(itself, -torch.inf, views @ views.T / tau)
-    partner = torch.arange(2 * n, device=views.device).roll(n)
-    return F.cross_entropy(logits, partner)
+    return F.cross_entropy(logits, torch.arange(2 * n, device=views.device).roll(n))
 
 
 def flip(x: Tensor, flips: Tensor) -> Tensor:
@@ -114,11 +110,8 @@ def flip(x: Tensor, flips: Tensor) -> Tensor:
 
 def perturb(x: Tensor, generator: torch.Generator) -> Tensor:
     """A view of patches `(n, C, *L)`: scaled by 0.7..1.3 and shifted by 0.1 of its spread per channel, noise of 0.1."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=x.device)
-
-    ones = (1,) * (x.ndim - 2)
-    spread = x.flatten(2).std(2).reshape(*x.shape[:2], *ones)
-    scale = 0.7 + 0.6 * torch.rand((*x.shape[:2], *ones), generator=generator, device=x.device)
-    return x * scale + spread * (0.1 * draw(*x.shape[:2], *ones) + 0.1 * draw(*x.shape))
+    per_channel = (*x.shape[:2], *(1,) * (x.ndim - 2))
+    spread = x.flatten(2).std(2).reshape(per_channel)
+    scale = 0.7 + 0.6 * torch.rand(per_channel, generator=generator, device=x.device)
+    shift, noise = (torch.randn(shape, generator=generator, device=x.device) for shape in (per_channel, x.shape))
+    return x * scale + spread * (0.1 * shift + 0.1 * noise)

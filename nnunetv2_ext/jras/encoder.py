@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 
@@ -25,7 +25,7 @@ def conv_blocks(
         stride = tuple(2 if number > 1 and -(-n // 2) >= 2 else 1 for n in size)
         size = [-(-n // s) for n, s in zip(size, stride)]
         normalise = normalise_last or number < len(widths)
-        layers: list[nn.Module] = [_CONV[dim](inputs, outputs, 3, stride=stride, padding=1, bias=not normalise)]  # type: ignore[arg-type]
+        layers: list[nn.Module] = [CONV[dim](inputs, outputs, 3, stride=stride, padding=1, bias=not normalise)]  # type: ignore[arg-type]
         layers += [_NORM[dim](outputs, affine=True)] if normalise else []
         blocks.append(nn.Sequential(*layers, nn.LeakyReLU(0.01, inplace=True)))
     return blocks

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunetv2_ext.jras.encoder import CONV
 from nnunetv2_ext.jras.labels import adaptive_pool
 
 TOKENS_PER_AXIS = 4
+WIDTH, HEADS = 128, 4  # channels of queries, keys and values, over all heads
 INITIAL_GATE = 0.1  # at 0 the retriever and the guide encoder would get exactly no gradient
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
@@ -37,36 +38,24 @@ class AttentionFusion(nn.Module):
     With Wq = 0 the attention on all T tokens of guide j is w_j: without - log T a guide would outweigh the null T
     times.
 
-    Args:
-        deep_channels, skip_channels: of f, the bottleneck, and of h, the skip above it.
-        fine_channels, coarse_channels: of u and v.
-        dim: 2 or 3.
-        width: channels of queries, keys and values over all heads.
-        heads: divides `width`.
+    Channels are those of f, the bottleneck, h, the skip above it, u and v; `dim` is 2 or 3.
     """
 
     def __init__(
-        self,
-        deep_channels: int,
-        skip_channels: int,
-        fine_channels: int,
-        coarse_channels: int,
-        dim: int,
-        width: int = 128,
-        heads: int = 4,
+        self, deep_channels: int, skip_channels: int, fine_channels: int, coarse_channels: int, dim: int
     ) -> None:
         super().__init__()
-        self.heads, self.head_dim = heads, width // heads
-        self.query = nn.Linear(deep_channels, width, bias=False)
-        self.key = nn.Linear(coarse_channels, width, bias=False)
-        self.value = nn.Linear(coarse_channels, width, bias=False)
-        self.out = nn.Linear(width, deep_channels, bias=False)
-        self.null_key = nn.Parameter(torch.randn(heads, self.head_dim) / self.head_dim**0.5)
+        self.heads, self.head_dim = HEADS, WIDTH // HEADS
+        self.query = nn.Linear(deep_channels, WIDTH, bias=False)
+        self.key = nn.Linear(coarse_channels, WIDTH, bias=False)
+        self.value = nn.Linear(coarse_channels, WIDTH, bias=False)
+        self.out = nn.Linear(WIDTH, deep_channels, bias=False)
+        self.null_key = nn.Parameter(torch.randn(HEADS, self.head_dim) / self.head_dim**0.5)
         self.deep_gate = nn.Parameter(torch.tensor(INITIAL_GATE))
         # Pc in two halves, so that h is read once and not once per guide, and u before it is resized
-        self.skip_from_query = _CONV[dim](skip_channels, skip_channels, 1, bias=False)
-        self.skip_from_guide = _CONV[dim](fine_channels, skip_channels, 1, bias=False)
-        self.skip_out = _CONV[dim](skip_channels, skip_channels, 1, bias=False)
+        self.skip_from_query = CONV[dim](skip_channels, skip_channels, 1, bias=False)
+        self.skip_from_guide = CONV[dim](fine_channels, skip_channels, 1, bias=False)
+        self.skip_out = CONV[dim](skip_channels, skip_channels, 1, bias=False)
         self.skip_gate = nn.Parameter(torch.tensor(INITIAL_GATE))
 
     def forward(self, f: Tensor, h: Tensor, u: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,8 +28,8 @@ def adaptive_pool(x: Tensor, shape: Sequence[int]) -> Tensor:
     return pool(x, tuple(shape))
 
 
-def low_res_labels(labels: Tensor, shape: Sequence[int], ignored: Tensor | None = None) -> Tensor:
-    """Label of each low-resolution cell, uint8 ``(*L)``.
+def low_res_labels(labels: Tensor, shape: Sequence[int], ignored: Tensor) -> Tensor:
+    """Label of each cell of ``shape``, L, uint8 ``(*L)``.
 
     A cell has the most frequent foreground label (the lowest one of equals) if foreground covers at least 25 % of it,
     else background, and 255 if more than half of it is ignored. Cells are those of adaptive average pooling, so they
@@ -37,12 +37,9 @@ def low_res_labels(labels: Tensor, shape: Sequence[int], ignored: Tensor | None 
 
     Args:
         labels: ``(*P)`` integers, 0 or less = background, others below 255.
-        shape: L.
         ignored: ``(*P)`` bool, voxels that are ignored or outside the image; their label does not count.
     """
-    foreground = labels > 0
-    if ignored is not None:
-        foreground = foreground & ~ignored
+    foreground = (labels > 0) & ~ignored
     result = torch.zeros(tuple(shape), dtype=torch.uint8, device=labels.device)
     present = torch.bincount(labels[foreground].long()).nonzero().flatten()
     if len(present):
@@ -51,10 +48,8 @@ def low_res_labels(labels: Tensor, shape: Sequence[int], ignored: Tensor | None 
         # equal counts give equal shares, of which argmax takes the first: the lowest label
         winner = present.to(torch.uint8)[shares[1:].argmax(0)]
         result = torch.where(shares[0] >= MIN_FOREGROUND - _ROUNDING, winner, result)
-    if ignored is not None and ignored.any():
-        hidden = adaptive_pool(ignored[None, None].float(), shape)[0, 0]
-        result[hidden > MAX_IGNORED + _ROUNDING] = OUTSIDE
-    return result
+    hidden = adaptive_pool(ignored[None, None].float(), shape)[0, 0]
+    return result.masked_fill_(hidden > MAX_IGNORED + _ROUNDING, OUTSIDE)
 
 
 def mask_lut(label_manager: LabelManager) -> Tensor:

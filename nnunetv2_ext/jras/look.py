@@ -36,12 +36,7 @@ def load_model(model_folder: Path, fold: str, checkpoint: str, device: torch.dev
 
 
 def look_at_image(predictor: nnUNetPredictor, images: Sequence[Path], label: Path | None = None) -> GuideView:
-    """Predict an image, and look at the guides of the patch in the middle of what was found.
-
-    Args:
-        predictor: from `load_model`.
-        images: one file per channel, in the order of the dataset.
-        label: the true label, if it is known.
+    """Predict an image, one file per channel, and look at the guides of the patch in the middle of what was found.
 
     Raises:
         ValueError: missing, damaged or misfitting files, another number of channels than the model's, or a cascaded

@@ -23,12 +23,8 @@ INITIAL_NULL_LOGIT = 0.5  # the null guide starts as good as a guide of this cos
 
 @dataclass(frozen=True)
 class Exclusion:
-    """What the lookups within `excluding` respect.
-
-    Attributes:
-        groups: `(B,)` int64, subjects of the batch's samples; their own guides are not retrieved.
-        dropout: share of samples that get no guide.
-        generator: for the dropout and for `retriever=random`; None: the global stream.
+    """What the lookups within `excluding` respect: the subjects `(B,)` int64 of the batch, whose guides they do not
+    get, the share of samples that get no guide, and the generator of that and of `retriever=random` (None: global).
     """
 
     groups: Tensor
@@ -76,15 +72,12 @@ class JRASNetwork(nn.Module):
             C + M more input channels.
         settings: what is marked structural.
         image_channels: C; further input channels (of a cascade) are not retrieved by.
-        heads: M, segmentation heads.
-        patch_size: P.
+        heads, patch_size: M and P.
 
     Attributes:
         stock_prefixes: where nnU-Net's own network sits (see parts/start.py).
-        retriever: R.
+        buffers_of_any_size: names of those that take the size of what is loaded into them (see core/checkpoint.py).
         null_logit: b0, the cosine a guide must exceed to be preferred to none.
-        guide_encoder, fusion: G and its use, for `fusion=attention`.
-        bank: the guides.
         retriever_is_fixed: whether the weights w pass no gradient on (set by the trainer during the warm-up).
         last: what the last forward retrieved; None after one without guides.
 
@@ -128,24 +121,13 @@ class JRASNetwork(nn.Module):
             for parameter in self.retrieval_parameters():
                 parameter.requires_grad_(False)
         # DDP broadcasts all buffers at every forward; all ranks have the same bank. A compiled network adds a prefix
+        self.buffers_of_any_size = frozenset(f"bank.{name}" for name in STORED_DTYPES)
         names = sorted(self.buffers_of_any_size)
         self._ddp_params_and_buffers_to_ignore = [*names, *(f"_orig_mod.{name}" for name in names)]
 
-    # properties: as attributes their weights would be in the state twice
-    @property
-    def encoder(self) -> nn.Module:
-        """The backbone's."""
-        return self.backbone.encoder  # type: ignore[return-value]
-
-    @property
-    def decoder(self) -> nn.Module:
-        """The backbone's; nnU-Net switches its `deep_supervision`."""
-        return self.backbone.decoder  # type: ignore[return-value]
-
-    @property
-    def buffers_of_any_size(self) -> frozenset[str]:
-        """Names of buffers that take the size of what is loaded into them."""
-        return frozenset(f"bank.{name}" for name in STORED_DTYPES)
+    # properties: as attributes their weights would be in the state twice. nnU-Net switches the decoder's outputs
+    encoder = property(lambda self: self.backbone.encoder)
+    decoder = property(lambda self: self.backbone.decoder)
 
     def retrieval_parameters(self) -> list[nn.Parameter]:
         """Those of R, and b0."""
@@ -169,11 +151,9 @@ class JRASNetwork(nn.Module):
         skips = list(self.encoder(x))
         seen = skips[-1] if self.settings.reads_bottleneck else self.low_resolution(x)
         guides, weights = self._retrieve(self.retriever(seen))
-        B, K = guides.ids.shape
-        u, v = self.guide_encoder(guides.images.flatten(0, 1), guides.masks.flatten(0, 1))
-        skips[-1], skips[-2] = self.fusion(
-            skips[-1], skips[-2], u.unflatten(0, (B, K)), v.unflatten(0, (B, K)), weights
-        )
+        features = self.guide_encoder(guides.images.flatten(0, 1), guides.masks.flatten(0, 1))
+        u, v = (x.unflatten(0, guides.ids.shape) for x in features)
+        skips[-1], skips[-2] = self.fusion(skips[-1], skips[-2], u, v, weights)
         return self.decoder(skips)
 
     def _without_guides(self, x: Tensor) -> Any:
@@ -191,8 +171,7 @@ class JRASNetwork(nn.Module):
         guides = self._lookup(queries.detach())
         # eval: what refresh has stored; training: anew, so that the loss teaches the keys' side as well
         if self.training and torch.is_grad_enabled() and self.settings.trains_keys:
-            B, K = guides.ids.shape
-            keys = self.retriever(guides.images.flatten(0, 1)).unflatten(0, (B, K))
+            keys = self.retriever(guides.images.flatten(0, 1)).unflatten(0, guides.ids.shape)
         else:
             keys = guides.keys
         similarities = (queries[:, None] * keys).sum(2)
@@ -216,13 +195,11 @@ class JRASNetwork(nn.Module):
 
     @torch.compiler.disable
     def _lookup(self, queries: Tensor) -> Guides:
-        exclusion = _EXCLUSION.get()
-        is_random = self.settings.retriever == "random"
-        generator = exclusion.generator if exclusion else None
+        exclusion, is_random = _EXCLUSION.get(), self.settings.retriever == "random"
+        groups, generator = (exclusion.groups, exclusion.generator) if exclusion else (None, None)
         if is_random and generator is None:
             # a control that predicts the same patch in the same way, whatever was predicted before
             generator = torch.Generator(queries.device).manual_seed(int(queries.view(torch.int32).sum()) % 2**31)
-        groups = exclusion.groups if exclusion else None
         guides = self.bank.lookup(queries, self.settings.num_guides, groups, is_random, generator)
         if exclusion is None or exclusion.dropout == 0:
             return guides

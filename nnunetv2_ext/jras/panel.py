@@ -67,15 +67,10 @@ def view_of_patch(
     images = bank.stored_images(ids)[:, 0].cpu().numpy()
     # half a unit off: a mask is a region's logit, or the class that is largest
     maps = [logits_to_labels(mask - 0.5, labels) for mask in bank.masks(ids)]
-    return GuideView(
-        name=name,
-        image=x[0, 0].float().cpu().numpy(),
-        truth=truth,
-        prediction=logits_to_labels(logits[0].float(), labels),
-        guides=[Guide(*own, *drawn) for own, drawn in zip(numbers, zip(images, maps))],
-        null_weight=float(last.weights[0, -1]),
-        null_cosine=float(network.null_logit.detach()),
-    )
+    guides = [Guide(*own, *drawn) for own, drawn in zip(numbers, zip(images, maps))]
+    image, prediction = x[0, 0].float().cpu().numpy(), logits_to_labels(logits[0].float(), labels)
+    null = float(last.weights[0, -1]), float(network.null_logit.detach())
+    return GuideView(name, image, truth, prediction, guides, *null)
 
 
 @torch.no_grad()
@@ -102,24 +97,16 @@ def view_of_batch(trainer: JRASTraining, batch: Batch) -> GuideView:
 
 
 def draw_guides(
-    view: GuideView,
-    path: Path,
-    title: str,
-    dataset_json: dict,
-    labels: LabelManager,
-    spacing: Sequence[float] | None = None,
+    view: GuideView, path: Path, title: str, dataset_json: dict, labels: LabelManager, spacing: Sequence[float]
 ) -> None:
     """Write the picture: the patch with truth and prediction, then each guide with its mask, weight and cosine.
 
-    Guides are stored at low resolution and drawn so; each at its own fullest slice, as they need not lie where the
-    patch does.
-
-    The title continues with the patch's name and the null weight; `spacing` is in mm per patch axis, None for cubes.
+    Guides are drawn as they are stored, at low resolution, each at its own fullest slice: they need not lie where the
+    patch does. The title continues with the patch's name and the null weight; `spacing` is in mm per patch axis.
     """
     classes = class_names(dataset_json, labels)
     ignored = [value for value, name in classes.items() if name == "ignore"]
-    size, ndim = view.image.shape, view.image.ndim
-    mm = np.ones(ndim) if spacing is None else np.asarray(spacing, dtype=float)
+    size, ndim, mm = view.image.shape, view.image.ndim, np.asarray(spacing, dtype=float)
     organs = view.prediction if view.truth is None else np.where(np.isin(view.truth, ignored), 0, view.truth)
     # name, image, labels, mm per voxel, labels whose fullest slice is drawn, opacity
     columns = [("prediction", view.image, view.prediction, mm, organs, 0.35)]
@@ -136,17 +123,11 @@ def draw_guides(
             f"(b0 {view.null_cosine:.2f})"
         )
         for cells, axis in zip(figure.subplots(len(cuts), len(columns), squeeze=False), cuts):
-            rest = [a for a in range(ndim) if a != axis]
+            down, right = (a for a in range(ndim) if a != axis)
             for cell, (name, image, label, scale, where, fill) in zip(cells, columns):
                 index = None if axis is None else fullest_slice(where, axis)
-                draw_slice(
-                    cell,
-                    take_slice(image, axis, index),
-                    take_slice(label, axis, index),
-                    classes,
-                    fill=fill,
-                    spacing=(scale[rest[1]], scale[rest[0]]),
-                    title=name if index is None else f"{name}\naxis {axis}, slice {index}",
-                )
+                shown, mask = (take_slice(part, axis, index) for part in (image, label))
+                text = name if index is None else f"{name}\naxis {axis}, slice {index}"
+                draw_slice(cell, shown, mask, classes, fill=fill, spacing=(scale[right], scale[down]), title=text)
         add_legend(figure, classes, (int(value) for _, _, label, *_ in columns for value in np.unique(label)))
         figure.savefig(path, dpi=110)

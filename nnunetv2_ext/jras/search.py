@@ -97,11 +97,9 @@ def select(
     """The k nearest keys of other groups.
 
     Args:
-        queries: ``(B, D)`` fp32.
-        keys: ``(N, D)`` fp32.
+        queries, keys: ``(B, D)`` and ``(N, D)`` fp32.
         k: 1 to N.
-        key_groups: ``(N,)``, group of each key.
-        groups: ``(B,)``, group of each query, whose keys are left out; None leaves out nothing.
+        key_groups, groups: ``(N,)`` and ``(B,)``, of keys and queries; own groups are left out. None: nothing is.
         largest_group: keys in the largest group. So many more are searched by ``nearest``, which knows no groups.
         dedup_cosine: leave out keys whose inner product with the query is larger; None leaves out none.
         random: uniform over what is left, without repeats, instead of nearest first.

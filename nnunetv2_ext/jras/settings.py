@@ -7,13 +7,15 @@ paper; "ours" is this package's own choice.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from nnunetv2_ext.core.settings import STRUCTURAL, Settings
 
-Width = Annotated[int, Field(ge=1)]
+Widths = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=6)]
+_structural: Any = partial(Field, json_schema_extra=STRUCTURAL)
 
 
 class JRASSettings(Settings):
@@ -26,62 +28,41 @@ class JRASSettings(Settings):
     RENAMED: ClassVar[dict[str, str]] = {"init_from": "init_from", "group_regex": "group_regex"}  # common keys
 
     # ---- what is part of the network
-    retriever: Literal["joint", "frozen", "random", "none"] = Field(
+    retriever: Literal["joint", "frozen", "random", "none"] = _structural(
         "joint",
         description="joint: the segmentation loss teaches the retriever; controls: frozen (fixed after the warm-up), "
         "random (any guides, equal weights), none (no guides: plain nnU-Net). Source: paper (joint), ours (controls).",
-        json_schema_extra=STRUCTURAL,
     )
-    retriever_encoder: Literal["conv", "bottleneck"] = Field(
+    retriever_encoder: Literal["conv", "bottleneck"] = _structural(
         "conv",
         description="What embeds a patch: conv, a small network on the low-resolution patch; bottleneck, the "
-        "segmentation network's deepest features (reads all guides' patches again at every refresh; teaches the query "
-        "side only; not with concat, frozen or a cascade). Source: ours.",
-        json_schema_extra=STRUCTURAL,
+        "segmentation network's deepest features (reads all guides' patches at every refresh; teaches the query side "
+        "only; not with concat, frozen or a cascade). Source: ours.",
     )
-    fusion: Literal["attention", "concat"] = Field(
+    fusion: Literal["attention", "concat"] = _structural(
         "attention",
         description="How guides enter: attention at the bottleneck and the skip above it, or concat, the weighted "
         "guide image and mask as further input channels. Source: ours (attention), author code (concat).",
-        json_schema_extra=STRUCTURAL,
     )
-    num_guides: int = Field(
-        4, ge=1, description="K, guides per patch. Source: ours (author code: 2).", json_schema_extra=STRUCTURAL
+    num_guides: int = _structural(4, ge=1, description="K, guides per patch. Source: ours (author code: 2).")
+    tau: float = _structural(
+        0.1, gt=0, description="Temperature of the softmax over the guides' cosines, no unit. Source: author code."
     )
-    tau: float = Field(
-        0.1,
-        gt=0,
-        description="Temperature of the softmax over the guides' cosines, no unit. Source: author code.",
-        json_schema_extra=STRUCTURAL,
-    )
-    key_dim: int = Field(
-        128, ge=2, description="D, numbers in an embedding. Source: author code.", json_schema_extra=STRUCTURAL
-    )
-    store_stride: int = Field(
+    key_dim: int = _structural(128, ge=2, description="D, numbers in an embedding. Source: author code.")
+    store_stride: int = _structural(
         4,
         ge=1,
         description="Guides are stored at patch size / store_stride, at least 8 cells per axis (or the patch size). "
         "Source: ours, memory: 50 MB for 512 guides of 128 voxels per axis.",
-        json_schema_extra=STRUCTURAL,
     )
-    retriever_widths: list[Width] = Field(
-        [32, 64, 128, 128],
-        min_length=3,
-        max_length=6,
-        description="Channels of the retrieval encoder's convolutions. Source: ours.",
-        json_schema_extra=STRUCTURAL,
+    retriever_widths: Widths = _structural(
+        [32, 64, 128, 128], description="Channels of the retrieval encoder's convolutions. Source: ours."
     )
-    guide_widths: list[Width] = Field(
-        [32, 64, 128, 128],
-        min_length=3,
-        max_length=6,
-        description="Channels of the guide encoder's convolutions; only for fusion=attention. Source: ours.",
-        json_schema_extra=STRUCTURAL,
+    guide_widths: Widths = _structural(
+        [32, 64, 128, 128], description="Channels of the guide encoder's, for fusion=attention. Source: ours."
     )
     # ---- the bank
-    bank_size: int = Field(
-        512, ge=1, description="N, guides in the bank over all training cases. Source: ours, see store_stride."
-    )
+    bank_size: int = Field(512, ge=1, description="N, guides over all training cases. Source: ours, see store_stride.")
     fg_share: float = Field(
         0.75, ge=0, le=1, description="Share of the guides whose patch is centred on a foreground voxel. Source: ours."
     )
@@ -90,13 +71,12 @@ class JRASSettings(Settings):
         description="Whether guides are stored mirrored, in all orientations of nnU-Net's augmentation equally often. "
         "Source: measured (a mirrored patch finds none of its shape among unmirrored guides).",
     )
-    dedup_cosine: float | None = Field(
+    dedup_cosine: float | None = _structural(
         None,
         gt=-1,
         le=1,
-        description="Guides more similar to the patch than this are not used: a partial guard if training cases are "
-        "predicted. Source: ours.",
-        json_schema_extra=STRUCTURAL,
+        description="Guides more similar to the patch are not used: a partial guard if training cases are predicted. "
+        "Source: ours.",
     )
     # ---- the training
     refresh_every: int | None = Field(
@@ -108,15 +88,8 @@ class JRASSettings(Settings):
     detach_keys: bool = Field(
         False, description="Whether the segmentation loss teaches the query side only. Source: ours (author code: yes)."
     )
-    guide_dropout: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="Share of training patches without guides, as with an empty bank. Source: ours.",
-    )
-    contrastive_weight: float = Field(
-        0.1, ge=0, description="Weight of the contrastive loss; 0 leaves it out. Source: ours."
-    )
+    guide_dropout: float = Field(0.1, ge=0, le=1, description="Share of training patches without guides. Source: ours.")
+    contrastive_weight: float = Field(0.1, ge=0, description="Weight of the contrastive loss; 0: none. Source: ours.")
     contrastive_every: int = Field(
         4,
         ge=1,
@@ -130,14 +103,10 @@ class JRASSettings(Settings):
         0.01,
         ge=0,
         le=1,
-        description="First part of the epochs, in which the contrastive loss alone teaches the retriever, on every "
-        "step. Source: ours.",
+        description="First part of the epochs: only the contrastive loss teaches the retriever. Source: ours.",
     )
     retriever_lr_scale: float = Field(
-        0.3,
-        gt=0,
-        le=10,
-        description="The retriever's learning rate as a share of initial_lr. Source: ours (0.003 with momentum 0.99).",
+        0.3, gt=0, le=10, description="The retriever's learning rate as a share of initial_lr. Source: ours."
     )
     # ---- of an approximate search that is no more: read, so that old models and files of settings stay valid
     index: str = Field("Flat", description="Without effect: guides are always searched exactly. Source: ours.")

@@ -14,7 +14,7 @@ from torch import Tensor
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY
 from nnunetv2_ext.jras.bank import PER_GUIDE
 
-_BACKBONE, _BANK = "backbone.", "bank."
+_GUIDES = {f"bank.{name}" for name in PER_GUIDE}
 
 
 def plain_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -23,7 +23,7 @@ def plain_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size
     Those of a plain network (`retriever=none`) come back as they are. Further inputs of the first convolution
     (`fusion=concat`) are cut off to fit `shapes`, the `stock_shapes`.
     """
-    plain = {name.removeprefix(_BACKBONE): v for name, v in weights.items() if name.startswith(_BACKBONE)}
+    plain = {name.removeprefix("backbone."): v for name, v in weights.items() if name.startswith("backbone.")}
     for name, value in plain.items():
         inputs = shapes.get(name, ())[1:2]
         if inputs and value.shape[1:2] > inputs:
@@ -44,11 +44,8 @@ def without_bank(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def empty_bank(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of the same J-RAS network with a bank of no guides."""
-    return {
-        # clone: a slice would be written with the storage it is a part of
-        name: value[:0].clone() if name.startswith(_BANK) and name.removeprefix(_BANK) in PER_GUIDE else value
-        for name, value in weights.items()
-    }
+    # clone: a slice would be written with the storage it is a part of
+    return {name: value[:0].clone() if name in _GUIDES else value for name, value in weights.items()}
 
 
 def without_groups(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,13 +54,13 @@ def without_groups(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: trained without a bank (`retriever=none`).
     """
-    weights = checkpoint["network_weights"]
-    blank = {name: torch.zeros_like(value) for name, value in weights.items() if name == f"{_BANK}groups"}
-    return _for_prediction(checkpoint, "blank-groups", {**weights, **blank})
+    weights = checkpoint["network_weights"].items()
+    blank = {name: torch.zeros_like(value) if name == "bank.groups" else value for name, value in weights}
+    return _for_prediction(checkpoint, "blank-groups", blank)
 
 
 def _for_prediction(checkpoint: Mapping[str, Any], option: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    if f"{_BANK}keys" not in weights:
+    if "bank.keys" not in weights:
         raise ValueError(f"this model has no guide bank (jras.retriever=none); export it without --{option}")
     left_out = (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")
     return {name: value for name, value in checkpoint.items() if name not in left_out} | {"network_weights": weights}

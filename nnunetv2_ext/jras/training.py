@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import Tensor
 
 from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
-from nnunetv2_ext.jras.bank import OUTSIDE, GuideBank
+from nnunetv2_ext.jras.bank import OUTSIDE
 from nnunetv2_ext.jras.bank_training import BankTraining
 from nnunetv2_ext.jras.contrastive import (
     Masks,
@@ -32,15 +33,8 @@ from nnunetv2_ext.jras.contrastive import (
 )
 from nnunetv2_ext.jras.network import Retrieval
 from nnunetv2_ext.jras.panel import draw_guides, view_of_batch
-from nnunetv2_ext.parts.schedule import ScaledPolyLR
 
 RETRIEVER = "retriever"  # name of its group in the optimiser
-
-
-def guide_masks(bank: GuideBank, ids: Tensor, has_regions: bool) -> Masks:
-    """Foreground masks of guides `ids` (n), pooled for `mask_overlap`."""
-    masks = bank.masks(ids)
-    return pool_masks(masks if has_regions else masks[:, 1:], bank.labels[ids] != OUTSIDE)
 
 
 class RetrievalFigures:
@@ -70,16 +64,14 @@ class RetrievalFigures:
 
     @torch.no_grad()
     def add_overlap(
-        self, retrieval: Retrieval, masks: Masks, bank: GuideBank, has_regions: bool, random_ids: Tensor
+        self, retrieval: Retrieval, masks: Masks, masks_of: Callable[[Tensor], Masks], random_ids: Tensor
     ) -> None:
         """Mean mask overlap S of the batch with its guides, and with random ones."""
         for row, (ids, valid) in enumerate(zip(retrieval.ids, retrieval.valid)):
-            overlap = mask_overlap(
-                Masks(*(part[row : row + 1] for part in masks)), guide_masks(bank, ids, has_regions)
-            )[0]
+            overlap = mask_overlap(Masks(*(part[row : row + 1] for part in masks)), masks_of(ids))[0]
             self.add("guide_overlap", (overlap * valid).sum(), valid.sum())
         if len(random_ids):
-            overlap = mask_overlap(masks, guide_masks(bank, random_ids, has_regions))
+            overlap = mask_overlap(masks, masks_of(random_ids))
             self.add("random_overlap", overlap.sum(), overlap.numel())
 
     def read(self) -> dict[str, float]:
@@ -100,6 +92,16 @@ class RetrievalFigures:
             {name: value.to(device) for name, value in state[part].items()} for part in ("sums", "counts")
         )
         self.used = None if state["used"] is None else state["used"].to(device)
+
+
+class ScaledPolyLR(PolyLRScheduler):
+    """nnU-Net's schedule, times each group's `lr_scale`; nnU-Net's own writes one rate into all groups."""
+
+    def step(self, current_step: int | None = None) -> None:
+        super().step(current_step)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
 class JRASTraining(BankTraining):
@@ -161,7 +163,7 @@ class JRASTraining(BankTraining):
         return passes.first(LossPass("contrastive", lambda: self._contrastive_terms(batch)))
 
     def _contrastive_terms(self, batch: Batch) -> dict[str, Term]:
-        network, s, has_regions = self.retrieval_network, self.jras, self.label_manager.has_regions
+        network, s = self.retrieval_network, self.jras
         assert network is not None and self._compared is not None
         masks, ids = self._compared
         # both views mirrored alike: the mask is mirrored with them, and S of the two is 1
@@ -180,19 +182,23 @@ class JRASTraining(BankTraining):
         groups = self.groups_of(batch.keys)
         others = groups[:, None] != network.bank.groups[ids][None]
         allowed = torch.cat((torch.ones_like(groups[:, None].expand(-1, len(groups)), dtype=torch.bool), others), 1)
-        overlap = mask_overlap(masks, Masks(*map(torch.cat, zip(masks, guide_masks(network.bank, ids, has_regions)))))
+        overlap = mask_overlap(masks, Masks(*map(torch.cat, zip(masks, self._guide_masks(ids)))))
         with torch.autocast(self.device.type, enabled=False):
             loss = overlap_loss(first @ torch.cat((second, stored)).T, overlap, allowed, s.tau)
             loss = loss + nt_xent(first, second, s.tau)
         return {"contrastive": Term(loss, s.contrastive_weight)}
 
+    def _guide_masks(self, ids: Tensor) -> Masks:
+        """Foreground masks of guides `ids` (n), pooled for `mask_overlap`."""
+        bank = self.retrieval_network.bank  # type: ignore[union-attr]
+        masks = bank.masks(ids)
+        return pool_masks(masks if self.label_manager.has_regions else masks[:, 1:], bank.labels[ids] != OUTSIDE)
+
     def clip_gradients(self) -> Tensor:
         """Takes the retriever's gradient norm before nnU-Net clips."""
-        network = self.retrieval_network
-        if network is not None:
-            norms = [torch.linalg.vector_norm(p.grad) for p in network.retrieval_parameters() if p.grad is not None]
-            if norms:
-                self._figures.add("retriever_grad_norm", torch.linalg.vector_norm(torch.stack(norms)))
+        parameters = [] if self.retrieval_network is None else self.retrieval_network.retrieval_parameters()
+        if norms := [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]:
+            self._figures.add("retriever_grad_norm", torch.linalg.vector_norm(torch.stack(norms)))
         return super().clip_gradients()
 
     def after_step(self) -> None:
@@ -204,7 +210,7 @@ class JRASTraining(BankTraining):
         self._figures.add_retrieval(network.last, len(network.bank))
         if self._compared is not None:
             masks, ids = self._compared
-            self._figures.add_overlap(network.last, masks, network.bank, self.label_manager.has_regions, ids)
+            self._figures.add_overlap(network.last, masks, self._guide_masks, ids)
 
     # ---- epochs --------------------------------------------------------------------------------------------------
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -247,15 +253,10 @@ class JRASTraining(BankTraining):
         super().draw_panel(path)
         if self.retrieval_network is None or self.last_batch is None:
             return
-        configuration = self.configuration_manager
-        draw_guides(
-            view_of_batch(self, self.on_device(self.last_batch)),
-            path.with_name(f"{path.stem}_guides{path.suffix}"),  # another method may draw to the path itself
-            f"{type(self).__name__}, epoch {self.current_epoch - 1}",
-            self.dataset_json,
-            self.label_manager,
-            configuration.spacing[-len(configuration.patch_size) :],
-        )
+        view, plan = view_of_batch(self, self.on_device(self.last_batch)), self.configuration_manager
+        file = path.with_name(f"{path.stem}_guides{path.suffix}")  # another method may draw to the path itself
+        title, spacing = f"{type(self).__name__}, epoch {self.current_epoch - 1}", plan.spacing[-len(plan.patch_size) :]
+        draw_guides(view, file, title, self.dataset_json, self.label_manager, spacing)
 
     # ---- checkpoint ----------------------------------------------------------------------------------------------
     def method_state(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class MedContextTraining(TeacherTraining):
             )
         super().initialize()
         s, patch = self.medcontext, self.configuration_manager.patch_size
-        cells, hidden = cell_counts(patch, self.mask_block, s.mask_ratio, s.tube, s.mask_rounding)
+        cells, hidden = cell_counts(patch, self.mask_block, s.mask_ratio, s.mask_rounding)
         self.print_to_log_file(
             f"MedContext hides {hidden} of {cells} blocks of {self.mask_block} voxels in a patch of {tuple(patch)}."
         )
@@ -129,7 +129,7 @@ class MedContextTraining(TeacherTraining):
     def draw_mask(self, shape: Sequence[int]) -> Tensor:
         """A mask for data of ``shape`` (B, C, *S): bool (B, 1, *S), True = hidden."""
         s, ratio = self.medcontext, self.mask_ratio(self.global_step)
-        how = (s.tube, s.mask_per_sample, s.mask_rounding)
+        how = (s.mask_per_sample, s.mask_rounding)
         return block_mask(shape[0], shape[2:], self.mask_block, ratio, self.generator, self.device, *how)
 
     def hide(self, data: Tensor, mask: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -57,10 +57,8 @@ def consistency_loss(
         0-dim tensor, differentiable once with respect to the student logits; 0 if no voxel is valid.
 
     Raises:
-        ValueError: unknown kind, or shapes that do not fit.
+        ValueError: shapes that do not fit.
     """
-    if kind not in get_args(Consistency):
-        raise ValueError(f"unknown consistency {kind!r}: choose one of {', '.join(get_args(Consistency))}")
     if teacher_logits.shape != student_logits.shape or student_logits.ndim < 3:
         raise ValueError(
             f"teacher logits {tuple(teacher_logits.shape)} and student logits {tuple(student_logits.shape)} "
@@ -87,17 +85,10 @@ def valid_mask(target_top: torch.Tensor, ignore_label: int | None, has_regions: 
 
     Returns:
         bool `(B, 1, *S)`, True = annotated; None if the dataset has no ignore label (every voxel counts).
-
-    Raises:
-        ValueError: a deep supervision list was given instead of its first tensor.
     """
-    if not isinstance(target_top, torch.Tensor):
-        raise ValueError("valid_mask needs the top-resolution target: with deep supervision give target[0]")
     if ignore_label is None:
         return None
-    if has_regions:
-        return target_top[:, -1:] == 0
-    return target_top[:, :1] != ignore_label
+    return target_top[:, -1:] == 0 if has_regions else target_top[:, :1] != ignore_label
 
 
 @torch.no_grad()
@@ -107,8 +98,6 @@ def disagreement(teacher_logits: torch.Tensor, student_logits: torch.Tensor, reg
     Classes: the most probable class differs. Regions: any region is on one side of 0.5 for one and not for the other.
     Logits are `(B, C, *S)`.
     """
-    if teacher_logits.shape != student_logits.shape:
-        raise ValueError(f"shapes differ: teacher {tuple(teacher_logits.shape)}, student {tuple(student_logits.shape)}")
     if regions:
         return ((teacher_logits > 0) != (student_logits > 0)).any(dim=1).float().mean()
     return (teacher_logits.argmax(dim=1) != student_logits.argmax(dim=1)).float().mean()

@@ -78,8 +78,7 @@ def compare(theirs: Mapping[str, Tensor], wanted: Mapping[tuple[str, ...], Tenso
     convolution get weights of zero. A segmentation layer for another number of classes stays random.
 
     Args:
-        theirs: from `within_plan`.
-        wanted: one element of `stock_tensors`.
+        theirs, wanted: from `within_plan`, and one element of `stock_tensors`.
 
     Raises:
         ValueError: a tensor that would be loaded holds NaN or infinity.
@@ -89,13 +88,10 @@ def compare(theirs: Mapping[str, Tensor], wanted: Mapping[tuple[str, ...], Tenso
     for aliases, target in wanted.items():
         source = next((theirs[alias] for alias in aliases if alias in theirs), None)
         rows.append(_row(aliases[0], target, source, is_first=aliases == first))
-    incomplete = {_unit(row.name) for row in rows if row.value is None}
-    return [
-        row._replace(value=None, note="a part of this unit does not fit")
-        if row.value is not None and _unit(row.name) in incomplete
-        else row
-        for row in rows
-    ]
+    torn = {_unit(row.name) for row in rows if row.value is None}
+    note = "a part of this unit does not fit"
+    fit = (row.value is None or _unit(row.name) not in torn for row in rows)
+    return [row if fits else row._replace(value=None, note=note) for row, fits in zip(rows, fit)]
 
 
 def _row(name: str, target: Tensor, source: Tensor | None, is_first: bool) -> Row:
@@ -105,13 +101,14 @@ def _row(name: str, target: Tensor, source: Tensor | None, is_first: bool) -> Ro
         raise ValueError(f"its tensor {name} holds NaN or infinite values; use another checkpoint")
     if source.shape == target.shape:
         return Row(name, target, source)
+    there, here = ("x".join(map(str, tensor.shape)) for tensor in (source, target))
     missing = target.shape[1] - source.shape[1] if is_first and source.ndim == target.ndim else 0
     if missing > 0 and (source.shape[0], *source.shape[2:]) == (target.shape[0], *target.shape[2:]):
         zeros = source.new_zeros((len(source), missing, *source.shape[2:]))
         return Row(name, target, torch.cat((source, zeros), 1), f"{missing} further input channels start with weight 0")
     if ".seg_layers." in name and source.shape[1:] == target.shape[1:]:
-        return Row(name, target, None, f"{len(source)} classes there, {len(target)} here")
-    return Row(name, target, None, f"{_shape(source)} there, {_shape(target)} here")
+        there, here = f"{len(source)} classes", str(len(target))
+    return Row(name, target, None, f"{there} there, {here} here")
 
 
 def _unit(name: str) -> str:
@@ -155,7 +152,14 @@ def start_from(network: nn.Module, path: Path) -> str:
             compared.append(compare(mapped, wanted))
         except ValueError as error:
             raise ValueError(f"init_from={path}: {error}") from error
-        _require_encoder(compared[-1], path)
+        # a decoder without its encoder is as good as nothing
+        encoder = [row for row in compared[-1] if row.name.startswith("encoder.")] or compared[-1]
+        if all(row.value is None for row in encoder):
+            example = next((row for row in encoder if row.target.ndim > 2), encoder[0])
+            raise ValueError(
+                f"init_from={path}: nothing of its encoder fits the network of these plans, e.g. {example.name}: "
+                f"{example.note}. Use one of the same kind of network and dimension, or unset init_from"
+            )
     with torch.no_grad():
         for row in (row for rows in compared for row in rows):
             if row.value is not None:
@@ -167,18 +171,6 @@ def start_from(network: nn.Module, path: Path) -> str:
     if unused:
         text += f"\n  {unused} tensors of the file belong to nothing here"
     return text
-
-
-def _require_encoder(rows: Sequence[Row], path: Path) -> None:
-    """A decoder without its encoder is as good as nothing."""
-    encoder = [row for row in rows if row.name.startswith("encoder.")] or rows
-    if any(row.value is not None for row in encoder):
-        return
-    example = next((row for row in encoder if row.target.ndim > 2), encoder[0])
-    raise ValueError(
-        f"init_from={path}: nothing of its encoder fits the network of these plans, e.g. "
-        f"{example.name}: {example.note}. Use one of the same kind of network and dimension, or unset init_from"
-    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -194,7 +186,3 @@ def _read(path: Path) -> dict[str, Any]:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise ValueError(f"init_from={path} is a pointer of Git LFS, not the file itself; run `git lfs pull`")
     return read(path)
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))

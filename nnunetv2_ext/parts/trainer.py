@@ -34,11 +34,6 @@ class MethodTrainer(ExtTrainer):
     _takes_weights_of_checkpoint = False
     _started: list[int] | None = None  # versions of the weights after init_from was read
 
-    @property
-    def start_file(self) -> str | None:
-        """What ``init_from`` names."""
-        return self.settings.init_from  # type: ignore[attr-defined]  # common_settings
-
     def initialize(self) -> None:
         """nnU-Net's, then the weights of ``init_from``: before a method copies them, on every rank.
 
@@ -46,9 +41,10 @@ class MethodTrainer(ExtTrainer):
             ValueError: the file cannot be used (see `parts.start.start_from`).
         """
         super().initialize()
-        if self.start_file is None or self._takes_weights_of_checkpoint:
+        file: str | None = self.settings.init_from  # type: ignore[attr-defined]  # common_settings
+        if file is None or self._takes_weights_of_checkpoint:
             return
-        path = Path(self.start_file).expanduser()
+        path = Path(file).expanduser()
         if path.resolve().parent == Path(self.output_folder).resolve():
             raise ValueError(
                 f"init_from={path} is a checkpoint of the very training that starts here, which will move it away: "

@@ -97,7 +97,7 @@ def test_a_batchs_masks_follow_the_rule_of_the_banks_labels(ignore_label):
     classes = {"background": 0, "a": 1, "b": 2} | ({} if ignore_label is None else {"ignore": ignore_label})
     found = masks_of_target(target.to(torch.int16), (8, 8), LabelManager(classes, None))
     stored = torch.stack(
-        [low_res_labels(t[0], (8, 8), None if ignore_label is None else t[0] == ignore_label) for t in target]
+        [low_res_labels(t[0], (8, 8), t[0] == (-1 if ignore_label is None else ignore_label)) for t in target]
     )
     expected = masks_of(stored)
     assert torch.equal(found.annotated, expected.annotated) and torch.allclose(found.share, expected.share)

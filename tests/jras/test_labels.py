@@ -50,7 +50,7 @@ def test_an_ignored_foreground_voxel_does_not_count():
     labels = torch.tensor([1, 1, 1, 2, 0, 0, 0, 0], dtype=torch.int16).reshape(2, 2, 2)
     ignored = labels == 1
     assert low_res_labels(labels, (1, 1, 1), ignored).item() == 0  # 12.5 % are left
-    assert low_res_labels(labels, (1, 1, 1)).item() == 1
+    assert low_res_labels(labels, (1, 1, 1), torch.zeros_like(ignored)).item() == 1
 
 
 def slow_reference(labels: np.ndarray, shape: tuple[int, ...], ignored: np.ndarray) -> np.ndarray:
@@ -88,7 +88,7 @@ def test_labels_lie_where_the_image_does():
     image = torch.zeros(1, 1, 13, 9, 7)
     image[..., 4:9, 2:7, 0:5] = 1
     shape = (5, 4, 3)
-    labels = low_res_labels(image[0, 0].short(), shape)
+    labels = low_res_labels(image[0, 0].short(), shape, torch.zeros_like(image[0, 0], dtype=torch.bool))
     assert torch.equal(labels == 1, adaptive_pool(image, shape)[0, 0] >= 0.25 - 1e-6)
 
 

@@ -54,5 +54,7 @@ def test_the_trainer_draws_it_beside_other_methods_pictures(trainer, tmp_path):
 def test_a_patch_without_any_guide_can_be_drawn(trainer, tmp_path):
     shape = tuple(trainer.configuration_manager.patch_size)
     view = GuideView("case", np.zeros(shape), None, np.zeros(shape, int), [], 1.0, 0.5)
-    draw_guides(view, tmp_path / "none.png", "title", trainer.dataset_json, trainer.label_manager)
+    draw_guides(
+        view, tmp_path / "none.png", "title", trainer.dataset_json, trainer.label_manager, [1] * view.image.ndim
+    )
     assert Path(tmp_path / "none.png").stat().st_size > 1000
