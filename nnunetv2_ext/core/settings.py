@@ -212,14 +212,17 @@ def is_marked(field: FieldInfo, mark: str) -> bool:
 
 
 def without_local_paths(block: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """A plans' block, nested or dotted, without the keys of ``model`` that are marked LOCAL_PATH."""
-    local = {key for key, field in fields_by_key(model).items() if is_marked(field, "local_path")}
-    local |= {old for old, new in renamed_keys(model).items() if new in local}
+    """A plans' block, nested or dotted, without the keys of ``model`` that are marked LOCAL_PATH.
+
+    Nor with keys that ``model`` does not know: another version wrote them, and they may be paths.
+    """
+    shared = {key for key, field in fields_by_key(model).items() if not is_marked(field, "local_path")}
+    shared |= {old for old, new in renamed_keys(model).items() if new in shared}
     kept: dict[str, Any] = {}
     for key, value in block.items():
         if isinstance(value, Mapping):
-            kept[key] = {inner: v for inner, v in value.items() if f"{key}.{inner}" not in local}
-        elif key not in local:
+            kept[key] = {inner: v for inner, v in value.items() if f"{key}.{inner}" in shared}
+        elif key in shared:
             kept[key] = value
     return kept
 

@@ -123,6 +123,11 @@ class JRASTraining(BankTraining):
         network = self.retrieval_network
         if network is None:
             return optimizer, scheduler
+        if type(scheduler) is not PolyLRScheduler:
+            raise NotImplementedError(
+                f"the retriever's rate follows nnU-Net's polynomial schedule, not {type(scheduler).__name__}: "
+                "use a base trainer with nnU-Net's own, or jras.retriever=none"
+            )
         retrieval = {id(p) for p in network.retrieval_parameters()}
         group = optimizer.param_groups[0]
         mine = [p for p in group["params"] if id(p) in retrieval]

@@ -72,12 +72,11 @@ def sparsify(source: int | str, target_id: int, options: SparsifyOptions, say: S
     ignore = max(dataset.label_values()) + 1
 
     def choose(case: str, box: tuple[slice, ...]) -> tuple[Array, dict[str, Any], Planes]:
-        if case in labelled:
-            label, properties = dataset.read_label(case)
-            sparse, planes = _keep_planes(label, box, ignore, options)
-            return sparse, properties, planes
-        hidden, properties = dataset.reader.read_seg(str(dataset.files[case]["label"]))
-        return np.full(hidden.shape[1:], ignore, dtype=np.int16), properties, Planes()
+        label, properties = dataset.read_label(case)
+        if case not in labelled:
+            return np.full_like(label, ignore), properties, Planes()
+        sparse, planes = _keep_planes(label, box, ignore, options)
+        return sparse, properties, planes
 
     block = {"source": dataset.name, "rule": options.rule, "axes": list(options.axes), "seed": options.seed}
     block |= {"test": sorted(test), "subjects": dict(options.subjects) if options.subjects else None}
