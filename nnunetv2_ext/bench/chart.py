@@ -15,8 +15,7 @@ LABEL_WIDTH = 26  # characters
 def draw(report: Report, path: Path) -> None:
     """Write a PNG: ratios to plain nnUNetTrainer with the spread over rounds, and the parts of a step in milliseconds.
 
-    Raises:
-        ValueError: no trainer was measured, so there is nothing to draw.
+    ValueError: no trainer was measured, so there is nothing to draw.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -24,9 +24,7 @@ from nnunetv2_ext.bench.subject import Subject, Target, dry_environment
 def resident_size(candidate: Candidate, target: Target, steps: int, kind: str) -> dict[str, int]:
     """Resident size of a fresh process in bytes: ``before`` training, and at its ``peak`` during ``steps`` steps.
 
-    Raises:
-        MemoryError: memory ran out; the text says how, in one line.
-        ValueError: the trainer could not be built, or its steps raised.
+    MemoryError: memory ran out; ValueError: the trainer could not be built, or its steps raised. One line each.
     """
     job = json.dumps({"candidate": asdict(candidate), "target": asdict(target), "steps": steps, "kind": kind})
     done = subprocess.run(
