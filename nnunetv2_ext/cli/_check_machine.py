@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
+from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding, judged
 
 GIB = 2**30
 LITTLE_RAM = 16 * GIB  # nnU-Net states 32 GB for training; below half of that background workers are killed
@@ -44,10 +44,8 @@ def devices() -> Iterator[Finding]:
 def memory() -> Iterator[Finding]:
     total, available = ram()
     text = f"{total / GIB:.1f} GiB, {available / GIB:.1f} GiB of it free"
-    if total < LITTLE_RAM:
-        yield Finding(WARN, "RAM", f"{text}; nnU-Net asks for 32 GiB", "export nnUNet_n_proc_DA=2 (fewer workers)")
-    else:
-        yield Finding(OK, "RAM", text)
+    lack = "nnU-Net asks for 32 GiB" if total < LITTLE_RAM else ""
+    yield judged("RAM", text, lack, "export nnUNet_n_proc_DA=2 (fewer workers)")
 
 
 def ram() -> tuple[int, int]:
@@ -70,11 +68,8 @@ def shared_memory() -> Iterator[Finding]:
         return
     usage = shutil.disk_usage("/dev/shm")
     text = f"{usage.total / GIB:.1f} GiB, {usage.free / GIB:.1f} GiB of it free"
-    if usage.free < LITTLE_SHM:
-        remedy = "start the container with --shm-size=8g or --ipc=host"
-        yield Finding(WARN, "/dev/shm", f"{text}; background workers may die", remedy)
-    else:
-        yield Finding(OK, "/dev/shm", text)
+    lack = "background workers may die" if usage.free < LITTLE_SHM else ""
+    yield judged("/dev/shm", text, lack, "start the container with --shm-size=8g or --ipc=host")
 
 
 def workers() -> Iterator[Finding]:

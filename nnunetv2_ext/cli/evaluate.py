@@ -20,9 +20,6 @@ what happens to empty structures are in the output.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
     parser.add_argument("predictions", metavar="PRED", type=Path, help="folder of predicted segmentations")
     parser.add_argument("truth", metavar="TRUTH", type=Path, help="folder of the true segmentations")
     which = parser.add_mutually_exclusive_group()
@@ -37,25 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that ``evaluate`` and ``compare`` share."""
-
-    def add(option: str, text: str, **how: Any) -> None:
-        parser.add_argument(option, help=text, **how)
-
+    add = parser.add_argument
     names = ["dice", "hd95", "nsd"]
-    add("--metrics", "(default: all three)", nargs="+", default=names, choices=names)
-    add("--tolerance", "NSD: surfaces this close agree; mm for all structures, or NAME=mm for some. Take what two "
-        "experts differ by (default: 1)", nargs="+", default=["1"], metavar="MM")  # fmt: skip
-    add("--empty", "HD95 of a structure that only truth or prediction has: the image's diagonal, or none (default: "
-        "worst)", choices=["worst", "leave-out"], default="worst")  # fmt: skip
-    add("--ignore-origin", "score voxel by voxel even where origin or direction of prediction and truth differ; all "
-        "outputs say so", action="store_true")  # fmt: skip
-    add("-np", "processes (default: %(default)s)", type=int, default=1, metavar="N")
+    add("--metrics", help="(default: all three)", nargs="+", default=names, choices=names)
+    add("--tolerance", help="NSD: surfaces this close agree; mm for all structures, or NAME=mm for some. Take what "
+        "two experts differ by (default: 1)", nargs="+", default=["1"], metavar="MM")  # fmt: skip
+    add("--empty", help="HD95 of a structure that only truth or prediction has: the image's diagonal, or none "
+        "(default: worst)", choices=["worst", "leave-out"], default="worst")  # fmt: skip
+    add("--ignore-origin", help="score voxel by voxel even where origin or direction of prediction and truth differ; "
+        "all outputs say so", action="store_true")  # fmt: skip
+    add("-np", help="processes (default: %(default)s)", dest="processes", type=int, default=1, metavar="N")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score, print, write."""
-    if args.np < 1:
-        raise ValueError(f"-np must be 1 or more, but it is {args.np}")
+    if args.processes < 1:
+        raise ValueError(f"-np must be 1 or more, but it is {args.processes}")
     if args.ignore is not None and args.labels is None:
         raise ValueError("--ignore goes with --labels; otherwise dataset.json says which label is ignored")
     from nnunetv2_ext.core.files import atomic_write_text
@@ -71,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     require_roles(predictions, truth)
     source = source_of(args)
     output = require_output(args.o or predictions / "evaluation", folders)
-    evaluation = evaluate_folder(predictions, truth, source, chill=args.chill, processes=args.np)
+    evaluation = evaluate_folder(predictions, truth, source, chill=args.chill, processes=args.processes)
     text = as_markdown(evaluation, f"{predictions} against {truth}")
     atomic_write_text(output / "evaluation.json", as_json(as_dict(evaluation, str(predictions), str(truth))))
     atomic_write_text(output / "evaluation.csv", as_csv(evaluation))

@@ -11,8 +11,6 @@ from nnunetv2_ext.core.outside import methods
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-
     def add(name: str, text: str, **how: Any) -> None:
         parser.add_argument(name, help=text.replace("%", "%%"), **how)
 
@@ -35,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, and print how to predict."""
     import torch
 
     from nnunetv2_ext.core.checkpoint import read

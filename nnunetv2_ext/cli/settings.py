@@ -14,7 +14,6 @@ from nnunetv2_ext.core.outside import load_trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     what = "trainer class, e.g. nnUNetTrainerExt; default: the keys of all trainers only"
     parser.add_argument("trainer", nargs="?", help=what)
     parser.add_argument("--json", action="store_true", help="print the keys as JSON")

@@ -101,20 +101,13 @@ def evaluate_folder(
     processes: int = 1,
     title: str = "evaluate",
 ) -> Evaluation:
-    """Score every case of a folder of predictions.
+    """Score every case of a folder of predictions against the files of the same names in ``truth``.
 
-    Args:
-        predictions: files ``CASE.nii.gz``.
-        truth: files of the same names.
-        source: what to score.
-        chill: cases of the truth without a prediction are left out instead of being an error.
-        cases: score exactly these; None: those of the truth.
-        processes: 1 works in this process.
-        title: of the progress bar.
+    With ``chill`` cases of the truth without a prediction are left out instead of being an error; ``cases`` are the
+    ones to score, None: those of the truth. ``title`` is the progress bar's.
 
-    Raises:
-        ValueError: missing or extra cases (listed), files on different grids, unknown labels; names the case. The
-            folders are the same or look swapped, or some files tell the size of a voxel and others do not.
+    ValueError: missing or extra cases (listed), files on different grids, unknown labels; names the case. Or the
+    folders are the same or look swapped, or some files tell the size of a voxel and others do not.
     """
     require_roles(predictions, truth)
     pairs = find_pairs(predictions, truth, source.ending, chill, cases)
@@ -124,9 +117,8 @@ def evaluate_folder(
             rows += some
             files.append(file)
             bar.update()
-    left_out = (
-        () if cases is not None else sorted({*case_files(truth, source.ending, "the truth")} - {p.case for p in pairs})
-    )
+    there = case_files(truth, source.ending, "the truth") if cases is None else {}
+    left_out = sorted(there.keys() - {pair.case for pair in pairs})
     result = Evaluation(source, pd.DataFrame(rows), pd.DataFrame(files), left_out)
     require_one_unit(result.files)
     absent = result.table["state"].eq(ABSENT).groupby(result.table["structure"], sort=False).all()
@@ -163,9 +155,8 @@ def _scored(pairs: list[Pair], source: Source, processes: int) -> Generator[tupl
     try:
         yield from pool.map(score_pair, tasks)
     except BrokenProcessPool as error:
-        raise ValueError(
-            "a worker process was killed, most likely because memory ran out: use a smaller -np"
-        ) from error
+        message = "a worker process was killed, most likely because memory ran out: use a smaller -np"
+        raise ValueError(message) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -173,16 +164,15 @@ def _scored(pairs: list[Pair], source: Source, processes: int) -> Generator[tupl
 def score_pair(task: tuple[Pair, Source, Path]) -> tuple[Rows, dict[str, Any]]:
     """The rows of ``Evaluation.table`` and the row of ``Evaluation.files`` of one case."""
     pair, source, example = task  # the example decides on nnU-Net's reader
-    case, labels = read(pair, find_reader(source.ending, source.reader, example), source.ignore_origin), source.labels
-    labels.check(f"case {pair.case}: the prediction {pair.prediction}", np.unique(case.prediction).tolist(), False)
-    labels.check(f"case {pair.case}: the truth {pair.truth}", np.unique(case.truth).tolist(), True)
-    scores = score_case(case.prediction, case.truth, case.spacing, labels.structures, source.rules, labels.ignore)
+    reader, labels = find_reader(source.ending, source.reader, example), source.labels
+    prediction, truth, about = read(pair, reader, source.ignore_origin)
+    labels.check(f"case {pair.case}: the prediction {pair.prediction}", np.unique(prediction).tolist(), False)
+    labels.check(f"case {pair.case}: the truth {pair.truth}", np.unique(truth).tolist(), True)
+    scores = score_case(prediction, truth, about["spacing"], labels.structures, source.rules, labels.ignore)
     rows = []
     for structure, score in zip(labels.structures, scores, strict=True):
-        ml = (score.truth_ml, score.prediction_ml) if case.spacing_known else (np.nan, np.nan)
-        head = {"case": pair.case, "structure": structure.name, "state": score.state}
-        volumes = dict(zip(("truth_ml", "prediction_ml"), ml, strict=True))
-        rows += [{**head, **volumes, "metric": metric, "value": value} for metric, value in score.values.items()]
-    ignored = labels.ignore is not None and bool((case.truth == labels.ignore).any())
-    about = {"spacing": case.spacing, "spacing_known": case.spacing_known, "remark": case.remark, "ignored": ignored}
-    return rows, {"case": pair.case, "prediction": pair.prediction, "truth": pair.truth, **about}
+        ml = (score.truth_ml, score.prediction_ml) if about["spacing_known"] else (np.nan, np.nan)
+        head: dict[str, Any] = {"case": pair.case, "structure": structure.name, "state": score.state}
+        head |= {"truth_ml": ml[0], "prediction_ml": ml[1]}
+        rows += [{**head, "metric": metric, "value": value} for metric, value in score.values.items()]
+    return rows, {**pair._asdict(), **about, "ignored": labels.ignore is not None and labels.ignore in truth}

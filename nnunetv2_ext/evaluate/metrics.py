@@ -141,14 +141,11 @@ def score_case(
     # of all axes: a volume of one slice has a thickness. Millilitres, of a pixel square centimetres
     voxel_ml = float(np.prod(spacing)) / (1000 if len(spacing) > 2 else 100)
     (prediction, truth), spacing = drop_thin_axes(spacing, prediction, truth)
-    unknown = None if ignore_label is None else truth == ignore_label
-    if unknown is not None and not unknown.any():
-        unknown = None
+    unknown = truth == ignore_label if ignore_label is not None and ignore_label in truth else None
     scores = []
     for structure in structures:
-        ours, theirs = structure.mask(prediction), structure.mask(truth)
-        if unknown is not None:
-            ours, theirs = ours & ~unknown, theirs & ~unknown
+        masks = structure.mask(prediction), structure.mask(truth)
+        ours, theirs = masks if unknown is None else (mask & ~unknown for mask in masks)
         state, values = _score(ours, theirs, spacing, rules, rules.tolerance.get(structure.name, 0.0), unknown)
         volumes = (int(np.count_nonzero(mask)) * voxel_ml for mask in (theirs, ours))
         scores.append(Score(state, {metric: values[metric] for metric in rules.metrics}, *volumes))
@@ -201,22 +198,16 @@ def surface(mask: Mask, unknown: Mask | None = None) -> Mask:
 def surface_distances(
     prediction: Mask, truth: Mask, spacing: Sequence[float], unknown: Mask | None = None
 ) -> tuple[Distances, Distances]:
-    """Distances from each surface voxel of one mask to the nearest of the other, in mm.
+    """Distances in mm of the prediction's surface voxels to the truth's nearest, and the other way round.
 
     Only the box around both masks is looked at, which no nearest surface voxel lies outside of. Masks are (X, Y, ...)
-    and empty where voxels are ``unknown`` (under the ignore label); ``spacing`` is in mm along each axis.
-
-    Returns:
-        Distances of the prediction's surface voxels to the truth, and of the truth's to the prediction. Both are
-        empty if one of the masks has no surface.
+    and empty where voxels are ``unknown`` (under the ignore label); ``spacing`` is in mm along each axis. Both are
+    empty if one of the masks has no surface.
     """
-    nothing = np.empty(0)
-    if not prediction.any() or not truth.any():
-        return nothing, nothing
-    box = bounding_box(prediction | truth)
+    box = bounding_box(prediction | truth) if prediction.any() and truth.any() else ...
     hidden = None if unknown is None else unknown[box]
     ours, theirs = surface(prediction[box], hidden), surface(truth[box], hidden)
     if not ours.any() or not theirs.any():
-        return nothing, nothing
+        return np.empty(0), np.empty(0)
     to_theirs, to_ours = (distance_transform_edt(~mask, sampling=tuple(spacing)) for mask in (theirs, ours))
     return np.asarray(to_theirs)[ours], np.asarray(to_ours)[theirs]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +12,11 @@ import numpy.typing as npt
 from nnunetv2_ext.core.files import require_writable
 from nnunetv2_ext.data.case import by, difference, read_label_map, short, spacing_of
 
+LabelMap = npt.NDArray[np.int32]
 _SHOWN = 8  # of a list of cases in a message
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """The two files of a case."""
 
     case: str
@@ -34,8 +33,7 @@ def find_pairs(
     """
     ours, theirs = case_files(predictions, ending, "predictions"), case_files(truth, ending, "the truth")
     wanted = list(theirs) if cases is None else list(cases)
-    untrue = [case for case in (ours if cases is None else wanted) if case not in theirs]
-    if untrue:
+    if untrue := [case for case in (ours if cases is None else wanted) if case not in theirs]:
         raise ValueError(
             f"{listed(untrue)} in {predictions} {'has' if len(untrue) == 1 else 'have'} no truth in {truth}: give the "
             "folder that holds the truth of these cases, or move the others away"
@@ -101,30 +99,15 @@ def listed(cases: Sequence[str]) -> str:
     return f"{'case' if len(cases) == 1 else 'cases'} {names}"
 
 
-@dataclass(frozen=True)
-class Case:
-    """A case as read; label maps are (X, Y, Z) in array order, (X, Y) of 2-D files."""
+def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> tuple[LabelMap, LabelMap, dict[str, Any]]:
+    """Prediction and truth of a case, (X, Y, Z) in array order, (X, Y) of 2-D files, by one of nnU-Net's readers.
 
-    prediction: npt.NDArray[np.int32]
-    truth: npt.NDArray[np.int32]
-    spacing: tuple[float, ...]  # mm along these axes; ones where no file tells it
-    spacing_known: bool  # whether a file tells it
-    remark: str  # what was not as it should be and was let pass
-
-
-def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> Case:
-    """Prediction and truth of a case.
+    With them ``spacing`` (mm along these axes, ones where no file tells it), ``spacing_known`` (whether a file does)
+    and ``remark`` (what was not as it should be and was let pass). Shape and known spacings always have to agree.
 
     nnU-Net's readers of TIFF and of pictures assume a spacing where the file has none. An assumed spacing is not
     compared, and the other file's is taken if that one tells it: nnU-Net writes CASE.json beside a 3-D TIFF prediction,
-    but copies none to gt_segmentations.
-
-    Args:
-        from_file: one of nnU-Net's readers, see ``data.case.find_reader``.
-        ignore_origin: origin and direction may differ; shape and known spacings always have to agree.
-
-    Raises:
-        ValueError: unreadable, not a label map, or on different grids; names the case.
+    but copies none to gt_segmentations. ValueError: unreadable, not a label map, or on different grids; names the case.
     """
     ours, our_header = read_label_map(pair.case, pair.prediction, from_file, "prediction")
     theirs, their_header = read_label_map(pair.case, pair.truth, from_file, "truth")
@@ -139,14 +122,11 @@ def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> Case:
     remarks = [] if all(known) or not any(known) else [f"spacing of the {'prediction' if known[0] else 'truth'} only"]
     differ = []
     for what in ("spacing", "direction", "origin") if all(known) else ("direction", "origin"):
-        if (found := difference(what, our_header, their_header)) is None:
-            continue
-        if what == "spacing" or not ignore_origin:
-            here, there = map(short, found)
-            raise ValueError(
-                f"case {pair.case}: prediction and truth differ in {what}, {here} and {there}; {_REMEDIES[what]}"
-            )
-        differ.append(what)
+        found = difference(what, our_header, their_header)
+        if found and (what == "spacing" or not ignore_origin):
+            told = "{} and {}".format(*map(short, found))
+            raise ValueError(f"case {pair.case}: prediction and truth differ in {what}, {told}; {_REMEDIES[what]}")
+        differ += [what] if found else []
     if ignore_origin:
         remarks.append("direction and origin not compared" + (f", differing: {', '.join(differ)}" if differ else ""))
     spacing = [float(s) for s in spacing_of(our_header if known == [True, False] else their_header)]
@@ -155,7 +135,7 @@ def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> Case:
     # readers of 2-D files put an axis in front, 999 times as thick as the largest pixel
     if theirs.shape[0] == 1 and np.isclose(spacing[0], 999 * max(spacing[1:])):
         ours, theirs, spacing = ours[0], theirs[0], spacing[1:]
-    return Case(ours, theirs, tuple(spacing), any(known), "; ".join(remarks))
+    return ours, theirs, {"spacing": tuple(spacing), "spacing_known": any(known), "remark": "; ".join(remarks)}
 
 
 _REMEDIES = {

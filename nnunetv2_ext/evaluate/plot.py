@@ -33,12 +33,8 @@ def draw_boxes(
 ) -> None:
     """Write a PNG: one panel per metric, a box (quartiles, whiskers to 1.5 IQR) and all cases per structure and arm.
 
-    Args:
-        evaluation: its metrics and structures are drawn; what it let pass is told.
-        table: long; values are drawn as crosses where its column ``crossed`` is True, as points elsewhere.
-        path: of the PNG.
-        title: above the panels.
-        colours: by arm; None: the table has no arms.
+    Values of the long ``table`` are crosses where its column ``crossed`` is True, points elsewhere. What the evaluation
+    let pass is told. ``colours`` are by arm; None: the table has no arms.
     """
     metrics, names, arms = evaluation.metrics, evaluation.columns, colours or {"": "C0"}
     width = (0.8 if colours else 0.6) / len(arms)
@@ -60,10 +56,7 @@ def draw_boxes(
             axes.set_title(f"{metric.title}, {'higher' if metric.higher_is_better else 'lower'} is better", fontsize=9)
             axes.grid(axis="y", alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-            if metric.higher_is_better:
-                axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
-            else:
-                axes.set_ylim(bottom=0)
+            axes.set_ylim(**{"top": min(axes.get_ylim()[1], 1.02)} if metric.higher_is_better else {"bottom": 0})
         if table["crossed"].any():
             figure.supxlabel("x: the structure, or one of them, is in truth or prediction only", fontsize=8)
         if colours:

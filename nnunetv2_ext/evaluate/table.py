@@ -28,10 +28,8 @@ from nnunetv2_ext.evaluate.pairs import listed
 def summarise(table: pd.DataFrame) -> dict[tuple[str, ...], dict[str, float]]:
     """Distribution over the cases that have a value, of a long table as ``Evaluation.table``.
 
-    Returns:
-        By (arm if there are any, metric, structure): ``n``, how many have a value; ``mean``; ``sd``, the sample
-        standard deviation, NaN below two cases; ``median, q1, q3``; ``worst``, the lowest value or, where lower is
-        better, the highest.
+    By (arm if there are any, metric, structure): ``n``, how many have a value; ``mean``; ``sd``, the sample standard
+    deviation, NaN below two cases; ``median, q1, q3``; ``worst``, the lowest value or, where lower is better, highest.
     """
     keys = [key for key in ("arm", "metric", "structure") if key in table]
     values = table.groupby(keys, sort=False)["value"]
