@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +24,7 @@ PLANES = ("axial", "coronal", "sagittal")
 _MARGIN_MM = 10.0
 
 
-@dataclass(frozen=True)
-class Volume:
+class Volume(NamedTuple):
     """An array in (Z, Y, X), the patient's left, back and head at the far ends if the file tells directions."""
 
     array: npt.NDArray[Any]
@@ -43,13 +41,10 @@ def worst_first(difference: Difference, number: int) -> tuple[list[str], list[st
 def draw_cases(
     scores: Scores, difference: Difference, path: Path, images: Path | None, number: int = 3
 ) -> tuple[list[str], list[str]]:
-    """Write a PNG with a row per case: those that lost most by the new arm first, then those that gained most.
+    """Write a PNG with a row per case: those of ``worst_first`` that lost by the new arm, then those that gained.
 
     Shown is the slice where the errors of the two differ most, on the image in ``images`` (``CASE_0000.nii.gz``) or
-    on grey. If no case differs nothing is written.
-
-    Returns:
-        The cases that lost and those that gained, at most ``number`` of each kind.
+    on grey. If no case differs nothing is written. Returns the cases that lost and those that gained.
     """
     losses, gains = worst_first(difference, number)
     if not (rows := [*losses, *gains]):
@@ -68,10 +63,7 @@ def draw_cases(
 
 
 def shown_repeats(values: pd.Series, difference: Difference) -> dict[str, str]:
-    """Arm to repeat: the pair of trainings whose difference in this case is nearest to the average one.
-
-    ``values`` are those of the case, by (arm, repeat).
-    """
+    """Arm to repeat: the pair whose difference is nearest to the average; ``values`` are a case's, by (arm, repeat)."""
     theirs, ours = values[difference.first], values[difference.arm]
     pairs = [(i, j) for i in theirs.index for j in ours.index if not difference.paired_repeats or i == j]
     average = ours.mean() - theirs.mean()
@@ -91,7 +83,7 @@ def _draw_row(axes, scores: Scores, case: str, shown: dict[str, str], images: Pa
     files = scores.files.set_index(["case", "arm", "repeat"]).loc[case]
     truth = read_volume(files["truth"].iloc[0], scores.source)
     if not truth.oriented and len(spacing := files["spacing"].iloc[0]) == 3:  # the truth's own may be assumed
-        truth = replace(truth, spacing=spacing)
+        truth = truth._replace(spacing=spacing)
     predictions = [read_volume(files["prediction"][training], scores.source).array for training in shown.items()]
     labels = [truth.array, *predictions]
     axis = viewing_axis(truth)
@@ -129,8 +121,8 @@ def read_volume(path: Path, source: Source) -> Volume:
 def _image(source: Source, case: str, images: Path | None, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """The first channel, or plain grey if it is not at hand or on another grid."""
     file = None if images is None else images / f"{case}_0000{source.ending}"
-    volume = read_volume(file, source) if file is not None and file.is_file() else None
-    return volume.array if volume is not None and volume.array.shape == shape else np.full(shape, 0.5)
+    image = read_volume(file, source).array if file is not None and file.is_file() else np.empty(0)
+    return image if image.shape == shape else np.full(shape, 0.5)
 
 
 def viewing_axis(volume: Volume) -> int:
@@ -157,8 +149,6 @@ def telling_slice(labels: Sequence[npt.NDArray[Any]], axis: int, ignore: int | N
 def _box(labels: Sequence[npt.NDArray[Any]], spacing: Sequence[float], axis: int) -> tuple[slice, ...]:
     """All of the cut axis, and of the others what surrounds the structures by a margin."""
     shown = np.logical_or.reduce([label > 0 for label in labels])
-    box = [slice(None)] * shown.ndim
-    if shown.any():
-        box[:] = bounding_box(shown, [max(4, round(_MARGIN_MM / s)) for s in spacing])
-        box[axis] = slice(None)
-    return tuple(box)
+    everything = (slice(None),) * shown.ndim
+    box = bounding_box(shown, [max(4, round(_MARGIN_MM / s)) for s in spacing]) if shown.any() else everything
+    return (*box[:axis], slice(None), *box[axis + 1 :])

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -73,25 +72,18 @@ def collect(
     own_truth: bool = True,
     subjects: Mapping[str, str] | None = None,
 ) -> Scores:
-    """Score everything.
+    """Score arms that ``arms.require_comparable`` checked; ``subjects`` are by case, None if not known.
 
-    Args:
-        arms: checked by ``arms.require_comparable``.
-        truth, source, processes: as for ``evaluate_folder``.
-        own_truth: the truth is nnU-Net's gt_segmentations, so that Dice must agree with validation/summary.json.
-        subjects: case to subject, None if not known.
-
-    Raises:
-        ValueError: files on other grids, strange labels, predictions that are not those of summary.json, or arms whose
-            files tell different sizes of a voxel.
+    If ``own_truth`` is nnU-Net's gt_segmentations, Dice must agree with validation/summary.json. ValueError: files on
+    other grids, strange labels, other predictions than in summary.json, or other sizes of a voxel in another arm.
     """
     found: dict[tuple[str, str, str], Evaluation] = {}
     for arm in arms:
         for repeat in arm.repeats:
             for fold in arms[0].repeats[0].folds:
                 run, where = repeat.folds[fold], (arm.name, repeat.label, fold)
-                how: dict[str, Any] = {"cases": sorted(run.cases), "processes": processes, "title": ", ".join(where)}
-                found[where] = evaluate_folder(run.predictions, truth, source, **how)
+                found[where] = evaluate_folder(run.predictions, truth, source, cases=sorted(run.cases),
+                                               processes=processes, title=", ".join(where))  # fmt: skip
                 if own_truth:
                     _require_same_dice(run, found[where])
     keys = ["arm", "repeat", "fold"]
