@@ -1,7 +1,5 @@
 """Which trainers are measured, with which settings, and how a mistyped name is answered."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import io

@@ -1,7 +1,5 @@
 """The benchmark as a bar chart."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 

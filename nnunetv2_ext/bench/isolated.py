@@ -4,8 +4,6 @@ Its largest resident size is that one trainer's, and if the system kills it for 
 ``python -m nnunetv2_ext.bench.isolated``; reads the job as JSON from stdin, writes JSON as the last line of stdout.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The benchmark as text, for a terminal and for a markdown page."""
 
-from __future__ import annotations
-
 import statistics
 
 from nnunetv2_ext.bench.result import PREDICT, Report, Spread, spread

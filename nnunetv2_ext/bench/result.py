@@ -1,7 +1,5 @@
 """What a benchmark found, and the ratios that are drawn from it."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The benchmark itself: every trainer built once, then rounds in which each has its turn."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import gc

@@ -1,7 +1,5 @@
 """A trainer that is ready to step, built from the preprocessed dataset without leaving a trace."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """``nnUNetv2_ext bench``: what trainers cost on this machine, as ratios to plain nnUNetTrainer."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """``nnUNetv2_ext compare``: does one trainer do better than another on your data, and is it more than chance?"""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import fields
 from pathlib import Path

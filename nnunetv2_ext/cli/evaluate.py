@@ -1,7 +1,5 @@
 """``nnUNetv2_ext evaluate``: Dice, HD95 and NSD of a folder of predictions, per structure and case."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``nnUNetv2_ext export MODEL_FOLDER OUT``: a model folder that plain nnU-Net can predict with."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``nnUNetv2_ext fix-fingerprint``: CT intensities of a sparse dataset from its annotated voxels only."""
 
-from __future__ import annotations
-
 import argparse
 
 EPILOG = """\

@@ -1,7 +1,5 @@
 """``nnUNetv2_ext settings [TRAINER]``: every key of a trainer's settings with its type, default and meaning."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import json

@@ -1,7 +1,5 @@
 """The things that are compared: arms, each of repeated trainings, each of finished folds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The cases in which two arms differ most, as pictures: image, truth and both predictions."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout

@@ -1,7 +1,5 @@
 """Box plots of all arms and the plot of paired differences."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path

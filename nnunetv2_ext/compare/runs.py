@@ -1,7 +1,5 @@
 """One finished and validated fold of one training."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

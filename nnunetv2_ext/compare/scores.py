@@ -1,7 +1,5 @@
 """Scores of every case in every repeat of every arm, on the same cases and structures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -5,8 +5,6 @@ for three times as many patients. The bootstrap draws subjects, with all their c
 cases. How much a repeated training changes the answer is another question, with an interval over the repeats.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings

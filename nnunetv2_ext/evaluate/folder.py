@@ -1,7 +1,5 @@
 """Scoring a folder of predictions into one long table, in several processes if asked to."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor

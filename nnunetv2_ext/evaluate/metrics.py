@@ -5,8 +5,6 @@ companion on pitfalls (Reinke et al. 2024, doi:10.1038/s41592-023-02150-0). Publ
 (Podobnik and Vrtovec, arXiv:2410.02630), so the definition is written into every output.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,10 +45,6 @@ METRICS: dict[str, Metric] = {
                   "that lie within the tolerance of the other surface; every surface voxel counts the same, whatever "
                   "area it stands for"),
 }  # fmt: skip
-SURFACE_DEFINITION = (
-    "surface voxels are those of the structure that touch a voxel outside it by a face (beyond the image is outside); "
-    "distances run between voxel centres, Euclidean, in mm"
-)
 
 # What a structure is in one case; the names used in every output.
 FOUND, ABSENT, MISSED, INVENTED = "found", "absent", "missed", "invented"
@@ -62,10 +56,6 @@ EMPTY_POLICIES: dict[str, str] = {
     "one that only one of them has counts as Dice 0 and NSD 0, but has no HD95, which flatters a method that misses "
     "structures.",
 }
-IGNORE_DEFINITION = (
-    "voxels under the truth's ignore label are left out of both; a border to them is no surface. Distances near them "
-    "are upper bounds, as the nearest surface may lie under the ignore label"
-)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Finding the files of a case, reading them and making sure that they lie on the same grid."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

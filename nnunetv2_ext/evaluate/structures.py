@@ -1,7 +1,5 @@
 """What is scored: the classes or regions of a dataset.json, or label values given by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A folder of phantom scans in nnU-Net's raw dataset format (nnU-Net, documentation/dataset_format.md)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

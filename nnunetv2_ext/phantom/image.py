@@ -3,8 +3,6 @@
 The anatomy is a function of continuous coordinates, so the same seed sampled on another grid is the same patient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
