@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 EPILOG = """\
 Examples:
@@ -50,9 +49,10 @@ def run(args: argparse.Namespace) -> int:
     if args.ignore is not None and args.labels is None:
         raise ValueError("--ignore goes with --labels; otherwise dataset.json says which label is ignored")
     from nnunetv2_ext.core.files import atomic_write_text
-    from nnunetv2_ext.evaluate.folder import evaluate_folder
-    from nnunetv2_ext.evaluate.pairs import require_output, require_roles
+    from nnunetv2_ext.evaluate.folder import evaluate_folder, make_source
+    from nnunetv2_ext.evaluate.pairs import file_ending, require_output, require_roles
     from nnunetv2_ext.evaluate.plot import draw
+    from nnunetv2_ext.evaluate.structures import from_values, read_labels
     from nnunetv2_ext.evaluate.table import as_csv, as_dict, as_json, as_markdown
 
     folders = predictions, truth = args.predictions, args.truth
@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise ValueError(f"the folder of {what}, {folder}, does not exist")
     require_roles(predictions, truth)
-    source = source_of(args)
+    given = args.labels is not None
+    content, labels = ({}, from_values(args.labels, args.ignore)) if given else read_labels(dataset_json_file(args))
+    source = make_source(args, labels, content, "" if content.get("file_ending") else file_ending(truth))
     output = require_output(args.o or predictions / "evaluation", folders)
     evaluation = evaluate_folder(predictions, truth, source, chill=args.chill, processes=args.processes)
     text = as_markdown(evaluation, f"{predictions} against {truth}")
@@ -70,18 +72,6 @@ def run(args: argparse.Namespace) -> int:
     draw(evaluation, output / "evaluation.png", " against ".join(folder.resolve().name for folder in folders))
     print(f"{text}\nwrote evaluation.json, .csv, .md and .png to {output}")
     return 0
-
-
-def source_of(args: argparse.Namespace) -> Any:
-    """The ``Source`` that the arguments describe."""
-    from nnunetv2_ext.evaluate.folder import make_source
-    from nnunetv2_ext.evaluate.pairs import file_ending
-    from nnunetv2_ext.evaluate.structures import from_values, read_labels
-
-    if args.labels is not None:
-        return make_source(args, from_values(args.labels, args.ignore), {}, file_ending(args.truth))
-    content, labels = read_labels(dataset_json_file(args))
-    return make_source(args, labels, content, "" if content.get("file_ending") else file_ending(args.truth))
 
 
 def dataset_json_file(args: argparse.Namespace) -> Path:

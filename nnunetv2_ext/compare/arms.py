@@ -30,7 +30,6 @@ class Arm:
     trainer: str | None = None  # None for folders of predictions
 
     def runs(self) -> list[FoldRun]:
-        """Every fold of every repeat."""
         return [run for repeat in self.repeats for run in repeat.folds.values()]
 
 

@@ -1,22 +1,17 @@
 """Learning curves: from our epochs.csv, or from nnU-Net's training log."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from nnunetv2_ext.compare.arms import Arm
 from nnunetv2_ext.compare.runs import FoldRun
 from nnunetv2_ext.evaluate import plot
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 PSEUDO_DICE, VALIDATION_LOSS, SECONDS, HOURS = "mean_fg_dice", "val_losses", "epoch_seconds", "hours"
 # a line of nnU-Net's training_log_*.txt without its time stamp -> name in epochs.csv

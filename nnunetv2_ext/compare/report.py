@@ -55,7 +55,6 @@ class Report:
 
 
 def as_markdown(report: Report) -> str:
-    """The whole report."""
     return "\n\n".join([as_text(report), *_details(report)]) + "\n"
 
 
@@ -200,7 +199,6 @@ def write(report: Report, output: Path, images: Path | None = None, worst: int =
 
 
 def as_dict(report: Report) -> dict[str, Any]:
-    """Content for ``as_json``."""
     scores = report.scores
     summary = summarise(scores.averaged)
     shown = ("n", "mean", "sd", "median", "worst")

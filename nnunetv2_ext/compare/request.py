@@ -76,8 +76,8 @@ def compare(request: Request) -> tuple[Report, Path]:
 
     ValueError: missing or unfinished results, results without common cases, different label sets; one line.
     """
-    found = _of_predictions(request) if request.predictions else _of_trainings(request)
-    dataset, dataset_json, arms, source, notes = found
+    find_arms = _of_predictions if request.predictions else _of_trainings
+    dataset, dataset_json, arms, source, notes = find_arms(request)
     split = None if request.predictions else _stock(find.PREPROCESSED, dataset, "splits_final.json")
     folds = read_json(split) if split else []
     notes += require_comparable(arms, {str(i): fold["val"] for i, fold in enumerate(folds)})

@@ -32,7 +32,6 @@ class FoldRun:
 
     @property
     def seed(self) -> int | None:
-        """The seed setting of our trainers."""
         return self.settings.get("seed")
 
     @property

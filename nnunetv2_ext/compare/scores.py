@@ -28,7 +28,6 @@ class Scores(Evaluation):
 
     @property
     def first(self) -> str:
-        """The name of the arm that the others are compared with."""
         return self.arms[0].name
 
     @cached_property

@@ -48,12 +48,11 @@ def make_source(options: Any, labels: Labels, dataset_json: Mapping[str, Any], e
 class Evaluation:
     """What was measured.
 
-    Attributes:
-        table: a row per case, structure and metric: ``case, structure, state, truth_ml, prediction_ml, metric, value``,
-            in this order of cases, structures and metrics. ``metric`` is a key of ``METRICS``, ``value`` NaN where a
-            score is undefined, ``state`` one of ``metrics.FOUND`` and so on. Volumes are NaN without a known spacing.
-        files: a row per case: ``case, prediction, truth`` (paths), ``spacing`` (mm), ``spacing_known``, ``remark``
-            (what was let pass) and ``ignored`` (whether the truth has the ignore label).
+    ``table`` has a row per case, structure and metric, in this order: ``case, structure, state, truth_ml,
+    prediction_ml, metric, value``. ``metric`` is a key of ``METRICS``, ``value`` NaN where a score is undefined,
+    ``state`` one of ``metrics.FOUND`` and so on. Volumes are NaN without a known spacing. ``files`` has a row per case:
+    ``case, prediction, truth`` (paths), ``spacing`` (mm), ``spacing_known``, ``remark`` (what was let pass) and
+    ``ignored`` (whether the truth has the ignore label).
     """
 
     source: Source
@@ -70,7 +69,6 @@ class Evaluation:
 
     @property
     def cases(self) -> list[str]:
-        """Their names, in the order of ``files``."""
         return list(self.files["case"].unique())
 
     @property

@@ -33,7 +33,6 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """Name with the unit."""
         return f"{self.name} [{self.unit}]" if self.unit else self.name
 
 
@@ -146,10 +145,9 @@ def _score(
     ours: Mask, theirs: Mask, spacing: Sequence[float], rules: Rules, tolerance: float, unknown: Mask | None
 ) -> tuple[str, dict[str, float]]:
     """State and all values of a structure; those of the surface are NaN where ``rules`` asks for none of them."""
-    nothing = np.empty(0), np.empty(0)
     if ours.any() and theirs.any():
         needed = any(metric != "dice" for metric in rules.metrics)
-        distances = surface_distances(ours, theirs, spacing, unknown) if needed else nothing
+        distances = surface_distances(ours, theirs, spacing, unknown) if needed else (np.empty(0), np.empty(0))
         return FOUND, {"dice": dice(ours, theirs), "hd95": hd95(*distances), "nsd": nsd(*distances, tolerance)}
     if not ours.any() and not theirs.any():
         return ABSENT, dict.fromkeys(METRICS, math.nan)

@@ -36,8 +36,7 @@ def find_pairs(
             f"{listed(untrue)} in {predictions} {'has' if len(untrue) == 1 else 'have'} no truth in {truth}: give the "
             "folder that holds the truth of these cases, or move the others away"
         )
-    missing = [case for case in wanted if case not in ours]
-    if missing and not chill:
+    if (missing := [case for case in wanted if case not in ours]) and not chill:
         raise ValueError(
             f"{listed(missing)} of {truth} {'is' if len(missing) == 1 else 'are'} not in {predictions}: predict "
             "all cases, or evaluate only those that are there with --chill"

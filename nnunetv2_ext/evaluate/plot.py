@@ -1,23 +1,21 @@
 """Box plots of an evaluation, and the style of all plots of evaluate and compare."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import matplotlib.style
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from nnunetv2_ext.core.files import atomic_write
 from nnunetv2_ext.evaluate.folder import MEAN, Evaluation, with_mean
 from nnunetv2_ext.evaluate.metrics import INVENTED, MISSED
 from nnunetv2_ext.evaluate.table import relaxations
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 def draw(evaluation: Evaluation, path: Path, title: str) -> None:
@@ -60,8 +58,6 @@ def draw_boxes(
         if table["crossed"].any():
             figure.supxlabel("x: the structure, or one of them, is in truth or prediction only", fontsize=8)
         if colours:
-            from matplotlib.patches import Patch
-
             handles = [Patch(facecolor=colour, alpha=0.6, label=arm) for arm, colour in colours.items()]
             figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
 
@@ -88,10 +84,6 @@ def figure_file(path: Path, width: float, height: float) -> Iterator[Figure]:
     Without pyplot: no window, no global state. In matplotlib's own look: nnU-Net's seaborn.set changes the defaults of
     the whole process.
     """
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     with matplotlib.style.context(["default", {"text.parse_math": False, "font.size": 9}]):
         figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
         FigureCanvasAgg(figure)
