@@ -35,16 +35,13 @@ def startup() -> Iterator[Finding]:
     code = f"import os; print(os.environ.get({EXT_VARIABLE!r}, ''))"
     child = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=60)
     if any(_same(p, SHIM_FOLDER) for p in child.stdout.strip().split(os.pathsep)):
-        yield Finding(OK, "registration", f"automatic, by {startup_file() or 'PYTHONPATH or sitecustomize'}")
+        # the start-up file that this Python reads: .start from 3.15 on (PEP 829), else .pth
+        name = "nnunetv2_ext.start" if sys.version_info >= (3, 15) else "nnunetv2_ext.pth"
+        file = next((Path(p) / name for p in sys.path if p and (Path(p) / name).is_file()), None)
+        yield Finding(OK, "registration", f"automatic, by {file or 'PYTHONPATH or sitecustomize'}")
     else:
         what = "Python does not run our start-up file (pip install --target, or an incomplete installation)"
         yield Finding(WARN, "registration", what, f"install with a plain 'pip install', or {BY_HAND}")
-
-
-def startup_file() -> Path | None:
-    """The start-up file that this Python reads: ``.start`` from 3.15 on (PEP 829), else ``.pth``. None if missing."""
-    name = "nnunetv2_ext.start" if sys.version_info >= (3, 15) else "nnunetv2_ext.pth"
-    return next((Path(p) / name for p in sys.path if p and (Path(p) / name).is_file()), None)
 
 
 def folders() -> Iterator[Finding]:

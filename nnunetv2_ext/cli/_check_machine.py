@@ -107,7 +107,8 @@ def nnunet_folders() -> Iterator[Finding]:
         value = os.environ.get(variable)
         if not value:
             yield Finding(FAIL, variable, "not set", f"export {variable}=/path/to/{variable}   (folder for {content})")
-        elif not os.path.exists(value) and (meant := _as_a_shell_reads(value)) != value:
+        # a shell takes away quotes and blanks (a .env file keeps them) and knows ~
+        elif not os.path.exists(value) and (meant := os.path.expanduser(value.strip().strip("'\"").strip())) != value:
             detail = f"{value!r} is taken literally, with its quotes, blanks or ~; there is no such folder"
             yield Finding(FAIL, variable, detail, f"export {variable}={shlex.quote(meant)}")
         elif not os.path.exists(value):
@@ -120,11 +121,6 @@ def nnunet_folders() -> Iterator[Finding]:
             yield Finding(status, variable, f"{value} is not writable", f"chmod u+w {value}, or another folder")
         else:
             yield Finding(OK, variable, f"{value}, {shutil.disk_usage(value).free / GIB:.0f} GiB free")
-
-
-def _as_a_shell_reads(value: str) -> str:
-    """A folder without what a shell takes away: quotes and blanks around it (a .env file keeps them), ``~``."""
-    return os.path.expanduser(value.strip().strip("'\"").strip())
 
 
 def _is_writable(folder: str) -> bool:

@@ -47,7 +47,11 @@ def draw_cases(
     losses, gains = worst_first(difference, number)
     if not (rows := [*losses, *gains]):
         return [], []
-    classes, metric = _classes(scores), difference.metric
+    labels, metric = scores.source.labels, difference.metric
+    # a class of its own by its name, the parts of regions by their value
+    classes = {v: f"label {v}" for s in labels.structures for v in s.values}
+    classes |= {s.values[0]: s.name for s in reversed(labels.structures) if len(s.values) == 1}
+    classes |= {} if labels.ignore is None else {labels.ignore: "ignore"}
     cells = scores.trainings(difference.key, difference.structure)[[difference.first, difference.arm]]
     with plot.figure_file(path, 13, 1.0 + 3.0 * len(rows)) as figure:
         for axes, case in zip(np.atleast_2d(figure.subplots(len(rows), 4)), rows, strict=True):
@@ -67,14 +71,6 @@ def shown_repeats(values: pd.Series, difference: Difference) -> dict[str, str]:
     average = ours.mean() - theirs.mean()
     i, j = min(pairs, key=lambda pair: abs(ours[pair[1]] - theirs[pair[0]] - average))
     return {difference.first: i, difference.arm: j}
-
-
-def _classes(scores: Scores) -> dict[int, str]:
-    """Label value to name: a class of its own by its name, the parts of regions by their value."""
-    labels = scores.source.labels
-    classes = {v: f"label {v}" for s in labels.structures for v in s.values}
-    classes |= {s.values[0]: s.name for s in reversed(labels.structures) if len(s.values) == 1}
-    return classes | ({} if labels.ignore is None else {labels.ignore: "ignore"})
 
 
 def _draw_row(axes, scores: Scores, case: str, shown: dict[str, str], images: Path | None, classes, titles) -> None:

@@ -75,14 +75,12 @@ def collect(
     other grids, strange labels, other predictions than in summary.json, or other sizes of a voxel in another arm.
     """
     found: dict[tuple[str, str, str], Evaluation] = {}
-    for arm in arms:
-        for repeat in arm.repeats:
-            for fold in arms[0].repeats[0].folds:
-                run, where = repeat.folds[fold], (arm.name, repeat.label, fold)
-                found[where] = evaluate_folder(run.predictions, truth, source, cases=sorted(run.cases),
-                                               processes=processes, title=", ".join(where))  # fmt: skip
-                if own_truth:
-                    _require_same_dice(run, found[where])
+    for name, repeat, fold in [(a.name, r, f) for a in arms for r in a.repeats for f in arms[0].repeats[0].folds]:
+        run, where = repeat.folds[fold], (name, repeat.label, fold)
+        found[where] = evaluate_folder(run.predictions, truth, source, cases=sorted(run.cases),
+                                       processes=processes, title=", ".join(where))  # fmt: skip
+        if own_truth:
+            _require_same_dice(run, found[where])
     keys = ["arm", "repeat", "fold"]
     table, files = (
         pd.concat({where: getattr(one, name) for where, one in found.items()}, names=keys)
