@@ -1,7 +1,5 @@
 """Which trainers are measured, with which settings, and how a mistyped name is answered."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import io
@@ -17,15 +15,10 @@ BASELINE = "nnUNetTrainer"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trainer with its settings.
+    """A trainer with its settings."""
 
-    Attributes:
-        trainer: class name, as for ``nnUNetv2_train -tr``.
-        settings: what ``nnUNet_ext_settings`` is set to while it is built (``key=value`` pairs or a YAML file's
-            path); empty: whatever the variable holds already.
-    """
-
-    trainer: str
+    trainer: str  # class name, as for nnUNetv2_train -tr
+    # what nnUNet_ext_settings is while it is built: key=value pairs or a YAML file's path; empty: what it holds already
     settings: str = ""
 
     @property
@@ -40,13 +33,9 @@ class Candidate:
 def parse_candidates(trainers: Sequence[str], settings: Sequence[str] = ()) -> list[Candidate]:
     """Candidates from the command line; plain nnUNetTrainer always comes first, once.
 
-    Args:
-        trainers: ``NAME`` or ``NAME:SETTINGS``; a name may occur several times with different settings.
-        settings: ``NAME=SETTINGS``, for every occurrence of the name; joined with what follows its own colon.
-
-    Raises:
-        ValueError: settings without a name or for a trainer that is not measured, a file joined with pairs, or one
-            candidate twice.
+    An entry of ``trainers`` is ``NAME`` or ``NAME:SETTINGS``. One of ``settings``, ``NAME=SETTINGS``, is for every
+    occurrence of the name and joined with what follows its own colon. ValueError: settings without a name or for a
+    trainer that is not measured, a file joined with pairs, or one candidate twice.
     """
     common: dict[str, str] = {}
     for entry in settings:
@@ -108,8 +97,7 @@ def _settings(cls: Any, text: str | None) -> dict[str, Any]:
 def find_trainer(name: str) -> type:
     """The class that ``nnUNetv2_train -tr NAME`` would use.
 
-    Raises:
-        ValueError: no such trainer (with the nearest names), or its module cannot be imported.
+    ValueError: no such trainer (with the nearest names), or its module cannot be imported.
     """
     if name in installed_trainers():  # nnU-Net's own search imports all its trainers, which takes seconds
         try:

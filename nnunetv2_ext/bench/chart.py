@@ -1,13 +1,12 @@
 """The benchmark as a bar chart."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
 from nnunetv2_ext.bench.result import PREDICT, Report, Spread
+from nnunetv2_ext.evaluate.plot import figure_file
 
 LABEL_WIDTH = 26  # characters
 
@@ -15,35 +14,25 @@ LABEL_WIDTH = 26  # characters
 def draw(report: Report, path: Path) -> None:
     """Write a PNG: ratios to plain nnUNetTrainer with the spread over rounds, and the parts of a step in milliseconds.
 
-    Raises:
-        ValueError: no trainer was measured, so there is nothing to draw.
+    ValueError: no trainer was measured, so there is nothing to draw.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     results = report.measured
     if not results:
         raise ValueError("no trainer could be measured, so there is no chart")
-    figure = Figure(figsize=(13, 2.6 + 0.75 * len(results)), layout="constrained", dpi=130)
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    _ratios(left, report)
-    left.set_yticks(range(len(results)), [textwrap.fill(r.label, LABEL_WIDTH) for r in results], fontsize=8)
-    _parts(right, report)
-    right.set_yticks(range(len(results)), [])
-    for axes in (left, right):
-        axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
-        handles, names = axes.get_legend_handles_labels()
-        if handles:
-            # above the bars, where neither they nor the axis' own text are
-            axes.legend(handles, names, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
     m, o, facts = report.machine, report.options, results[0].facts
     patch = " x ".join(map(str, facts["patch_size"]))
     what = f"{o['dataset']}, {o['configuration']}, plans {o['plans_name']}: patch {patch}, batch {facts['batch_size']}"
     where = f"{m['device_name']} ({m['device']}, {m['threads']} thread(s)), torch {m['torch']}"
-    figure.suptitle(f"{what}\n{where}, nnunetv2 {m['nnunetv2']}", fontsize=10)
-    figure.savefig(path, format="png")
+    with figure_file(path, 13, 2.6 + 0.75 * len(results)) as figure:
+        figure.suptitle(f"{what}\n{where}, nnunetv2 {m['nnunetv2']}", fontsize=10)
+        names = [textwrap.fill(r.label, LABEL_WIDTH) for r in results]
+        for axes, draw_bars, ticks in zip(figure.subplots(1, 2), (_ratios, _parts), (names, [""] * len(names))):
+            draw_bars(axes, report)
+            axes.set_yticks(range(len(results)), ticks, fontsize=8)
+            axes.invert_yaxis()
+            axes.spines[["top", "right"]].set_visible(False)
+            if axes.get_legend_handles_labels()[0]:  # above the bars, where neither they nor the axis' own text are
+                axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
 
 
 def _ratios(axes, report: Report) -> None:

@@ -4,8 +4,6 @@ Its largest resident size is that one trainer's, and if the system kills it for 
 ``python -m nnunetv2_ext.bench.isolated``; reads the job as JSON from stdin, writes JSON as the last line of stdout.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
@@ -24,9 +22,7 @@ from nnunetv2_ext.bench.subject import Subject, Target, dry_environment
 def resident_size(candidate: Candidate, target: Target, steps: int, kind: str) -> dict[str, int]:
     """Resident size of a fresh process in bytes: ``before`` training, and at its ``peak`` during ``steps`` steps.
 
-    Raises:
-        MemoryError: memory ran out; the text says how, in one line.
-        ValueError: the trainer could not be built, or its steps raised.
+    MemoryError: memory ran out; ValueError: the trainer could not be built, or its steps raised. One line each.
     """
     job = json.dumps({"candidate": asdict(candidate), "target": asdict(target), "steps": steps, "kind": kind})
     done = subprocess.run(

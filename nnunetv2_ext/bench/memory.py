@@ -14,12 +14,9 @@ from torch import Tensor
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """Context manager that follows how many bytes autograd keeps for backward passes.
+    """Context manager that follows how many bytes autograd keeps for backward passes, at their ``peak``.
 
     A storage counts once however often it is saved. Parameters do not count: they are there anyway.
-
-    Attributes:
-        peak: the highest number of bytes held at one time.
     """
 
     def __init__(self) -> None:

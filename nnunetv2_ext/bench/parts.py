@@ -10,8 +10,6 @@ path networks are taken without their torch.compile and DDP wrappers, and what t
 A method that compiled code calls is not compiled together with what is around it while the parts are measured.
 """
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator

@@ -1,11 +1,9 @@
 """The benchmark as text, for a terminal and for a markdown page."""
 
-from __future__ import annotations
-
 import statistics
-from collections.abc import Sequence
 
 from nnunetv2_ext.bench.result import PREDICT, Report, Spread, spread
+from nnunetv2_ext.evaluate.table import grid
 
 MIB = 2**20
 MEMORY_NAMES = {
@@ -82,7 +80,7 @@ def _times(report: Report, what: str) -> str:
         row = [r.label, *_cells(time, 1, " ms"), *(cell for ratio in ratios for cell in _cells(ratio, 2))]
         row.append(_promised(r.promise.predict if predicts else r.promise.step(report.machine["device"])))
         rows.append(row if predicts else [*row, f"{r.facts['batch_size'] / (time.median / 1000):.3g}"])
-    return table(rows)
+    return grid(rows) if rows[1:] else ""
 
 
 def _memory(report: Report) -> str:
@@ -95,7 +93,7 @@ def _memory(report: Report) -> str:
             row.append(f"{r.memory[measure] / MIB:.1f} MiB" if measure in r.memory else "")
             row.append("" if ratio is None else f"{ratio:.2f}")
         rows.append([*row, _promised(r.promise.memory)])
-    return table(rows)
+    return grid(rows) if rows[1:] else ""
 
 
 def _parts(report: Report) -> str:
@@ -106,7 +104,7 @@ def _parts(report: Report) -> str:
         if total:
             cells = (r.parts.get(name) for name in names)
             rows.append([r.label, *("" if c is None else f"{c * 1000:.1f} ms {c / total:4.0%}" for c in cells)])
-    return table(rows)
+    return grid(rows) if rows[1:] else ""
 
 
 def _notes(report: Report) -> str:
@@ -148,15 +146,3 @@ def _cells(value: Spread | None, digits: int, unit: str = "") -> list[str]:
 
 def _promised(ratio: float | None) -> str:
     return "" if ratio is None else f"<= {ratio:g}"
-
-
-def table(rows: Sequence[list[str]]) -> str:
-    """Columns of equal width, the first to the left and the others to the right; empty if there is only the head."""
-    if len(rows) == 1:
-        return ""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for first, *others in rows:
-        cells = [f"{first:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(others, widths[1:]))]
-        lines.append("  " + "  ".join(cells).rstrip())
-    return "\n".join([lines[0], "  " + "-" * (max(map(len, lines)) - 2), *lines[1:]])

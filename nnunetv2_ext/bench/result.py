@@ -1,7 +1,5 @@
 """What a benchmark found, and the ratios that are drawn from it."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,15 +28,10 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 @dataclass
 class Rounds:
-    """Seconds per call in each round, in the order of the rounds.
+    """Seconds per call in each round, in the order of the rounds."""
 
-    Attributes:
-        wall: what a clock on the wall shows, the device's work included.
-        cpu: processor time of this process over all its threads. On a machine shared with other work it is the
-            steadier of the two.
-    """
-
-    wall: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)  # the device's work included
+    # of this process over all its threads; the steadier of the two on a machine shared with other work
     cpu: list[float] = field(default_factory=list)
 
     def measure(self, call: Callable[[], object], number: int, device: torch.device) -> None:
@@ -59,30 +52,19 @@ class Rounds:
 
 @dataclass
 class Result:
-    """One trainer's figures.
-
-    Attributes:
-        label, trainer, settings: which.
-        promise: what its method promises.
-        facts: batch size, dtype, compile state; see ``Subject.facts``.
-        steps: batch kind -> seconds per training step.
-        predict: seconds per patch.
-        parts: part of a step -> seconds.
-        memory: bytes: ``allocator_peak`` (CUDA) or ``saved_tensors`` and, of a process of its own,
-            ``resident_before`` and ``resident_peak``.
-        failure: why there are no figures.
-    """
+    """One trainer's figures."""
 
     label: str
     trainer: str
     settings: str = ""
     promise: Promise = field(default_factory=Promise)
-    facts: dict[str, Any] = field(default_factory=dict)
-    steps: dict[str, Rounds] = field(default_factory=dict)
-    predict: Rounds = field(default_factory=Rounds)
-    parts: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)  # batch size, dtype, compile state; see Subject.facts
+    steps: dict[str, Rounds] = field(default_factory=dict)  # by batch kind, a training step
+    predict: Rounds = field(default_factory=Rounds)  # a patch
+    parts: dict[str, float] = field(default_factory=dict)  # of a step, in seconds
+    # bytes: allocator_peak (CUDA) or saved_tensors and, of a process of its own, resident_before and resident_peak
     memory: dict[str, int] = field(default_factory=dict)
-    failure: str | None = None
+    failure: str | None = None  # why there are no figures
 
     def rounds(self, what: str) -> Rounds:
         """Of a training step on a batch kind, or of ``PREDICT``; empty if there are none."""
@@ -107,14 +89,9 @@ class Report:
         return [r for r in self.results if r.failure is None]
 
     def ratio(self, result: Result, what: str, clock: str = "wall") -> Spread | None:
-        """Time over plain nnUNetTrainer's, round by round: what slows a whole round down cancels.
+        """Time by a clock over plain nnUNetTrainer's, round by round: what slows a whole round down cancels.
 
-        None unless both have all rounds.
-
-        Args:
-            result: whose.
-            what: as of `Result.rounds`.
-            clock: ``wall`` or ``cpu``.
+        ``what`` is as of `Result.rounds`. None unless both have all rounds.
         """
         ours, plain = (getattr(r.rounds(what), clock) for r in (result, self.baseline))
         return spread([a / b for a, b in zip(ours, plain) if b > 0]) if len(ours) == len(plain) else None

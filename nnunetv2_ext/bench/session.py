@@ -1,7 +1,5 @@
 """The benchmark itself: every trainer built once, then rounds in which each has its turn."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import gc
@@ -30,39 +28,27 @@ from nnunetv2_ext.data.preprocessed import open_preprocessed
 
 @dataclass(frozen=True)
 class Options:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        rounds: turns of each trainer per batch kind; ratios are taken round by round.
-        steps_per_round: training steps, and patches predicted, per turn. A trainer whose steps differ
-            (a pass in every fourth) needs a multiple of its period.
-        warm_up: steps before the first round, not counted.
-        batches: of ``subject.BATCHES``.
-        resident: also measure the resident size in a process of its own (CPU only).
-    """
-
-    rounds: int = 5
+    rounds: int = 5  # turns of each trainer per batch kind; ratios are taken round by round
+    # training steps, and patches predicted, per turn; where steps differ (a pass in every fourth), whole periods of it
     steps_per_round: int = 4
-    warm_up: int = 2
+    warm_up: int = 2  # steps before the first round, not counted
     batches: tuple[str, ...] = BATCHES
-    resident: bool = True
+    resident: bool = True  # also measure the resident size in a process of its own (CPU only)
 
     def __post_init__(self) -> None:
         for name, lowest in (("rounds", 1), ("steps_per_round", 1), ("warm_up", 0)):
-            if getattr(self, name) < lowest:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be {lowest} or more, but it is {getattr(self, name)}"
-                )
+            if (given := getattr(self, name)) < lowest:
+                raise ValueError(f"--{name.replace('_', '-')} must be {lowest} or more, but it is {given}")
 
 
 class Session:
     """Measures ``candidates`` (the first is what the others are compared with).
 
     A trainer that fails (out of memory, refuses the dataset, or otherwise) gets a ``failure`` in its result and takes
-    no further part; without the first one the others have figures, but no ratios.
-
-    Raises:
-        ValueError: unknown trainer or refused settings, missing plans or device; nothing is measured then.
+    no further part; without the first one the others have figures, but no ratios. ValueError: unknown trainer or
+    refused settings, missing plans or device; nothing is measured then.
     """
 
     def __init__(self, target: Target, candidates: Sequence[Candidate], options: Options | None = None) -> None:

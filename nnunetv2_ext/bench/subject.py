@@ -1,7 +1,5 @@
 """A trainer that is ready to step, built from the preprocessed dataset without leaving a trace."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os
@@ -30,23 +28,14 @@ SEED = 20240705  # any fixed number: trainers then start with the same weights, 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the trainers run.
+    """Where the trainers run."""
 
-    Attributes:
-        dataset: folder name, ``Dataset004_hippocampus``.
-        configuration: ``3d_fullres``.
-        plans_name: the plans file without ``.json``.
-        fold: a number, or ``all``.
-        device: ``cpu``, ``cuda`` or ``mps``.
-        threads: of torch on the CPU; None leaves torch's own choice.
-    """
-
-    dataset: str
+    dataset: str  # folder name, Dataset004_hippocampus
     configuration: str
     plans_name: str = "nnUNetPlans"
-    fold: int | str = 0
-    device: str = "cpu"
-    threads: int | None = None
+    fold: int | str = 0  # a number, or "all"
+    device: str = "cpu"  # or cuda, mps
+    threads: int | None = None  # of torch on the CPU; None leaves torch's own choice
 
 
 @contextlib.contextmanager
@@ -63,20 +52,11 @@ def dry_environment() -> Iterator[Path]:
 
 
 class Subject:
-    """One candidate's trainer after ``on_train_start``, and its fixed batches.
+    """One candidate's ``trainer`` after ``on_train_start``, and its fixed ``batches``.
 
-    Args:
-        candidate: trainer and settings.
-        target: dataset, plans, device.
-        kinds: batches to prepare, of ``BATCHES``: one of its own loader, or synthetic of the same shape.
-
-    Attributes:
-        trainer: as nnU-Net would train it.
-        batches: by kind, on the CPU and pinned for a GPU as nnU-Net's loaders do it.
-        others_bytes: in use on a CUDA device before this trainer was built; 0 elsewhere, where nothing counts them.
-
-    Raises:
-        ValueError: settings for a trainer that takes none, or settings it refuses; data that are not there.
+    They are by kind (of ``BATCHES``: one of its own loader, or synthetic of the same shape), on the CPU and pinned for
+    a GPU as nnU-Net's loaders do it. ``others_bytes`` were in use on a CUDA device before this trainer was built.
+    ValueError: settings for a trainer that takes none, or settings it refuses; data that are not there.
     """
 
     def __init__(self, candidate: Candidate, target: Target, kinds: tuple[str, ...] = BATCHES) -> None:
@@ -161,9 +141,7 @@ class Subject:
 def synthetic_batch(batch: Mapping[str, Any], num_labels: int) -> dict[str, Any]:
     """A batch of the shapes and types of ``batch``: noise as ``data``, random labels as ``target``, the rest kept.
 
-    Args:
-        batch: of the trainer's loader.
-        num_labels: labels 0..num_labels-1 are drawn where the target holds labels; targets of regions get 0 and 1.
+    Labels are drawn from 0..``num_labels``-1; targets of regions get 0 and 1.
     """
     generator = torch.Generator().manual_seed(SEED)
 

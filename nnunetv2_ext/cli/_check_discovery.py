@@ -1,4 +1,4 @@
-"""Checks of ``nnUNetv2_ext doctor``: does nnU-Net find our trainers, and nothing else in their place?"""
+"""Checks of ``nnUNetv2_ext doctor``: does nnU-Net find our trainers, nothing in their place, and with what settings?"""
 
 import contextlib
 import io
@@ -14,6 +14,7 @@ from nnunetv2_ext import installed_trainers
 from nnunetv2_ext._register import EXT_VARIABLE, OPT_OUT_VARIABLE, SHIM_FOLDER, auto_register_enabled
 from nnunetv2_ext.cli._check_software import child_error, nnunet_folder
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
+from nnunetv2_ext.core.outside import load_trainer
 
 BY_HAND = f"export {EXT_VARIABLE}={SHIM_FOLDER}   (or, in Python: import nnunetv2_ext; nnunetv2_ext.register())"
 # imports all modules of a folder, as nnU-Net's search does
@@ -34,16 +35,13 @@ def startup() -> Iterator[Finding]:
     code = f"import os; print(os.environ.get({EXT_VARIABLE!r}, ''))"
     child = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=60)
     if any(_same(p, SHIM_FOLDER) for p in child.stdout.strip().split(os.pathsep)):
-        yield Finding(OK, "registration", f"automatic, by {startup_file() or 'PYTHONPATH or sitecustomize'}")
+        # the start-up file that this Python reads: .start from 3.15 on (PEP 829), else .pth
+        name = "nnunetv2_ext.start" if sys.version_info >= (3, 15) else "nnunetv2_ext.pth"
+        file = next((Path(p) / name for p in sys.path if p and (Path(p) / name).is_file()), None)
+        yield Finding(OK, "registration", f"automatic, by {file or 'PYTHONPATH or sitecustomize'}")
     else:
         what = "Python does not run our start-up file (pip install --target, or an incomplete installation)"
         yield Finding(WARN, "registration", what, f"install with a plain 'pip install', or {BY_HAND}")
-
-
-def startup_file() -> Path | None:
-    """The start-up file that this Python reads: ``.start`` from 3.15 on (PEP 829), else ``.pth``. None if missing."""
-    name = "nnunetv2_ext.start" if sys.version_info >= (3, 15) else "nnunetv2_ext.pth"
-    return next((Path(p) / name for p in sys.path if p and (Path(p) / name).is_file()), None)
 
 
 def folders() -> Iterator[Finding]:
@@ -103,6 +101,39 @@ def stale_copies() -> Iterator[Finding]:
     for file in (file for place in places for file in sorted(place.rglob("*.py"))):
         for name in definition.findall(file.read_text(encoding="utf-8", errors="replace")):
             yield Finding(WARN, "copy", f"{file} also defines {name}", "remove it: ours is used by name as it is")
+
+
+def settings() -> Iterator[Finding]:
+    """What the variable would do to the next training; often it is still exported from an earlier experiment."""
+    # here, so that a broken installation of theirs is a finding and not the end of the report
+    from nnunetv2_ext.core.resolve import resolve
+    from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE, from_environment
+
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
+    if not text:
+        yield Finding(OK, ENVIRONMENT_VARIABLE, "not set: trainings take their defaults")
+        return
+    remedy = f"unset {ENVIRONMENT_VARIABLE}   (if it belongs to an earlier experiment)"
+    try:
+        from_environment(text)
+    except ValueError as error:
+        yield Finding(FAIL, ENVIRONMENT_VARIABLE, str(error), remedy)
+        return
+    takers, refusals = [], []
+    for name in installed_trainers():
+        with contextlib.suppress(ImportError):  # a finding of the section on trainers
+            try:
+                resolve(load_trainer(name).settings_model(), environment=text)
+                takers.append(name)
+            except ValueError as error:
+                refusals.append(str(error))
+    if takers:
+        detail = f"{text!r} is what every training of {', '.join(takers)} will take"
+        yield Finding(WARN, ENVIRONMENT_VARIABLE, detail, remedy)
+    else:
+        # a trainer that knows all keys says what is wrong with their values
+        says = sorted(refusals, key=lambda text: text.startswith("unknown setting"))[0]
+        yield Finding(FAIL, ENVIRONMENT_VARIABLE, says, remedy)
 
 
 def _entries() -> list[str]:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
+from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding, judged
 
 GIB = 2**30
 LITTLE_RAM = 16 * GIB  # nnU-Net states 32 GB for training; below half of that background workers are killed
@@ -44,10 +44,8 @@ def devices() -> Iterator[Finding]:
 def memory() -> Iterator[Finding]:
     total, available = ram()
     text = f"{total / GIB:.1f} GiB, {available / GIB:.1f} GiB of it free"
-    if total < LITTLE_RAM:
-        yield Finding(WARN, "RAM", f"{text}; nnU-Net asks for 32 GiB", "export nnUNet_n_proc_DA=2 (fewer workers)")
-    else:
-        yield Finding(OK, "RAM", text)
+    lack = "nnU-Net asks for 32 GiB" if total < LITTLE_RAM else ""
+    yield judged("RAM", text, lack, "export nnUNet_n_proc_DA=2 (fewer workers)")
 
 
 def ram() -> tuple[int, int]:
@@ -70,11 +68,8 @@ def shared_memory() -> Iterator[Finding]:
         return
     usage = shutil.disk_usage("/dev/shm")
     text = f"{usage.total / GIB:.1f} GiB, {usage.free / GIB:.1f} GiB of it free"
-    if usage.free < LITTLE_SHM:
-        remedy = "start the container with --shm-size=8g or --ipc=host"
-        yield Finding(WARN, "/dev/shm", f"{text}; background workers may die", remedy)
-    else:
-        yield Finding(OK, "/dev/shm", text)
+    lack = "background workers may die" if usage.free < LITTLE_SHM else ""
+    yield judged("/dev/shm", text, lack, "start the container with --shm-size=8g or --ipc=host")
 
 
 def workers() -> Iterator[Finding]:
@@ -112,7 +107,8 @@ def nnunet_folders() -> Iterator[Finding]:
         value = os.environ.get(variable)
         if not value:
             yield Finding(FAIL, variable, "not set", f"export {variable}=/path/to/{variable}   (folder for {content})")
-        elif not os.path.exists(value) and (meant := _as_a_shell_reads(value)) != value:
+        # a shell takes away quotes and blanks (a .env file keeps them) and knows ~
+        elif not os.path.exists(value) and (meant := os.path.expanduser(value.strip().strip("'\"").strip())) != value:
             detail = f"{value!r} is taken literally, with its quotes, blanks or ~; there is no such folder"
             yield Finding(FAIL, variable, detail, f"export {variable}={shlex.quote(meant)}")
         elif not os.path.exists(value):
@@ -125,11 +121,6 @@ def nnunet_folders() -> Iterator[Finding]:
             yield Finding(status, variable, f"{value} is not writable", f"chmod u+w {value}, or another folder")
         else:
             yield Finding(OK, variable, f"{value}, {shutil.disk_usage(value).free / GIB:.0f} GiB free")
-
-
-def _as_a_shell_reads(value: str) -> str:
-    """A folder without what a shell takes away: quotes and blanks around it (a .env file keeps them), ``~``."""
-    return os.path.expanduser(value.strip().strip("'\"").strip())
 
 
 def _is_writable(folder: str) -> bool:

@@ -1,7 +1,5 @@
 """Checks of ``nnUNetv2_ext doctor``: Python, nnU-Net, torch, and what the methods need."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import platform
@@ -10,14 +8,11 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 from nnunetv2_ext.core.compat import SUPPORTED, nnunet_version, require_supported_nnunet
 from nnunetv2_ext.core.outside import methods
-
-if TYPE_CHECKING:
-    from packaging.requirements import Requirement
 
 
 def python() -> Iterator[Finding]:
@@ -76,8 +71,8 @@ def requirements() -> Iterator[Finding]:
             yield from _requirement(requirement, elsewhere, name)
 
 
-def _requirement(requirement: Requirement, elsewhere: list[str], method: str) -> Iterator[Finding]:
-    """Of one distribution; ``elsewhere``: installed ones that the method needs on other platforms only."""
+def _requirement(requirement: Any, elsewhere: list[str], method: str) -> Iterator[Finding]:
+    """Of one packaging.Requirement; ``elsewhere``: distributions that the method needs on other platforms only."""
     name, version = requirement.name, _version(requirement.name)
     install = f'pip install "{str(requirement).partition(";")[0].strip()}"'
     rivals = [other for other in elsewhere if version is None or _modules(other) & _modules(name)]

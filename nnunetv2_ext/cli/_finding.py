@@ -15,3 +15,8 @@ class Finding(NamedTuple):
     subject: str
     detail: str
     remedy: str = ""
+
+
+def judged(subject: str, detail: str, lack: str, remedy: str) -> Finding:
+    """A warning with its remedy if there is a ``lack``, else all is well."""
+    return Finding(WARN, subject, f"{detail}; {lack}", remedy) if lack else Finding(OK, subject, detail)

@@ -1,12 +1,9 @@
 """``nnUNetv2_ext bench``: what trainers cost on this machine, as ratios to plain nnUNetTrainer."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from nnunetv2_ext.bench.candidates import parse_candidates
 
@@ -21,33 +18,28 @@ Exit status: 0, or 1 if a trainer failed (the others are still reported).
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-
-    def add(option: str, text: str, **how: Any) -> None:
-        parser.add_argument(option, help=text, **how)
-
-    add("-d", "id or name of a preprocessed dataset", required=True, metavar="DATASET")
-    add("-c", "e.g. 3d_fullres", required=True, metavar="CONFIGURATION")
-    add("-p", "plans name (default: %(default)s)", default="nnUNetPlans", metavar="PLANS")
-    add("-f", "fold, a number or all (default: %(default)s)", default="0", metavar="FOLD")
-    add("-tr", "trainers beside plain nnUNetTrainer, which is always measured; TRAINER:SETTINGS for one with settings, "
-        "also several times", nargs="+", default=[], metavar="TRAINER")  # fmt: skip
-    add("--settings", "nnUNet_ext_settings of one trainer: key=value pairs or a YAML file", nargs="+", action="extend",
-        default=[], metavar="TRAINER=SETTINGS")  # fmt: skip
-    add("-device", "default: cuda if there is a GPU, else cpu", choices=("cpu", "cuda", "mps"))
-    add("--rounds", "turns of each trainer (default: %(default)s)", type=int, default=5)
-    add("--steps-per-round", "steps in each turn (default: %(default)s)", type=int, default=4)
-    add("--warm-up", "steps that do not count (default: %(default)s)", type=int, default=2)
-    add("--batches", "one batch of the dataset, or noise and random labels of the same shape (default: %(default)s)",
-        choices=("both", "real", "synthetic"), default="both")  # fmt: skip
-    add("--threads", "torch's CPU threads; 1 gives the steadiest CPU times", type=int)
-    add("--no-resident", "on the CPU, do not start a process per trainer for its resident size", action="store_true")
-    add("--json", "write everything that was measured", type=Path, metavar="FILE")
-    add("--plot", "write a bar chart (PNG)", type=Path, metavar="FILE")
+    add = parser.add_argument
+    add("-d", help="id or name of a preprocessed dataset", required=True, metavar="DATASET")
+    add("-c", help="e.g. 3d_fullres", required=True, metavar="CONFIGURATION")
+    add("-p", help="plans name (default: %(default)s)", default="nnUNetPlans", metavar="PLANS")
+    add("-f", help="fold, a number or all (default: %(default)s)", default="0", metavar="FOLD")
+    add("-tr", help="trainers beside plain nnUNetTrainer, which is always measured; TRAINER:SETTINGS for one with "
+        "settings, also several times", nargs="+", default=[], metavar="TRAINER")  # fmt: skip
+    add("--settings", help="nnUNet_ext_settings of one trainer: key=value pairs or a YAML file", nargs="+",
+        action="extend", default=[], metavar="TRAINER=SETTINGS")  # fmt: skip
+    add("-device", help="default: cuda if there is a GPU, else cpu", choices=("cpu", "cuda", "mps"))
+    add("--rounds", help="turns of each trainer (default: %(default)s)", type=int, default=5)
+    add("--steps-per-round", help="steps in each turn (default: %(default)s)", type=int, default=4)
+    add("--warm-up", help="steps that do not count (default: %(default)s)", type=int, default=2)
+    add("--batches", help="one batch of the dataset, or noise and random labels of the same shape (default: "
+        "%(default)s)", choices=("both", "real", "synthetic"), default="both")  # fmt: skip
+    add("--threads", help="torch's CPU threads; 1 gives the steadiest CPU times", type=int)
+    add("--no-resident", help="on the CPU, start no process per trainer for its resident size", action="store_true")
+    add("--json", help="write everything that was measured", type=Path, metavar="FILE")
+    add("--plot", help="write a bar chart (PNG)", type=Path, metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; 1 if a trainer failed."""
     candidates = parse_candidates(args.tr, args.settings)
     for file in (args.json, args.plot):
         if file is not None and not os.access(file.absolute().parent, os.W_OK):

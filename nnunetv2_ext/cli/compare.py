@@ -1,10 +1,9 @@
 """``nnUNetv2_ext compare``: does one trainer do better than another on your data, and is it more than chance?"""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_ext.cli.evaluate import add_metric_arguments
 
@@ -25,41 +24,36 @@ over repeats; intervals resample subjects where they are known. From Python: nnu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments; each ``dest`` is a field of ``compare.request.Request``."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
-
-    def add(option: str, text: str, **how) -> None:
-        parser.add_argument(option, help=text, **how)
-
-    add("-d", "id or name of the dataset", dest="dataset", required=True, metavar="DATASET")
-    add("-c", "(default: %(default)s)", dest="configuration", default="3d_fullres", metavar="CONFIGURATION")
-    add("-p", "plans name (default: %(default)s)", dest="plans", default="nnUNetPlans", metavar="PLANS")
-    add("-tr", "two or more; the first is the reference", dest="trainers", nargs="+", default=[], metavar="TRAINER")
-    add("-f", "folds (default: all that the first one has)", dest="folds", nargs="+", metavar="FOLD")
-    add("--results", "results folders, one per repeat (default: nnUNet_results)", nargs="+", default=[], type=Path,
+    """Each ``dest`` is a field of ``compare.request.Request``."""
+    add = parser.add_argument
+    add("-d", help="id or name of the dataset", dest="dataset", required=True, metavar="DATASET")
+    add("-c", help="(default: %(default)s)", dest="configuration", default="3d_fullres", metavar="CONFIGURATION")
+    add("-p", help="plans name (default: %(default)s)", dest="plans", default="nnUNetPlans", metavar="PLANS")
+    add(
+        "-tr", help="two or more; the first is the reference", dest="trainers", nargs="+", default=[], metavar="TRAINER"
+    )
+    add("-f", help="folds (default: all that the first one has)", dest="folds", nargs="+", metavar="FOLD")
+    add("--results", help="results folders, one per repeat (default: nnUNet_results)", nargs="+", default=[], type=Path,
         metavar="DIR")  # fmt: skip
-    named = {"nargs": "+", "action": "append", "default": [], "metavar": ("NAME", "DIR")}
-    add("--run", "a name and its folders", dest="runs", **named)
-    add("--predictions", "a name and its folders of test predictions, one per repeat; goes with --truth", **named)
-    add("--allow-different-training-cases", "compare trainings that learned from different training cases "
+    named: dict[str, Any] = {"nargs": "+", "action": "append", "default": [], "metavar": ("NAME", "DIR")}
+    add("--run", help="a name and its folders", dest="runs", **named)
+    add("--predictions", help="a name and its folders of test predictions, one per repeat; goes with --truth", **named)
+    add("--allow-different-training-cases", help="compare trainings that learned from different training cases "
         "(train_cases); the report says so", action="store_true")  # fmt: skip
-    add("--truth", "true segmentations (default: the dataset's own)", type=Path, metavar="DIR")
-    add("--images", "images for the pictures (default: imagesTr in nnUNet_raw)", type=Path, metavar="DIR")
-    add("--group-regex", "subject of a case: the first group of this expression in its name. Subjects, not cases, are "
-        "resampled (default: as dataset.json records them)", metavar="REGEX")  # fmt: skip
-    add("--groups", "subject of each case: CSV with the columns case,subject, or JSON", type=Path, metavar="FILE")
-    add("--worst", "cases drawn of either kind; 0: none (default: 3)", type=int, default=3, metavar="N")
+    add("--truth", help="true segmentations (default: the dataset's own)", type=Path, metavar="DIR")
+    add("--images", help="images for the pictures (default: imagesTr in nnUNet_raw)", type=Path, metavar="DIR")
+    add("--group-regex", help="subject of a case: the first group of this expression in its name. Subjects, not "
+        "cases, are resampled (default: as dataset.json records them)", metavar="REGEX")  # fmt: skip
+    add("--groups", help="subject of each case: CSV with the columns case,subject, or JSON", type=Path, metavar="FILE")
+    add("--worst", help="cases drawn of either kind; 0: none (default: 3)", type=int, default=3, metavar="N")
     add_metric_arguments(parser)
-    add("-o", "output folder (default: comparison_DATASET_CONFIGURATION)", dest="output", type=Path, metavar="DIR")
+    add("-o", help="output folder (default: comparison_DATASET_CONFIGURATION)", dest="output", type=Path, metavar="DIR")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, print."""
     from nnunetv2_ext.compare.report import as_text
     from nnunetv2_ext.compare.request import Request, compare
 
-    options = {**vars(args), "processes": args.np}
-    report, output = compare(Request(**{field.name: options[field.name] for field in fields(Request)}))
+    report, output = compare(Request(**{field.name: getattr(args, field.name) for field in fields(Request)}))
     print(f"{as_text(report)}\n\nwrote report.md, comparison.json, cases.csv, differences.csv and pictures to {output}")
     return 0

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from nnunetv2_ext import __version__
 from nnunetv2_ext.cli import _check_discovery as discovery
 from nnunetv2_ext.cli import _check_machine as machine
-from nnunetv2_ext.cli import _check_settings as settings
 from nnunetv2_ext.cli import _check_software as software
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 
@@ -23,12 +22,11 @@ SECTIONS: dict[str, tuple[Check, ...]] = {
     "Trainers": (discovery.startup, discovery.folders, discovery.trainers, discovery.stale_copies),
     "Machine": (machine.devices, machine.memory, machine.shared_memory, machine.workers),
     "Folders": (machine.nnunet_folders,),
-    "Settings": (settings.environment,),
+    "Settings": (discovery.settings,),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 

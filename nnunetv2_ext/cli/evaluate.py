@@ -1,10 +1,7 @@
 """``nnUNetv2_ext evaluate``: Dice, HD95 and NSD of a folder of predictions, per structure and case."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
-from typing import Any
 
 EPILOG = """\
 Examples:
@@ -20,9 +17,6 @@ what happens to empty structures are in the output.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
     parser.add_argument("predictions", metavar="PRED", type=Path, help="folder of predicted segmentations")
     parser.add_argument("truth", metavar="TRUTH", type=Path, help="folder of the true segmentations")
     which = parser.add_mutually_exclusive_group()
@@ -37,31 +31,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that ``evaluate`` and ``compare`` share."""
-
-    def add(option: str, text: str, **how: Any) -> None:
-        parser.add_argument(option, help=text, **how)
-
+    add = parser.add_argument
     names = ["dice", "hd95", "nsd"]
-    add("--metrics", "(default: all three)", nargs="+", default=names, choices=names)
-    add("--tolerance", "NSD: surfaces this close agree; mm for all structures, or NAME=mm for some. Take what two "
-        "experts differ by (default: 1)", nargs="+", default=["1"], metavar="MM")  # fmt: skip
-    add("--empty", "HD95 of a structure that only truth or prediction has: the image's diagonal, or none (default: "
-        "worst)", choices=["worst", "leave-out"], default="worst")  # fmt: skip
-    add("--ignore-origin", "score voxel by voxel even where origin or direction of prediction and truth differ; all "
-        "outputs say so", action="store_true")  # fmt: skip
-    add("-np", "processes (default: %(default)s)", type=int, default=1, metavar="N")
+    add("--metrics", help="(default: all three)", nargs="+", default=names, choices=names)
+    add("--tolerance", help="NSD: surfaces this close agree; mm for all structures, or NAME=mm for some. Take what "
+        "two experts differ by (default: 1)", nargs="+", default=["1"], metavar="MM")  # fmt: skip
+    add("--empty", help="HD95 of a structure that only truth or prediction has: the image's diagonal, or none "
+        "(default: worst)", choices=["worst", "leave-out"], default="worst")  # fmt: skip
+    add("--ignore-origin", help="score voxel by voxel even where origin or direction of prediction and truth differ; "
+        "all outputs say so", action="store_true")  # fmt: skip
+    add("-np", help="processes (default: %(default)s)", dest="processes", type=int, default=1, metavar="N")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score, print, write."""
-    if args.np < 1:
-        raise ValueError(f"-np must be 1 or more, but it is {args.np}")
+    if args.processes < 1:
+        raise ValueError(f"-np must be 1 or more, but it is {args.processes}")
     if args.ignore is not None and args.labels is None:
         raise ValueError("--ignore goes with --labels; otherwise dataset.json says which label is ignored")
     from nnunetv2_ext.core.files import atomic_write_text
-    from nnunetv2_ext.evaluate.folder import evaluate_folder
-    from nnunetv2_ext.evaluate.pairs import require_output, require_roles
+    from nnunetv2_ext.evaluate.folder import evaluate_folder, make_source
+    from nnunetv2_ext.evaluate.pairs import file_ending, require_output, require_roles
     from nnunetv2_ext.evaluate.plot import draw
+    from nnunetv2_ext.evaluate.structures import from_values, read_labels
     from nnunetv2_ext.evaluate.table import as_csv, as_dict, as_json, as_markdown
 
     folders = predictions, truth = args.predictions, args.truth
@@ -69,9 +60,11 @@ def run(args: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise ValueError(f"the folder of {what}, {folder}, does not exist")
     require_roles(predictions, truth)
-    source = source_of(args)
+    given = args.labels is not None
+    content, labels = ({}, from_values(args.labels, args.ignore)) if given else read_labels(dataset_json_file(args))
+    source = make_source(args, labels, content, "" if content.get("file_ending") else file_ending(truth))
     output = require_output(args.o or predictions / "evaluation", folders)
-    evaluation = evaluate_folder(predictions, truth, source, chill=args.chill, processes=args.np)
+    evaluation = evaluate_folder(predictions, truth, source, chill=args.chill, processes=args.processes)
     text = as_markdown(evaluation, f"{predictions} against {truth}")
     atomic_write_text(output / "evaluation.json", as_json(as_dict(evaluation, str(predictions), str(truth))))
     atomic_write_text(output / "evaluation.csv", as_csv(evaluation))
@@ -81,21 +74,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def source_of(args: argparse.Namespace) -> Any:
-    """The ``Source`` that the arguments describe; without any, by the dataset.json beside the files."""
-    from nnunetv2_ext.data.find import find_dataset_json
-    from nnunetv2_ext.evaluate.folder import make_source
-    from nnunetv2_ext.evaluate.pairs import file_ending
-    from nnunetv2_ext.evaluate.structures import from_values, read_labels
+def dataset_json_file(args: argparse.Namespace) -> Path:
+    """The dataset.json that the arguments name, or the one beside the files."""
+    if args.djfile is not None:
+        return args.djfile
+    if args.d is not None:
+        from nnunetv2_ext.data.find import find_dataset_json
 
-    if args.labels is not None:
-        return make_source(args, from_values(args.labels, args.ignore), {}, file_ending(args.truth))
-    file = args.djfile if args.d is None else find_dataset_json(args.d)
-    beside = [folder / "dataset.json" for folder in (args.predictions, args.truth, args.truth.absolute().parent)]
-    if file is None and (file := next((f for f in beside if f.is_file()), None)) is None:
-        raise ValueError(
-            f"there is no dataset.json in {args.predictions} or beside {args.truth}: give -d DATASET, -djfile FILE, or "
-            "--labels 1 2 ..."
-        )
-    content, labels = read_labels(file)
-    return make_source(args, labels, content, "" if content.get("file_ending") else file_ending(args.truth))
+        return find_dataset_json(args.d)
+    for folder in (args.predictions, args.truth, args.truth.absolute().parent):
+        if (folder / "dataset.json").is_file():
+            return folder / "dataset.json"
+    raise ValueError(
+        f"there is no dataset.json in {args.predictions} or beside {args.truth}: give -d DATASET, -djfile FILE, or "
+        "--labels 1 2 ..."
+    )

@@ -1,7 +1,5 @@
 """``nnUNetv2_ext export MODEL_FOLDER OUT``: a model folder that plain nnU-Net can predict with."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from pathlib import Path
@@ -11,8 +9,6 @@ from nnunetv2_ext.core.outside import methods
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-
     def add(name: str, text: str, **how: Any) -> None:
         parser.add_argument(name, help=text.replace("%", "%%"), **how)
 
@@ -35,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, and print how to predict."""
     import torch
 
     from nnunetv2_ext.core.checkpoint import read

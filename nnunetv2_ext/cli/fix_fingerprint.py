@@ -1,7 +1,5 @@
 """``nnUNetv2_ext fix-fingerprint``: CT intensities of a sparse dataset from its annotated voxels only."""
 
-from __future__ import annotations
-
 import argparse
 
 EPILOG = """\
@@ -15,12 +13,10 @@ Extracting the fingerprint again (--clean) undoes it. MR images are normalised o
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.add_argument("-d", required=True, metavar="DATASET", help="id or name of a planned dataset")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Correct fingerprint and plans."""
     from nnunetv2_ext.data.fingerprint import fix_fingerprint
 
     fix_fingerprint(args.d)

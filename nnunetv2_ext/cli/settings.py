@@ -1,7 +1,5 @@
 """``nnUNetv2_ext settings [TRAINER]``: every key of a trainer's settings with its type, default and meaning."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import json
@@ -14,7 +12,6 @@ from nnunetv2_ext.core.outside import load_trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     what = "trainer class, e.g. nnUNetTrainerExt; default: the keys of all trainers only"
     parser.add_argument("trainer", nargs="?", help=what)
     parser.add_argument("--json", action="store_true", help="print the keys as JSON")

@@ -1,7 +1,5 @@
 """The things that are compared: arms, each of repeated trainings, each of finished folds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +31,6 @@ class Arm:
     trainer: str | None = None  # None for folders of predictions
 
     def runs(self) -> list[FoldRun]:
-        """Every fold of every repeat."""
         return [run for repeat in self.repeats for run in repeat.folds.values()]
 
 
@@ -78,16 +75,13 @@ def _labelled(name: str, trainings: Mapping[Path, dict[str, FoldRun]]) -> list[R
         labels = next((names for names in parts if len(set(names)) == len(names)), list(map(str, trainings)))
     repeats = [Repeat(label, folds) for label, folds in zip(labels, trainings.values(), strict=True)]
     seen: dict[tuple[str, int, str], str] = {}
-    for repeat in repeats:
-        for fold, run in repeat.folds.items():
-            if run.seed is None:
-                continue
-            other = seen.setdefault((fold, run.seed, run.training_set), repeat.label)
-            if other != repeat.label:
-                raise ValueError(
-                    f"{name}: {other} and {repeat.label} were both trained with seed={run.seed} (fold {fold}), so they "
-                    "are one training and not two: give one of them, or train the other with another seed"
-                )
+    for label, run in [(repeat.label, run) for repeat in repeats for run in repeat.folds.values()]:
+        other = label if run.seed is None else seen.setdefault((run.fold, run.seed, run.training_set), label)
+        if other != label:
+            raise ValueError(
+                f"{name}: {other} and {label} were both trained with seed={run.seed} (fold {run.fold}), so they are "
+                "one training and not two: give one of them, or train the other with another seed"
+            )
     return repeats
 
 
@@ -103,23 +97,21 @@ def require_comparable(arms: Sequence[Arm], split: Mapping[str, Sequence[str]] |
     if len(set(names)) < len(names):
         raise ValueError(f"two of the compared have the same name: {', '.join(names)}")
     first = arms[0].repeats[0]
-    for arm in arms:
-        for repeat in arm.repeats:
-            if set(repeat.folds) != set(first.folds):
+    for who, repeat in [(f"{arm.name} ({repeat.label})", repeat) for arm in arms for repeat in arm.repeats]:
+        if set(repeat.folds) != set(first.folds):
+            raise ValueError(
+                f"{who} has the folds {', '.join(repeat.folds)}, but {names[0]} ({first.label}) has "
+                f"{', '.join(first.folds)}; train the missing ones, or compare fewer with -f"
+            )
+        for fold, run in repeat.folds.items():
+            lacks = {who: set(first.folds[fold].cases) - set(run.cases)}
+            lacks[names[0]] = set(run.cases) - set(first.folds[fold].cases)
+            if told := "; ".join(f"{one} has not {listed(sorted(cases))}" for one, cases in lacks.items() if cases):
+                where = "test cases" if fold == "test" else f"validation cases of fold {fold}"
                 raise ValueError(
-                    f"{arm.name} ({repeat.label}) has the folds {', '.join(repeat.folds)}, but {names[0]} "
-                    f"({first.label}) has {', '.join(first.folds)}; train the missing ones, or compare fewer with -f"
+                    f"the {where} differ, so that there are no pairs to compare ({told}): different splits; train "
+                    "with the same splits_final.json"
                 )
-            for fold, run in repeat.folds.items():
-                ours, theirs = set(run.cases), set(first.folds[fold].cases)
-                if ours != theirs:
-                    where = "test cases" if fold == "test" else f"validation cases of fold {fold}"
-                    lacks = ((f"{arm.name} ({repeat.label})", theirs - ours), (names[0], ours - theirs))
-                    told = "; ".join(f"{who} has not {listed(sorted(cases))}" for who, cases in lacks if cases)
-                    raise ValueError(
-                        f"the {where} differ, so that there are no pairs to compare ({told}): different splits; train "
-                        "with the same splits_final.json"
-                    )
     notes: list[str] = []
     seen: dict[str, str] = {}
     for fold, run in first.folds.items():
@@ -171,8 +163,7 @@ def require_same_training_cases(arms: Sequence[Arm], allowed: bool = False) -> l
     described = []
     for arm in arms:
         texts = sorted({run.training_set for run in arm.runs()})
-        texts = [listed(text.split(", ")) if ", " in text else text for text in texts]
-        described.append(f"{arm.name}: {' / '.join(texts)}")
+        described.append(f"{arm.name}: " + " / ".join(listed(t.split(", ")) if ", " in t else t for t in texts))
     differ = f"the training cases differ ({'; '.join(described)}), so that"
     if allowed:
         return [f"{differ} differences need not come from the trainers (--allow-different-training-cases)"]

@@ -1,22 +1,17 @@
 """Learning curves: from our epochs.csv, or from nnU-Net's training log."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from nnunetv2_ext.compare.arms import Arm
 from nnunetv2_ext.compare.runs import FoldRun
 from nnunetv2_ext.evaluate import plot
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 PSEUDO_DICE, VALIDATION_LOSS, SECONDS, HOURS = "mean_fg_dice", "val_losses", "epoch_seconds", "hours"
 # a line of nnU-Net's training_log_*.txt without its time stamp -> name in epochs.csv
@@ -76,22 +71,19 @@ def draw(arms: Sequence[Arm], path: Path, colours: Mapping[str, str]) -> bool:
     in_steps = all(steps is not None for _, steps, _ in curves)
     for _, steps, curve in curves:
         curve["step"], curve["time"] = (curve.index + 1) * (steps if in_steps else 1), curve[HOURS] * scale
-    below = {
-        "step": "optimiser step" if in_steps else "epoch",
-        "time": f"{unit} (by the clock, on the machine as it was)",
-    }
+    step, clock = "optimiser step" if in_steps else "epoch", f"{unit} (by the clock, on the machine as it was)"
     panels = (
-        ("step", PSEUDO_DICE, "pseudo Dice on validation patches, mean of classes"),
-        ("step", VALIDATION_LOSS, "nnU-Net's loss on validation patches"),
-        ("time", PSEUDO_DICE, "pseudo Dice against time"),
+        ("step", step, PSEUDO_DICE, "pseudo Dice on validation patches, mean of classes"),
+        ("step", step, VALIDATION_LOSS, "nnU-Net's loss on validation patches"),
+        ("time", clock, PSEUDO_DICE, "pseudo Dice against time"),
     )
     with plot.figure_file(path, 15, 4.6) as figure:
-        for axes, (x, y, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for axes, (x, below, y, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             for arm, colour in colours.items():
                 lines = [(c[x].to_numpy(), c[y].to_numpy()) for name, _, c in curves if name == arm]
                 _lines(axes, lines, colour, arm)
             axes.set_title(title, fontsize=9)
-            axes.set_xlabel(below[x])
+            axes.set_xlabel(below)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
         names = figure.axes[0].get_legend_handles_labels()

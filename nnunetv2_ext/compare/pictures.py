@@ -1,7 +1,5 @@
 """The cases in which two arms differ most, as pictures: image, truth and both predictions."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -41,10 +39,10 @@ def worst_first(difference: Difference, number: int) -> tuple[list[str], list[st
 def draw_cases(
     scores: Scores, difference: Difference, path: Path, images: Path | None, number: int = 3
 ) -> tuple[list[str], list[str]]:
-    """Write a PNG with a row per case: those that lost most by the new arm first, then those that gained most.
+    """Write a PNG with a row per case: those of ``worst_first`` that lost by the new arm, then those that gained.
 
     Shown is the slice where the errors of the two differ most, on the image in ``images`` (``CASE_0000.nii.gz``) or
-    on grey. Returns the cases that lost and those that gained, at most ``number`` of each; without any, no file.
+    on grey. If no case differs nothing is written. Returns the cases that lost and those that gained.
     """
     losses, gains = worst_first(difference, number)
     if not (rows := [*losses, *gains]):
@@ -67,7 +65,7 @@ def draw_cases(
 
 
 def shown_repeats(values: pd.Series, difference: Difference) -> dict[str, str]:
-    """Arm to repeat: the pair of trainings whose difference is nearest to the average; values by (arm, repeat)."""
+    """Arm to repeat: the pair whose difference is nearest to the average; ``values`` are a case's, by (arm, repeat)."""
     theirs, ours = values[difference.first], values[difference.arm]
     pairs = [(i, j) for i in theirs.index for j in ours.index if not difference.paired_repeats or i == j]
     average = ours.mean() - theirs.mean()
@@ -121,6 +119,13 @@ def read_volume(path: Path, source: Source) -> Volume:
     return Volume(content[0], tuple(float(s) for s in properties["spacing"]), False)
 
 
+def _image(source: Source, case: str, images: Path | None, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The first channel, or plain grey if it is not at hand or on another grid."""
+    file = None if images is None else images / f"{case}_0000{source.ending}"
+    image = read_volume(file, source).array if file is not None and file.is_file() else np.empty(0)
+    return image if image.shape == shape else np.full(shape, 0.5)
+
+
 def viewing_axis(volume: Volume) -> int:
     """The axis to cut across: the one with clearly the thickest slices, as they were acquired, else Z."""
     shape, spacing = volume.array.shape, volume.spacing
@@ -140,3 +145,11 @@ def telling_slice(labels: Sequence[npt.NDArray[Any]], axis: int, ignore: int | N
     differ = ((first == truth) != (second == truth)) & (truth != ignore if ignore is not None else True)
     counts = differ.sum(axis=others)
     return int(np.argmax(counts if counts.any() else (truth > 0).sum(axis=others)))
+
+
+def _box(labels: Sequence[npt.NDArray[Any]], spacing: Sequence[float], axis: int) -> tuple[slice, ...]:
+    """All of the cut axis, and of the others what surrounds the structures by a margin."""
+    shown = np.logical_or.reduce([label > 0 for label in labels])
+    everything = (slice(None),) * shown.ndim
+    box = bounding_box(shown, [max(4, round(_MARGIN_MM / s)) for s in spacing]) if shown.any() else everything
+    return (*box[:axis], slice(None), *box[axis + 1 :])

@@ -1,7 +1,5 @@
 """Box plots of all arms and the plot of paired differences."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +42,8 @@ def draw_differences(scores: Scores, differences: Sequence[Difference], path: Pa
             axes.axvline(0, color="black", lw=0.8)
             chosen = [d for d in differences if d.key == key]
             for row, d in enumerate(chosen):
-                _difference_row(axes, row, d, shift)
+                if d.n:
+                    _difference_row(axes, row, d, shift)
             names = [textwrap.fill(f"{d.arm}: {d.structure}", 30) for d in chosen]
             axes.set_yticks(range(rows), names if number == 0 else [""] * rows)
             axes.set_ylim(rows - 0.5, -0.6)
@@ -56,8 +55,6 @@ def draw_differences(scores: Scores, differences: Sequence[Difference], path: Pa
 
 
 def _difference_row(axes, row: int, d: Difference, shift: np.random.Generator) -> None:
-    if not d.n:
-        return
     colour = {BETTER: _GREEN, WORSE: _RED}.get(d.direction, _GREY)
     axes.plot(d.per_case.dropna(), row + shift.uniform(-0.16, 0.16, d.n), "o", ms=3, mew=0, color=colour, alpha=0.4)
     axes.plot(d.interval, [row, row], color=colour, lw=3, solid_capstyle="butt")

@@ -1,7 +1,5 @@
 """What to compare: folders found and checked before anything is scored. Usable from Python as from the command line."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os
@@ -14,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_ext.compare.arms import Arm, make_arm, predictions_arm, require_comparable, require_same_training_cases
-from nnunetv2_ext.compare.files import write
-from nnunetv2_ext.compare.report import Report
+from nnunetv2_ext.compare.report import Report, write
 from nnunetv2_ext.compare.scores import collect
 from nnunetv2_ext.compare.statistics import all_differences
 from nnunetv2_ext.core.files import read_json
@@ -79,8 +76,8 @@ def compare(request: Request) -> tuple[Report, Path]:
 
     ValueError: missing or unfinished results, results without common cases, different label sets; one line.
     """
-    found = _of_predictions(request) if request.predictions else _of_trainings(request)
-    dataset, dataset_json, arms, source, notes = found
+    find_arms = _of_predictions if request.predictions else _of_trainings
+    dataset, dataset_json, arms, source, notes = find_arms(request)
     split = None if request.predictions else _stock(find.PREPROCESSED, dataset, "splits_final.json")
     folds = read_json(split) if split else []
     notes += require_comparable(arms, {str(i): fold["val"] for i, fold in enumerate(folds)})

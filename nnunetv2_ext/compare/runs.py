@@ -1,7 +1,5 @@
 """One finished and validated fold of one training."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -34,7 +32,6 @@ class FoldRun:
 
     @property
     def seed(self) -> int | None:
-        """The seed setting of our trainers."""
         return self.settings.get("seed")
 
     @property

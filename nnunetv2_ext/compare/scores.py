@@ -1,12 +1,9 @@
 """Scores of every case in every repeat of every arm, on the same cases and structures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +26,6 @@ class Scores(Evaluation):
 
     @property
     def first(self) -> str:
-        """The name of the arm that the others are compared with."""
         return self.arms[0].name
 
     @cached_property
@@ -71,23 +67,18 @@ def collect(
     own_truth: bool = True,
     subjects: Mapping[str, str] | None = None,
 ) -> Scores:
-    """Score everything; ``arms`` are checked by ``arms.require_comparable``, ``subjects`` are by case.
+    """Score arms that ``arms.require_comparable`` checked; ``subjects`` are by case, None if not known.
 
-    With ``own_truth`` the truth is nnU-Net's gt_segmentations, so that Dice must agree with validation/summary.json.
-
-    Raises:
-        ValueError: files on other grids, strange labels, predictions that are not those of summary.json, or arms whose
-            files tell different sizes of a voxel.
+    If ``own_truth`` is nnU-Net's gt_segmentations, Dice must agree with validation/summary.json. ValueError: files on
+    other grids, strange labels, other predictions than in summary.json, or other sizes of a voxel in another arm.
     """
     found: dict[tuple[str, str, str], Evaluation] = {}
-    for arm in arms:
-        for repeat in arm.repeats:
-            for fold in arms[0].repeats[0].folds:
-                run, where = repeat.folds[fold], (arm.name, repeat.label, fold)
-                how: dict[str, Any] = {"cases": sorted(run.cases), "processes": processes, "title": ", ".join(where)}
-                found[where] = evaluate_folder(run.predictions, truth, source, **how)
-                if own_truth:
-                    _require_same_dice(run, found[where])
+    for name, repeat, fold in [(a.name, r, f) for a in arms for r in a.repeats for f in arms[0].repeats[0].folds]:
+        run, where = repeat.folds[fold], (name, repeat.label, fold)
+        found[where] = evaluate_folder(run.predictions, truth, source, cases=sorted(run.cases),
+                                       processes=processes, title=", ".join(where))  # fmt: skip
+        if own_truth:
+            _require_same_dice(run, found[where])
     keys = ["arm", "repeat", "fold"]
     table, files = (
         pd.concat({where: getattr(one, name) for where, one in found.items()}, names=keys)

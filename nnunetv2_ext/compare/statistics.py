@@ -5,8 +5,6 @@ for three times as many patients. The bootstrap draws subjects, with all their c
 cases. How much a repeated training changes the answer is another question, with an interval over the repeats.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings
@@ -37,8 +35,7 @@ class Interval(NamedTuple):
     high: float
 
     @property
-    def excludes_zero(self) -> bool:
-        """Whether zero lies outside; False without an interval."""
+    def excludes_zero(self) -> bool:  # False without an interval
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
@@ -65,11 +62,9 @@ class Difference:
     wins: int  # cases that got better
     losses: int
     ties: int
-    # mean difference of each repeat: of equal labels if both arms have the same, else to the first arm's average
-    by_repeat: dict[str, float]
+    by_repeat: dict[str, float]  # mean difference to the same label's, or else to the first arm's average
     paired_repeats: bool  # whether the labels are the same
-    # of how many pairs of trainings, and in how many the difference has the sign of the mean; of equal labels, or all
-    agreeing: tuple[int, int]
+    agreeing: tuple[int, int]  # pairs of trainings (of equal labels, or all), and how many have the sign of the mean
     repeat_interval: Interval  # Student's t; none with a single repeat in either arm or without any spread
     by_fold: dict[str, float]  # mean difference in each fold
 
@@ -144,14 +139,14 @@ def _over_repeats(ours: pd.Series, theirs: pd.Series) -> tuple[dict[str, float],
     paired = set(ours.index) == set(theirs.index)
     by_repeat = ours - (theirs.loc[ours.index] if paired else theirs.mean())
     pairs = by_repeat.to_numpy() if paired else np.subtract.outer(ours.to_numpy(), theirs.to_numpy())
+    interval = NO_INTERVAL
     # trainings that agree to the last digit tell nothing
-    if min(pairs.shape) < 2 or not np.isfinite(pairs).all() or np.ptp(pairs) <= _TIE:
-        return by_repeat.to_dict(), paired, pairs, NO_INTERVAL
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of precision, where repeats are nearly the same
-        test = stats.ttest_1samp(pairs, 0) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
-        low, high = test.confidence_interval()
-    return by_repeat.to_dict(), paired, pairs, Interval(float(low), float(high))
+    if min(pairs.shape) > 1 and np.isfinite(pairs).all() and np.ptp(pairs) > _TIE:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of precision, where repeats are nearly the same
+            test = stats.ttest_1samp(pairs, 0) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
+            interval = Interval(*map(float, test.confidence_interval()))
+    return by_repeat.to_dict(), paired, pairs, interval
 
 
 def all_differences(scores: Scores) -> list[Difference]:
@@ -176,8 +171,7 @@ def headline(differences: Sequence[Difference]) -> str:
             unit, digits = (f" {d.metric.unit}", 2) if d.metric.unit else ("", 3)
             size = f"{abs(d.mean):.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
             parts.append(f"{d.metric.name} {d.direction} by {size}")
-    text = "; ".join(parts)
-    return text[0].upper() + text[1:]
+    return "; ".join([f"{parts[0][0].upper()}{parts[0][1:]}", *parts[1:]])
 
 
 def verdict(d: Difference) -> str:

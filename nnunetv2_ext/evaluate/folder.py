@@ -1,7 +1,5 @@
 """Scoring a folder of predictions into one long table, in several processes if asked to."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -50,12 +48,11 @@ def make_source(options: Any, labels: Labels, dataset_json: Mapping[str, Any], e
 class Evaluation:
     """What was measured.
 
-    Attributes:
-        table: a row per case, structure and metric: ``case, structure, state, truth_ml, prediction_ml, metric, value``,
-            in this order of cases, structures and metrics. ``metric`` is a key of ``METRICS``, ``value`` NaN where a
-            score is undefined, ``state`` one of ``metrics.FOUND`` and so on. Volumes are NaN without a known spacing.
-        files: a row per case: ``case, prediction, truth`` (paths), ``spacing`` (mm), ``spacing_known``, ``remark``
-            (what was let pass) and ``ignored`` (whether the truth has the ignore label).
+    ``table`` has a row per case, structure and metric, in this order: ``case, structure, state, truth_ml,
+    prediction_ml, metric, value``. ``metric`` is a key of ``METRICS``, ``value`` NaN where a score is undefined,
+    ``state`` one of ``metrics.FOUND`` and so on. Volumes are NaN without a known spacing. ``files`` has a row per case:
+    ``case, prediction, truth`` (paths), ``spacing`` (mm), ``spacing_known``, ``remark`` (what was let pass) and
+    ``ignored`` (whether the truth has the ignore label).
     """
 
     source: Source
@@ -72,7 +69,6 @@ class Evaluation:
 
     @property
     def cases(self) -> list[str]:
-        """Their names, in the order of ``files``."""
         return list(self.files["case"].unique())
 
     @property
@@ -101,17 +97,13 @@ def evaluate_folder(
     processes: int = 1,
     title: str = "evaluate",
 ) -> Evaluation:
-    """Score every case of a folder of predictions.
+    """Score every case of a folder of predictions against the files of the same names in ``truth``.
 
-    Args:
-        predictions, truth: folders with files of the same names, ``CASE.nii.gz``.
-        chill: cases of the truth without a prediction are left out instead of being an error.
-        cases: score exactly these; None: those of the truth.
-        processes: 1 works in this process.
+    With ``chill`` cases of the truth without a prediction are left out instead of being an error; ``cases`` are the
+    ones to score, None: those of the truth. ``title`` is the progress bar's.
 
-    Raises:
-        ValueError: missing or extra cases (listed), files on different grids, unknown labels; names the case. The
-            folders are the same or look swapped, or some files tell the size of a voxel and others do not.
+    ValueError: missing or extra cases (listed), files on different grids, unknown labels; names the case. Or the
+    folders are the same or look swapped, or some files tell the size of a voxel and others do not.
     """
     require_roles(predictions, truth)
     pairs = find_pairs(predictions, truth, source.ending, chill, cases)
@@ -121,9 +113,8 @@ def evaluate_folder(
             rows += some
             files.append(file)
             bar.update()
-    left_out = (
-        () if cases is not None else sorted({*case_files(truth, source.ending, "the truth")} - {p.case for p in pairs})
-    )
+    there = case_files(truth, source.ending, "the truth") if cases is None else {}
+    left_out = sorted(there.keys() - {pair.case for pair in pairs})
     result = Evaluation(source, pd.DataFrame(rows), pd.DataFrame(files), left_out)
     require_one_unit(result.files)
     absent = result.table["state"].eq(ABSENT).groupby(result.table["structure"], sort=False).all()
@@ -160,9 +151,8 @@ def _scored(pairs: list[Pair], source: Source, processes: int) -> Generator[tupl
     try:
         yield from pool.map(score_pair, tasks)
     except BrokenProcessPool as error:
-        raise ValueError(
-            "a worker process was killed, most likely because memory ran out: use a smaller -np"
-        ) from error
+        message = "a worker process was killed, most likely because memory ran out: use a smaller -np"
+        raise ValueError(message) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -178,8 +168,7 @@ def score_pair(task: tuple[Pair, Source, Path]) -> tuple[Rows, dict[str, Any]]:
     rows = []
     for structure, score in zip(labels.structures, scores, strict=True):
         ml = (score.truth_ml, score.prediction_ml) if about["spacing_known"] else (np.nan, np.nan)
-        head = {"case": pair.case, "structure": structure.name, "state": score.state}
-        volumes = dict(zip(("truth_ml", "prediction_ml"), ml, strict=True))
-        rows += [{**head, **volumes, "metric": metric, "value": value} for metric, value in score.values.items()]
-    about["ignored"] = labels.ignore is not None and bool((truth == labels.ignore).any())
-    return rows, pair._asdict() | about
+        head: dict[str, Any] = {"case": pair.case, "structure": structure.name, "state": score.state}
+        head |= {"truth_ml": ml[0], "prediction_ml": ml[1]}
+        rows += [{**head, "metric": metric, "value": value} for metric, value in score.values.items()]
+    return rows, {**pair._asdict(), **about, "ignored": labels.ignore is not None and labels.ignore in truth}

@@ -5,8 +5,6 @@ companion on pitfalls (Reinke et al. 2024, doi:10.1038/s41592-023-02150-0). Publ
 (Podobnik and Vrtovec, arXiv:2410.02630), so the definition is written into every output.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +33,6 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """Name with the unit."""
         return f"{self.name} [{self.unit}]" if self.unit else self.name
 
 
@@ -47,10 +44,6 @@ METRICS: dict[str, Metric] = {
                   "that lie within the tolerance of the other surface; every surface voxel counts the same, whatever "
                   "area it stands for"),
 }  # fmt: skip
-SURFACE_DEFINITION = (
-    "surface voxels are those of the structure that touch a voxel outside it by a face (beyond the image is outside); "
-    "distances run between voxel centres, Euclidean, in mm"
-)
 
 # What a structure is in one case; the names used in every output.
 FOUND, ABSENT, MISSED, INVENTED = "found", "absent", "missed", "invented"
@@ -63,10 +56,6 @@ EMPTY_POLICIES: dict[str, str] = {
     WORST: f"{_EMPTY} the worst there is: Dice 0, NSD 0, HD95 = the image's diagonal.",
     LEAVE_OUT: f"{_EMPTY} Dice 0 and NSD 0, but has no HD95, which flatters a method that misses structures.",
 }
-IGNORE_DEFINITION = (
-    "voxels under the truth's ignore label are left out of both; a border to them is not a surface. Distances near "
-    "them are upper bounds, as the nearest surface may lie under the ignore label"
-)
 
 
 @dataclass(frozen=True)
@@ -142,14 +131,11 @@ def score_case(
     # of all axes: a volume of one slice has a thickness. Millilitres, of a pixel square centimetres
     voxel_ml = float(np.prod(spacing)) / (1000 if len(spacing) > 2 else 100)
     (prediction, truth), spacing = drop_thin_axes(spacing, prediction, truth)
-    unknown = None if ignore_label is None else truth == ignore_label
-    if unknown is not None and not unknown.any():
-        unknown = None
+    unknown = truth == ignore_label if ignore_label is not None and ignore_label in truth else None
     scores = []
     for structure in structures:
-        ours, theirs = structure.mask(prediction), structure.mask(truth)
-        if unknown is not None:
-            ours, theirs = ours & ~unknown, theirs & ~unknown
+        masks = structure.mask(prediction), structure.mask(truth)
+        ours, theirs = masks if unknown is None else (mask & ~unknown for mask in masks)
         state, values = _score(ours, theirs, spacing, rules, rules.tolerance.get(structure.name, 0.0), unknown)
         volumes = (int(np.count_nonzero(mask)) * voxel_ml for mask in (theirs, ours))
         scores.append(Score(state, {metric: values[metric] for metric in rules.metrics}, *volumes))
@@ -160,10 +146,9 @@ def _score(
     ours: Mask, theirs: Mask, spacing: Sequence[float], rules: Rules, tolerance: float, unknown: Mask | None
 ) -> tuple[str, dict[str, float]]:
     """State and all values of a structure; those of the surface are NaN where ``rules`` asks for none of them."""
-    nothing = np.empty(0), np.empty(0)
     if ours.any() and theirs.any():
         needed = any(metric != "dice" for metric in rules.metrics)
-        distances = surface_distances(ours, theirs, spacing, unknown) if needed else nothing
+        distances = surface_distances(ours, theirs, spacing, unknown) if needed else (np.empty(0), np.empty(0))
         return FOUND, {"dice": dice(ours, theirs), "hd95": hd95(*distances), "nsd": nsd(*distances, tolerance)}
     if not ours.any() and not theirs.any():
         return ABSENT, dict.fromkeys(METRICS, math.nan)
@@ -202,22 +187,16 @@ def surface(mask: Mask, unknown: Mask | None = None) -> Mask:
 def surface_distances(
     prediction: Mask, truth: Mask, spacing: Sequence[float], unknown: Mask | None = None
 ) -> tuple[Distances, Distances]:
-    """Distances from each surface voxel of one mask to the nearest of the other, in mm.
+    """Distances in mm of the prediction's surface voxels to the truth's nearest, and the other way round.
 
     Only the box around both masks is looked at, which no nearest surface voxel lies outside of. Masks are (X, Y, ...)
-    and empty where voxels are ``unknown`` (under the ignore label); ``spacing`` is in mm along each axis.
-
-    Returns:
-        Distances of the prediction's surface voxels to the truth, and of the truth's to the prediction. Both are
-        empty if one of the masks has no surface.
+    and empty where voxels are ``unknown`` (under the ignore label); ``spacing`` is in mm along each axis. Both are
+    empty if one of the masks has no surface.
     """
-    nothing = np.empty(0)
-    if not prediction.any() or not truth.any():
-        return nothing, nothing
-    box = bounding_box(prediction | truth)
+    box = bounding_box(prediction | truth) if prediction.any() and truth.any() else ...
     hidden = None if unknown is None else unknown[box]
     ours, theirs = surface(prediction[box], hidden), surface(truth[box], hidden)
     if not ours.any() or not theirs.any():
-        return nothing, nothing
+        return np.empty(0), np.empty(0)
     to_theirs, to_ours = (distance_transform_edt(~mask, sampling=tuple(spacing)) for mask in (theirs, ours))
     return np.asarray(to_theirs)[ours], np.asarray(to_ours)[theirs]

@@ -1,7 +1,5 @@
 """Finding the files of a case, reading them and making sure that they lie on the same grid."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +10,7 @@ import numpy.typing as npt
 from nnunetv2_ext.core.files import require_writable
 from nnunetv2_ext.data.case import by, difference, read_label_map, short, spacing_of
 
+LabelMap = npt.NDArray[np.int32]
 _SHOWN = 8  # of a list of cases in a message
 
 
@@ -32,14 +31,12 @@ def find_pairs(
     """
     ours, theirs = case_files(predictions, ending, "predictions"), case_files(truth, ending, "the truth")
     wanted = list(theirs) if cases is None else list(cases)
-    untrue = [case for case in (ours if cases is None else wanted) if case not in theirs]
-    if untrue:
+    if untrue := [case for case in (ours if cases is None else wanted) if case not in theirs]:
         raise ValueError(
             f"{listed(untrue)} in {predictions} {'has' if len(untrue) == 1 else 'have'} no truth in {truth}: give the "
             "folder that holds the truth of these cases, or move the others away"
         )
-    missing = [case for case in wanted if case not in ours]
-    if missing and not chill:
+    if (missing := [case for case in wanted if case not in ours]) and not chill:
         raise ValueError(
             f"{listed(missing)} of {truth} {'is' if len(missing) == 1 else 'are'} not in {predictions}: predict "
             "all cases, or evaluate only those that are there with --chill"
@@ -99,24 +96,15 @@ def listed(cases: Sequence[str]) -> str:
     return f"{'case' if len(cases) == 1 else 'cases'} {names}"
 
 
-Labelled = npt.NDArray[np.int32]
+def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> tuple[LabelMap, LabelMap, dict[str, Any]]:
+    """Prediction and truth of a case, (X, Y, Z) in array order, (X, Y) of 2-D files, by one of nnU-Net's readers.
 
-
-def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> tuple[Labelled, Labelled, dict[str, Any]]:
-    """Prediction and truth of a case, (X, Y, Z) in array order, (X, Y) of 2-D files; and about both:
-
-    ``spacing`` in mm along these axes, ones where no file tells it; ``spacing_known``, whether one does; and as
-    ``remark`` what was not as it should be and was let pass.
+    With them ``spacing`` (mm along these axes, ones where no file tells it), ``spacing_known`` (whether a file does)
+    and ``remark`` (what was not as it should be and was let pass). Shape and known spacings always have to agree.
 
     nnU-Net's readers of TIFF and of pictures assume a spacing where the file has none. An assumed spacing is not
     compared, and the other file's is taken if that one tells it: nnU-Net writes CASE.json beside a 3-D TIFF prediction,
-    but copies none to gt_segmentations.
-
-    ``from_file`` is one of nnU-Net's readers, see ``data.case.find_reader``.
-
-    Raises:
-        ValueError: unreadable, not a label map, or on different grids (with ``ignore_origin`` the shape and known
-            spacings still have to agree); names the case.
+    but copies none to gt_segmentations. ValueError: unreadable, not a label map, or on different grids; names the case.
     """
     ours, our_header = read_label_map(pair.case, pair.prediction, from_file, "prediction")
     theirs, their_header = read_label_map(pair.case, pair.truth, from_file, "truth")
@@ -131,14 +119,11 @@ def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> tuple[Label
     remarks = [] if all(known) or not any(known) else [f"spacing of the {'prediction' if known[0] else 'truth'} only"]
     differ = []
     for what in ("spacing", "direction", "origin") if all(known) else ("direction", "origin"):
-        if (found := difference(what, our_header, their_header)) is None:
-            continue
-        if what == "spacing" or not ignore_origin:
-            here, there = map(short, found)
-            raise ValueError(
-                f"case {pair.case}: prediction and truth differ in {what}, {here} and {there}; {_REMEDIES[what]}"
-            )
-        differ.append(what)
+        found = difference(what, our_header, their_header)
+        if found and (what == "spacing" or not ignore_origin):
+            told = "{} and {}".format(*map(short, found))
+            raise ValueError(f"case {pair.case}: prediction and truth differ in {what}, {told}; {_REMEDIES[what]}")
+        differ += [what] if found else []
     if ignore_origin:
         remarks.append("direction and origin not compared" + (f", differing: {', '.join(differ)}" if differ else ""))
     spacing = [float(s) for s in spacing_of(our_header if known == [True, False] else their_header)]

@@ -1,23 +1,21 @@
 """Box plots of an evaluation, and the style of all plots of evaluate and compare."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import matplotlib.style
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from nnunetv2_ext.core.files import atomic_write
 from nnunetv2_ext.evaluate.folder import MEAN, Evaluation, with_mean
 from nnunetv2_ext.evaluate.metrics import INVENTED, MISSED
 from nnunetv2_ext.evaluate.table import relaxations
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 def draw(evaluation: Evaluation, path: Path, title: str) -> None:
@@ -33,8 +31,8 @@ def draw_boxes(
 ) -> None:
     """Write a PNG: one panel per metric, a box (quartiles, whiskers to 1.5 IQR) and all cases per structure and arm.
 
-    ``table`` is long; values are crosses where its column ``crossed`` is True, points elsewhere. ``colours`` are by
-    arm, None if the table has no arms. What the evaluation let pass is told below ``title``.
+    Values of the long ``table`` are crosses where its column ``crossed`` is True, points elsewhere. What the evaluation
+    let pass is told. ``colours`` are by arm; None: the table has no arms.
     """
     metrics, names, arms = evaluation.metrics, evaluation.columns, colours or {"": "C0"}
     width = (0.8 if colours else 0.6) / len(arms)
@@ -56,15 +54,10 @@ def draw_boxes(
             axes.set_title(f"{metric.title}, {'higher' if metric.higher_is_better else 'lower'} is better", fontsize=9)
             axes.grid(axis="y", alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-            if metric.higher_is_better:
-                axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
-            else:
-                axes.set_ylim(bottom=0)
+            axes.set_ylim(**{"top": min(axes.get_ylim()[1], 1.02)} if metric.higher_is_better else {"bottom": 0})
         if table["crossed"].any():
             figure.supxlabel("x: the structure, or one of them, is in truth or prediction only", fontsize=8)
         if colours:
-            from matplotlib.patches import Patch
-
             handles = [Patch(facecolor=colour, alpha=0.6, label=arm) for arm, colour in colours.items()]
             figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
 
@@ -91,10 +84,6 @@ def figure_file(path: Path, width: float, height: float) -> Iterator[Figure]:
     Without pyplot: no window, no global state. In matplotlib's own look: nnU-Net's seaborn.set changes the defaults of
     the whole process.
     """
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     with matplotlib.style.context(["default", {"text.parse_math": False, "font.size": 9}]):
         figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
         FigureCanvasAgg(figure)

@@ -1,7 +1,5 @@
 """What is scored: the classes or regions of a dataset.json, or label values given by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +42,7 @@ class Labels:
         if self.allowed is None:
             return
         allowed = self.allowed | ({self.ignore} if may_ignore and self.ignore is not None else set())
-        strange = sorted(set(values) - allowed)
-        if strange:
+        if strange := sorted(set(values) - allowed):
             remark = " (the ignore label belongs into the truth only)" if self.ignore in strange else ""
             raise ValueError(
                 f"{what} holds the label {', '.join(map(str, strange))}, which dataset.json does not have{remark}: it "

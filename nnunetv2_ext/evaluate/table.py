@@ -1,7 +1,5 @@
 """An evaluation as numbers: summary rows, a readable table, JSON like nnU-Net's summary.json, and CSV."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence
@@ -12,16 +10,7 @@ import pandas as pd
 
 from nnunetv2_ext import __version__
 from nnunetv2_ext.evaluate.folder import MEAN, Evaluation, with_mean
-from nnunetv2_ext.evaluate.metrics import (
-    ABSENT,
-    EMPTY_POLICIES,
-    FOUND,
-    IGNORE_DEFINITION,
-    INVENTED,
-    METRICS,
-    MISSED,
-    SURFACE_DEFINITION,
-)
+from nnunetv2_ext.evaluate.metrics import ABSENT, EMPTY_POLICIES, FOUND, INVENTED, METRICS, MISSED
 from nnunetv2_ext.evaluate.pairs import listed
 
 
@@ -29,8 +18,7 @@ def summarise(table: pd.DataFrame) -> dict[tuple[str, ...], dict[str, float]]:
     """Distribution over the cases that have a value, of a long table as ``Evaluation.table``.
 
     By (arm if there are any, metric, structure): ``n``, how many have a value; ``mean``; ``sd``, the sample standard
-    deviation, NaN below two cases; ``median, q1, q3``; ``worst``, the lowest value or, where lower is better, the
-    highest.
+    deviation, NaN below two cases; ``median, q1, q3``; ``worst``, the lowest value or, where lower is better, highest.
     """
     keys = [key for key in ("arm", "metric", "structure") if key in table]
     values = table.groupby(keys, sort=False)["value"]
@@ -60,10 +48,16 @@ def definitions(evaluation: Evaluation) -> list[str]:
         each = next(iter(told.values())) if same else ", ".join(f"{name} {value}" for name, value in told.items())
         lines.append(f"Tolerance of NSD: {each}.")
     if any(m != "dice" for m in metrics):
-        lines.append(f"Surfaces: {SURFACE_DEFINITION}.")
+        lines.append(
+            "Surfaces: surface voxels are those of the structure that touch a voxel outside it by a face (beyond the "
+            "image is outside); distances run between voxel centres, Euclidean, in mm."
+        )
     lines.append(f"Empty structures: {EMPTY_POLICIES[rules.empty]}")
     if ignore is not None:
-        lines.append(f"Ignore label {ignore}: {IGNORE_DEFINITION}.")
+        lines.append(
+            f"Ignore label {ignore}: voxels under the truth's ignore label are left out of both; a border to them is "
+            "no surface. Distances near them are upper bounds, as the nearest surface may lie under the ignore label."
+        )
     if evaluation.files["spacing"].map(len).eq(2).any() and known:
         lines.append("Volumes: of 2-D files, truth_ml and prediction_ml are areas in square centimetres.")
     return [*lines, *relaxations(evaluation), "Spread: SD over cases; quartiles in brackets."]

@@ -1,7 +1,5 @@
 """A folder of phantom scans in nnU-Net's raw dataset format (nnU-Net, documentation/dataset_format.md)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,14 +50,9 @@ def write_phantom_dataset(
             the training cases (always the first). labelsTs stays complete.
         channels: 1 for T1, 2 for T1 and T2 of the same patient.
         vary_size: Sizes differ by up to 8 % per axis between cases, otherwise all have `shape`.
-        bias_field: As in `make_phantom`.
-        noise: As in `make_phantom`.
+        bias_field, noise: As in `make_phantom`.
 
-    Returns:
-        The dataset's folder.
-
-    Raises:
-        ValueError: an argument is out of range, or `raw` already holds a dataset with this id.
+    Returns the dataset's folder. ValueError: an argument is out of range, or `raw` already holds a dataset of this id.
     """
     if not 1 <= dataset_id <= 999:
         raise ValueError(f"dataset_id must be from 1 to 999, got {dataset_id}")
@@ -71,10 +64,9 @@ def write_phantom_dataset(
         raise ValueError(f"regions=True needs num_organs >= 2, got {num_organs}")
     if not 1 <= channels <= len(_CONTRASTS):
         raise ValueError(f"channels must be 1 (T1) or 2 (T1 and T2), got {channels}")
-    check_arguments(seed, shape, spacing, num_organs, _CONTRASTS[0], bias_field, noise)
+    check_arguments(seed, shape, spacing, num_organs, _CONTRASTS[0], bias_field=bias_field, noise=noise)
     folder = Path(raw) / f"Dataset{dataset_id:03d}_{name}"
-    taken = sorted(Path(raw).glob(f"Dataset{dataset_id:03d}_*"))
-    if taken:
+    if taken := sorted(Path(raw).glob(f"Dataset{dataset_id:03d}_*")):
         raise ValueError(f"{taken[0]} exists and is not overwritten: remove it or choose another dataset id")
 
     for sub in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
@@ -94,13 +86,9 @@ def write_phantom_dataset(
         _save(label, spacing, folder / f"labels{split}" / f"{case}.nii.gz")
 
     organs = tuple(range(1, num_organs + 1))
-    labels: dict[str, int | tuple[int, ...]] = {"background": 0}
-    if regions:
-        labels |= {"whole": organs, **{f"organ_{k}": (k,) for k in organs[1:]}}
-    else:
-        labels |= {f"organ_{k}": k for k in organs}
-    if ignore:
-        labels["ignore"] = num_organs + 1
+    overlapping = {"whole": organs, **{f"organ_{k}": (k,) for k in organs[1:]}}
+    labels = {"background": 0, **(overlapping if regions else {f"organ_{k}": k for k in organs})}
+    labels |= {"ignore": num_organs + 1} if ignore else {}
     generate_dataset_json(
         str(folder),
         channel_names=dict(enumerate(_CONTRASTS[:channels])),

@@ -3,8 +3,6 @@
 The anatomy is a function of continuous coordinates, so the same seed sampled on another grid is the same patient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,10 +57,9 @@ def make_phantom(
         image: float32 (X, Y, Z), >= 0, arbitrary units with air near 0 and fat near 1.
         label: uint8 (X, Y, Z), 0 for air, fat and body.
 
-    Raises:
-        ValueError: an argument is out of the ranges above; the message names it.
+    ValueError: an argument is out of the ranges above; the message names it.
     """
-    check_arguments(seed, shape, spacing, num_organs, contrast, bias_field, noise)
+    check_arguments(seed, shape, spacing, num_organs, contrast, bias_field=bias_field, noise=noise)
     # independent streams for anatomy and each contrast: changing the imaging must not move an organ
     anatomy = Anatomy.draw(np.random.default_rng([seed, 0]), num_organs)
     acquisition = np.random.default_rng([seed, 1 + list(_SIGNAL).index(contrast)])
@@ -83,13 +80,7 @@ def make_phantom(
 
 
 def check_arguments(
-    seed: int,
-    shape: Sequence[int],
-    spacing: Sequence[float],
-    num_organs: int,
-    contrast: str,
-    bias_field: float,
-    noise: float,
+    seed: int, shape: Sequence[int], spacing: Sequence[float], num_organs: int, contrast: str, **strengths: float
 ) -> None:
     """Raise ValueError with one clear line for the first argument of `make_phantom` that is out of range."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
@@ -104,7 +95,7 @@ def check_arguments(
         raise ValueError(f"phantom num_organs must be an integer from 1 to {MAX_ORGANS}, got {num_organs}")
     if contrast not in _SIGNAL:
         raise ValueError(f"phantom contrast must be one of {', '.join(_SIGNAL)}, got {contrast!r}")
-    for name, value in (("bias_field", bias_field), ("noise", noise)):
+    for name, value in strengths.items():
         if not (np.isfinite(value) and value >= 0):
             raise ValueError(f"phantom {name} must be a number >= 0, got {value}")
 

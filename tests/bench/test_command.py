@@ -94,7 +94,7 @@ def test_the_plain_trainer_that_cannot_be_built_takes_the_ratios_with_it(
     assert bench(*arguments) == 1
     out = capsys.readouterr().out
     last = "FAILED nnUNetTrainer: the data are missing (without its figures there are no ratios)"
-    assert f"\n  {MED} " in out and last in out.splitlines() and (tmp_path / "cost.png").is_file()
+    assert f"\n| {MED} " in out and last in out.splitlines() and (tmp_path / "cost.png").is_file()
     (tmp_path / "cost.png").unlink()
 
     unwilling.add(MED)

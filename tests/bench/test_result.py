@@ -63,10 +63,10 @@ def test_no_ratio_where_a_trainer_stopped_half_way(report: Report) -> None:
 
 def test_the_text_answers_what_it_costs(report: Report) -> None:
     text = as_text(report)
-    row = next(line for line in text.splitlines() if line.strip().startswith(MED))
+    row = next(line for line in text.splitlines() if line.startswith(f"| {MED}"))
     assert all(cell in row for cell in ("400.0 ms", "(200.0 .. 900.0)", "2.00", "2.40", "<= 2.4", " 5"))
     prediction = text[text.index("Prediction, network") :].split("\n\n")[0]
-    assert prediction.splitlines()[-1].endswith("<= 1.05") and "<=" not in prediction.splitlines()[-2]
+    assert prediction.splitlines()[-1].endswith("<= 1.05 |") and "<=" not in prediction.splitlines()[-2]
     assert "FAILED nnUNetTrainerBig: out of memory: 8 GiB" in text
     short = next(line for line in text.splitlines() if line.startswith(f"- {MED}: "))
     assert "a step takes 2.40 times as long as plain nnU-Net's (promised 2.4: kept)" in short

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_ext._register import EXT_VARIABLE, OPT_OUT_VARIABLE, SHIM_FOLDER, register
-from nnunetv2_ext.cli import _check_discovery, _check_machine, _check_settings, _check_software, doctor, main
+from nnunetv2_ext.cli import _check_discovery, _check_machine, _check_software, doctor, main
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 from nnunetv2_ext.core import compat
 from nnunetv2_ext.core.outside import Method
@@ -368,20 +368,20 @@ def test_the_folder_check_reports_free_space(monkeypatch: pytest.MonkeyPatch, tm
 )
 def test_settings_that_are_still_exported_are_shown(monkeypatch: pytest.MonkeyPatch, text, status, says) -> None:
     monkeypatch.setenv("nnUNet_ext_settings", text)
-    [finding] = _check_settings.environment()
+    [finding] = _check_discovery.settings()
     assert finding.status == status and says in finding.detail
     assert ("unset nnUNet_ext_settings" in finding.remedy) == (status != OK)
 
 
 def test_a_trainer_that_cannot_be_imported_has_no_say_in_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = _check_settings.load_trainer
+    real = _check_discovery.load_trainer
 
     def load(name: str):
         if name == "nnUNetTrainerRADA":
             raise ImportError("No module named 'open_clip'")
         return real(name)
 
-    monkeypatch.setattr(_check_settings, "load_trainer", load)
+    monkeypatch.setattr(_check_discovery, "load_trainer", load)
     monkeypatch.setenv("nnUNet_ext_settings", "num_epochs=5")
-    [finding] = _check_settings.environment()
+    [finding] = _check_discovery.settings()
     assert finding.status == WARN and "nnUNetTrainerMedContext" in finding.detail and "RADA" not in finding.detail
