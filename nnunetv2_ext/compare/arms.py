@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from nnunetv2_ext.compare.runs import TRAINING_FACTS, FoldRun, read_fold
 from nnunetv2_ext.data.find import Model
 from nnunetv2_ext.evaluate.pairs import case_files, listed
 
 # settings that change nothing of the result
 _SILENT = ("panel_every", "tensorboard", "save_every", "num_val_iterations_per_epoch", "seed", "train_cases_seed")
+ALLOW_TRAINING_CASES = "--allow-different-training-cases"
 
 
 @dataclass
@@ -140,14 +139,16 @@ def differing_facts(arms: Sequence[Arm]) -> dict[str, list[str]]:
 
     Without seeds, what only concerns logging, and settings that one kind of trainer has and all its arms agree on.
     """
-    rows = []
+    found: dict[str, dict[str, set[str]]] = {}
     for arm in arms:
         for run in arm.runs():
-            own = {k: str(v) for k, v in run.settings.items() if k not in (*_SILENT, *TRAINING_FACTS)}
-            own |= {} if run.fold == "test" else {"train_cases": run.train_cases}
-            rows.append({"": arm.name, "trainer": arm.trainer or "?", **run.facts, **own})
-    table = pd.DataFrame(rows).groupby("", sort=False).agg(lambda some: " / ".join(sorted({*some.dropna()})) or "-")
-    return {str(key): values.to_list() for key, values in table.items() if len({*values} - {"-"}) > 1}
+            values = {"trainer": arm.trainer or "?", **run.facts}
+            values |= {k: str(v) for k, v in run.settings.items() if k not in (*_SILENT, *TRAINING_FACTS)}
+            values |= {} if run.fold == "test" else {"train_cases": run.train_cases}
+            for key, value in values.items():
+                found.setdefault(key, {}).setdefault(arm.name, set()).add(value)
+    table = {key: {name: " / ".join(sorted(some)) for name, some in by_arm.items()} for key, by_arm in found.items()}
+    return {key: [t.get(arm.name, "-") for arm in arms] for key, t in table.items() if len(set(t.values())) > 1}
 
 
 def require_same_training_cases(arms: Sequence[Arm], allowed: bool = False) -> list[str]:
@@ -166,8 +167,8 @@ def require_same_training_cases(arms: Sequence[Arm], allowed: bool = False) -> l
         described.append(f"{arm.name}: " + " / ".join(listed(t.split(", ")) if ", " in t else t for t in texts))
     differ = f"the training cases differ ({'; '.join(described)}), so that"
     if allowed:
-        return [f"{differ} differences need not come from the trainers (--allow-different-training-cases)"]
+        return [f"{differ} differences need not come from the trainers ({ALLOW_TRAINING_CASES})"]
     raise ValueError(
         f"{differ} a difference need not come from the trainers: train on the same ones (train_cases, "
-        f"train_cases_seed), or add --allow-different-training-cases"
+        f"train_cases_seed), or add {ALLOW_TRAINING_CASES}"
     )

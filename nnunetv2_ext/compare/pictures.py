@@ -82,23 +82,16 @@ def _draw_row(axes, scores: Scores, case: str, shown: dict[str, str], images: Pa
     labels = [truth.array, *predictions]
     axis = viewing_axis(truth)
     at = telling_slice(labels, axis, scores.source.labels.ignore)
-    inside = np.logical_or.reduce([label > 0 for label in labels])
-    margins = [max(4, round(_MARGIN_MM / s)) for s in truth.spacing]
-    box = list(bounding_box(inside, margins)) if inside.any() else [slice(None)] * inside.ndim
-    box[axis] = slice(None)
+    box = _box(labels, truth.spacing, axis)
 
     def cut(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """(rows, columns) for draw_slice, whose rows grow upwards: radiological view of an oriented volume."""
-        found = np.take(array[tuple(box)], at, axis=axis)
+        found = np.take(array[box], at, axis=axis)
         # axial rows run from front to back: front on top. Coronal and sagittal rows run from feet to head: as they
         # are. Pictures without directions are shown as every viewer does, with the first row on top.
         return found[::-1] if axis == 0 or not truth.oriented else found
 
-    image = np.full(truth.array.shape, 0.5)  # grey, if there is none on this grid
-    if images is not None and (file := images / f"{case}_0000{scores.source.ending}").is_file():
-        channel = read_volume(file, scores.source).array
-        image = channel if channel.shape == image.shape else image
-    background = cut(image)
+    background = cut(_image(scores.source, case, images, truth.array.shape))
     spacing = tuple(s for a, s in enumerate(truth.spacing) if a != axis)
     for where, label, title in zip(axes, (None, *map(cut, labels)), titles, strict=True):
         draw_slice(where, background, label, classes, fill=0.25, spacing=spacing, title=title)
@@ -136,9 +129,9 @@ def viewing_axis(volume: Volume) -> int:
 
 
 def telling_slice(labels: Sequence[npt.NDArray[Any]], axis: int, ignore: int | None = None) -> int:
-    """Where the errors of two predictions differ in most voxels but ``ignore``; else where the truth shows most.
+    """Where the errors of the two predictions differ in most voxels; else where the truth shows most.
 
-    ``labels`` are truth and predictions, (Z, Y, X).
+    ``labels`` are truth and two predictions, (Z, Y, X); voxels where the truth is ``ignore`` do not count.
     """
     truth, first, second = labels
     others = tuple(a for a in range(truth.ndim) if a != axis)

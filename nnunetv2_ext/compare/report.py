@@ -117,8 +117,7 @@ def cautions(scores: Scores) -> list[str]:
     return lines
 
 
-def as_markdown(report: Report) -> str:
-    """The whole report."""
+def _details(report: Report) -> list[str]:
     scores, facts = report.scores, differing_facts(report.scores.arms)
     repeats = [["method", "differences by repeat", "95 % over repeats", "differences by fold"]]
     for d in report.primary:
@@ -148,9 +147,10 @@ def as_markdown(report: Report) -> str:
         parts += ["## Pictures", "\n\n".join(f"![{text}]({name})\n\n{text}" for name, text in report.pictures.items())]
     folders = [f"- {arm.name}, {r.label}: {', '.join(str(run.predictions) for run in r.folds.values())}"
                for arm in scores.arms for r in arm.repeats]  # fmt: skip
-    parts += ["## How to read this", "\n".join(f"- {line}" for line in reading(report)), "## Made of"]
-    parts += ["\n".join(folders), f"nnunetv2-ext {__version__}, {report.date}:\n\n    {report.command}"]
-    return "\n\n".join([as_text(report), *parts]) + "\n"
+    return [
+        *parts, "## How to read this", "\n".join(f"- {line}" for line in reading(report)),
+        "## Made of", "\n".join(folders), f"nnunetv2-ext {__version__}, {report.date}:\n\n    {report.command}",
+    ]  # fmt: skip
 
 
 def reading(report: Report) -> list[str]:

@@ -73,10 +73,8 @@ def read_fold(model: Model, fold: str, ending: str) -> FoldRun:
     train = f"nnUNetv2_train {model.dataset} {model.configuration} {fold} -tr {model.trainer} -p {model.plans}"
     ended = (folder / "checkpoint_final.pth").is_file()
     if not ended and (any(folder.glob("checkpoint_*.pth")) or not summary.is_file()):
-        log = next((f.read_text(errors="replace") for f in sorted(folder.glob("training_log_*.txt"))[::-1]), "")
-        epochs = re.findall(r"Epoch (\d+)\s*$", log, re.MULTILINE)
-        ends = f"ends in epoch {int(epochs[-1]) + 1} of {facts.get('num_epochs', '?')}" if epochs else "has no epoch"
-        raise ValueError(f"{folder} is not finished (no checkpoint_final.pth; the log {ends}): {train} --c")
+        came = _progress(folder, facts.get("num_epochs", "?"))
+        raise ValueError(f"{folder} is not finished (no checkpoint_final.pth; {came}): {train} --c")
     if not summary.is_file():
         raise ValueError(f"{folder} is trained but not validated (no validation/summary.json): {train} --val")
     try:
@@ -98,6 +96,13 @@ def _read_dice(summary: Path, ending: str) -> dict[str, dict[str, float]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{summary} cannot be read ({error})") from error
     return dict(zip(names, dice, strict=True))
+
+
+def _progress(folder: Path, planned: str) -> str:
+    """How far a training came, from its log."""
+    logs = sorted(folder.glob("training_log_*.txt"))
+    epochs = re.findall(r"Epoch (\d+)\s*$", logs[-1].read_text(errors="replace"), re.MULTILINE) if logs else []
+    return f"the log ends in epoch {int(epochs[-1]) + 1} of {planned}" if epochs else "its log has no epoch"
 
 
 def _settings(folder: Path) -> dict[str, Any]:

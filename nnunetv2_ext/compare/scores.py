@@ -13,6 +13,8 @@ from nnunetv2_ext.compare.runs import FoldRun
 from nnunetv2_ext.evaluate.folder import Evaluation, Source, evaluate_folder, require_one_unit, with_mean
 from nnunetv2_ext.evaluate.metrics import ABSENT, METRICS
 
+_AGREE = 1e-6
+
 
 @dataclass
 class Scores(Evaluation):
@@ -147,7 +149,7 @@ def _require_same_dice(run: FoldRun, evaluation: Evaluation) -> None:
     keys = {structure.name: structure.key for structure in evaluation.source.labels.structures}
     for row in evaluation.table[evaluation.table["metric"] == "dice"].itertuples():
         there = run.dice.get(row.case, {}).get(keys[row.structure], row.value)
-        if not np.isclose(there, row.value, rtol=0, atol=1e-6, equal_nan=True):
+        if not np.isclose(there, row.value, rtol=0, atol=_AGREE, equal_nan=True):
             raise ValueError(
                 f"{run.predictions}: Dice of {row.case}, {row.structure}, is {row.value:.4f} by its files but "
                 f"{there:.4f} in summary.json: predictions or truth have changed since the validation; run it again "

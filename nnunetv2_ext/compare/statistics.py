@@ -18,7 +18,6 @@ from scipy import stats
 
 from nnunetv2_ext.compare.scores import Scores
 from nnunetv2_ext.evaluate.metrics import Metric
-from nnunetv2_ext.evaluate.table import number
 
 RESAMPLES = 9999
 FEW_CASES = 10  # fewer (subjects where known): the interval is rough
@@ -216,4 +215,6 @@ def _conclusion(d: Difference) -> str:
 
 def signed(value: float) -> str:
     """``+0.012``; ``-`` for none."""
-    return number(value, "+")
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:+.3f}" if abs(value) < 10 else f"{value:+.1f}"

@@ -48,13 +48,12 @@ METRICS: dict[str, Metric] = {
 # What a structure is in one case; the names used in every output.
 FOUND, ABSENT, MISSED, INVENTED = "found", "absent", "missed", "invented"
 WORST, LEAVE_OUT = "worst", "leave-out"
-_EMPTY = (
-    "A structure empty in truth and prediction has no value and is left out of all means (as in nnU-Net); one that "
-    "only one of them has counts as"
-)
 EMPTY_POLICIES: dict[str, str] = {
-    WORST: f"{_EMPTY} the worst there is: Dice 0, NSD 0, HD95 = the image's diagonal.",
-    LEAVE_OUT: f"{_EMPTY} Dice 0 and NSD 0, but has no HD95, which flatters a method that misses structures.",
+    WORST: "A structure empty in truth and prediction has no value and is left out of all means (as in nnU-Net); one "
+    "that only one of them has counts as the worst there is: Dice 0, NSD 0, HD95 = the image's diagonal.",
+    LEAVE_OUT: "A structure empty in truth and prediction has no value and is left out of all means (as in nnU-Net); "
+    "one that only one of them has counts as Dice 0 and NSD 0, but has no HD95, which flatters a method that misses "
+    "structures.",
 }
 
 

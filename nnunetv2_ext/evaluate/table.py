@@ -89,10 +89,7 @@ def as_markdown(evaluation: Evaluation, title: str) -> str:
         cases = str(sum(others)) + (f" (absent in {absent})" if absent else "")
         if name == MEAN:
             cases = str(len(evaluation.cases))
-        shown = [{k: number(v) for k, v in summary[m, name].items()} for m in metrics]
-        cells = [f"{s['mean']} ± {s['sd']} [{s['q1']}, {s['median']}, {s['q3']}]" for s in shown]
-        cells = ["-" if s["mean"] == "-" else cell for s, cell in zip(shown, cells, strict=True)]
-        rows.append([name, *cells, cases, *map(str, others)])
+        rows.append([name, *(_cell(summary[m, name]) for m in metrics), cases, *map(str, others)])
     parts = [f"# {title}", grid(rows)]
     key, metric = next(iter(metrics.items()))  # the worst cases by the last column of the table
     means = table[(table["metric"] == key) & (table["structure"] == name)].dropna(subset="value")
@@ -115,11 +112,17 @@ def grid(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])
 
 
-def number(value: float, sign: str = "") -> str:
+def number(value: float) -> str:
     """Three decimals below 10, fewer above; ``-`` for none."""
     if not math.isfinite(value):
         return "-"
-    return f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign}.1f}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _cell(s: dict[str, float]) -> str:
+    if not s["n"]:
+        return "-"
+    return f"{number(s['mean'])} ± {number(s['sd'])} [{number(s['q1'])}, {number(s['median'])}, {number(s['q3'])}]"
 
 
 def as_dict(evaluation: Evaluation, predictions: str, truth: str) -> dict[str, Any]:
