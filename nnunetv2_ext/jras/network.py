@@ -144,7 +144,15 @@ class JRASNetwork(nn.Module):
             ValueError: training with an empty bank.
         """
         if self.bank.is_empty:
-            return self._without_guides(x)
+            if self.training and torch.is_grad_enabled():
+                raise ValueError(
+                    "a J-RAS network cannot be trained with an empty guide bank: fill it first (the trainer does so in "
+                    "on_train_start), or set jras.retriever=none"
+                )
+            self.last = None
+            if self.settings.fusion == "concat":  # zeros below the image, as where all weight is on the null guide
+                x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.image_channels + self.heads))
+            return self.backbone(x)
         if self.settings.fusion == "concat":
             guides, weights = self._retrieve(self.retriever(self.low_resolution(x)))
             return self.backbone(concat_guides(x, guides.images, guides.masks, weights))
@@ -155,17 +163,6 @@ class JRASNetwork(nn.Module):
         u, v = (x.unflatten(0, guides.ids.shape) for x in features)
         skips[-1], skips[-2] = self.fusion(skips[-1], skips[-2], u, v, weights)
         return self.decoder(skips)
-
-    def _without_guides(self, x: Tensor) -> Any:
-        if self.training and torch.is_grad_enabled():
-            raise ValueError(
-                "a J-RAS network cannot be trained with an empty guide bank: fill it first (the trainer does so in "
-                "on_train_start), or set jras.retriever=none"
-            )
-        self.last = None
-        if self.settings.fusion == "concat":  # zeros below the image, as where all weight is on the null guide
-            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.image_channels + self.heads))
-        return self.backbone(x)
 
     def _retrieve(self, queries: Tensor) -> tuple[Guides, Tensor]:
         guides = self._lookup(queries.detach())
