@@ -29,10 +29,10 @@ MIN_ANNOTATED = 0.05  # of the guides' cells, below which the log warns
 
 
 class BankTraining(MethodTrainer):
-    """The part of JRASTraining that owns the bank.
+    """The part of JRASTraining that owns the bank; with `jras.retriever=none` it is plain nnU-Net.
 
-    With `jras.retriever=none` it is plain nnU-Net. The bank belongs to the network and travels in its weights; what
-    ties it to the training cases (names, places, the key of their numbers) travels under the extension's key only.
+    The bank travels in the network's weights; what ties it to the training cases (names, places, the key of their
+    numbers) under the extension's key only.
     """
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"jras": JRASSettings}
@@ -193,8 +193,7 @@ class BankTraining(MethodTrainer):
         with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
             keys = network.embed_bank(first, last, *whole)
         if self.is_ddp:
-            padded = keys.new_zeros((share, keys.shape[1]))
-            padded[: len(keys)] = keys
+            padded = nn.functional.pad(keys, (0, 0, 0, share - len(keys)))
             parts = [torch.empty_like(padded) for _ in range(ranks)]
             distributed.all_gather(parts, padded)
             keys = torch.cat(parts)[:N]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +22,11 @@ from nnunetv2_ext.jras.labels import adaptive_pool, low_res_labels
 _PADDING = -2  # marks voxels outside the image; -1 is what nnU-Net writes into empty space inside of it
 
 
-@dataclass(frozen=True)
-class BankContent:
+class BankContent(NamedTuple):
     """N guides, ordered by case.
 
     Attributes:
-        images: ``(N, C, *L)`` fp32, normalised intensities.
-        labels: ``(N, *L)`` uint8, 255 = ignored or outside the image.
-        cases: N case ids.
+        images, labels: ``(N, C, *L)`` fp32, normalised; ``(N, *L)`` uint8, 255 = ignored or outside the image.
         coordinates: ``(N, 3)`` int64, lowest voxel of the patch in the preprocessed case (2d: slice first); negative
             where the patch is larger than the image.
         centred: ``(N,)`` bool, drawn around a foreground voxel.
@@ -45,8 +41,7 @@ class BankContent:
     mirrored: Tensor
 
 
-@dataclass(frozen=True)
-class _Case:
+class _Case(NamedTuple):
     """What a case offers: shape, classes (or regions), and with an ignore label the key of its annotated voxels."""
 
     name: str

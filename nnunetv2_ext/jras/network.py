@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +20,7 @@ from nnunetv2_ext.jras.settings import JRASSettings
 INITIAL_NULL_LOGIT = 0.5  # the null guide starts as good as a guide of this cosine
 
 
-@dataclass(frozen=True)
-class Exclusion:
+class Exclusion(NamedTuple):
     """What the lookups within `excluding` respect: the subjects `(B,)` int64 of the batch, whose guides they do not
     get, the share of samples that get no guide, and the generator of that and of `retriever=random` (None: global).
     """
@@ -218,8 +216,7 @@ class JRASNetwork(nn.Module):
             batch: guides embedded at a time.
             read: the patches `embed` takes, for rows of the bank; None: the stored ones (not for `bottleneck`).
         """
-        device = self.bank.keys.device
-        read = read or (lambda rows: self.bank.stored_images(torch.tensor(rows, device=device)))
+        read = read or (lambda rows: self.bank.stored_images(torch.tensor(rows, device=self.bank.keys.device)))
         last = len(self.bank) if last is None else last
         modes = [(module, module.training) for module in (self.retriever, self.encoder)]
         try:

@@ -6,7 +6,6 @@ It shows image patches of patients: as private as the training data.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,12 +39,10 @@ class Guide(NamedTuple):
     labels: Array
 
 
-@dataclass(frozen=True)
-class GuideView:
-    """One patch and what it retrieved, on the CPU; label maps numbered as in core/labelmaps.py.
+class GuideView(NamedTuple):
+    """One patch `(*P)`, its first channel, of a case or file, and what it retrieved: the valid guides, nearest first.
 
-    `name` is the case id or file. The image is the first channel; arrays are `(*P)`. Guides are the valid ones, nearest
-    first. b0, `null_cosine`, is what a guide has to exceed.
+    Label maps are numbered as in core/labelmaps.py; `null_cosine` is b0.
     """
 
     name: str
