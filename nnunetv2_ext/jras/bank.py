@@ -155,10 +155,8 @@ class GuideBank(nn.Module):
         Args:
             queries: ``(B, D)``, L2-normalised.
             num_guides: K. Fewer valid ones come back where the bank holds fewer outside the query's group.
-            groups: ``(B,)`` int64, the group of each sample, whose guides it must not get; None (predicting) excludes
-                nothing.
-            random: draw the valid guides uniformly instead, without repeats.
-            generator: of the random draw.
+            groups: ``(B,)`` int64, of the samples, whose guides they must not get; None (predicting): all may come.
+            random, generator: draw the valid guides uniformly instead, without repeats, by this generator.
 
         Raises:
             ValueError: the bank is empty, or the process was forked from the one that filled it.

@@ -29,10 +29,10 @@ MIN_ANNOTATED = 0.05  # of the guides' cells, below which the log warns
 
 
 class BankTraining(MethodTrainer):
-    """The part of JRASTraining that owns the bank.
+    """The part of JRASTraining that owns the bank; with `jras.retriever=none` it is plain nnU-Net.
 
-    With `jras.retriever=none` it is plain nnU-Net. The bank belongs to the network and travels in its weights; what
-    ties it to the training cases (names, places, the key of their numbers) travels under the extension's key only.
+    The bank travels in the network's weights; what ties it to the training cases (names, places, the key of their
+    numbers) under the extension's key only.
     """
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"jras": JRASSettings}
@@ -51,7 +51,6 @@ class BankTraining(MethodTrainer):
         network = unwrap(self.network)
         return network if isinstance(network, JRASNetwork) else None
 
-    # ---- the network ---------------------------------------------------------------------------------------------
     @classmethod
     def build_network_architecture(  # type: ignore[override]  # a class method, so that super() works; called the same way
         cls,
@@ -83,7 +82,6 @@ class BankTraining(MethodTrainer):
             )
         return JRASNetwork(backbone, settings, channels, num_output_channels, configuration_manager.patch_size)
 
-    # ---- the bank ------------------------------------------------------------------------------------------------
     def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         """nnU-Net's; the bank is drawn from the first."""
         self._datasets = super().get_tr_and_val_datasets()
@@ -100,9 +98,7 @@ class BankTraining(MethodTrainer):
         self._warn_of_shared_subjects(cases, validation)
         if self._bank_state is None or network.bank.is_empty:
             if self.current_epoch > 0:
-                self.print_to_log_file(
-                    "WARNING: the checkpoint has no guide bank to continue with; a new one is drawn."
-                )
+                self.print_to_log_file("WARNING: the checkpoint has no guide bank; a new one is drawn.")
             self._draw_bank(network, cases)
         elif gone := sorted(set(self._bank_state["cases"]) - set(cases)):
             raise ValueError(
@@ -114,11 +110,9 @@ class BankTraining(MethodTrainer):
         assert self._bank_state is not None
         parameters = list(network.parameters())
         plain = sum(p.numel() for p in stock_network(self.my_init_kwargs).parameters())
-        sizes = {  # in bytes, of fp32 and SGD with momentum
-            "modules": sum(p.nbytes for p in parameters) - 4 * plain,
-            "momentum": sum(p.nbytes for p in parameters if p.requires_grad) - 4 * plain,
-            "guides": sum(buffer.nbytes for buffer in network.bank.buffers()),
-        }
+        sizes = {"modules": sum(p.nbytes for p in parameters) - 4 * plain}  # in bytes, of fp32 and SGD with momentum
+        sizes["momentum"] = sum(p.nbytes for p in parameters if p.requires_grad) - 4 * plain
+        sizes["guides"] = sum(buffer.nbytes for buffer in network.bank.buffers())
         listed = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items())
         self.print_to_log_file(
             f"J-RAS: {len(network.bank)} guides of {len(set(self._bank_state['cases']))} cases, "
@@ -199,8 +193,7 @@ class BankTraining(MethodTrainer):
         with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
             keys = network.embed_bank(first, last, *whole)
         if self.is_ddp:
-            padded = keys.new_zeros((share, keys.shape[1]))
-            padded[: len(keys)] = keys
+            padded = nn.functional.pad(keys, (0, 0, 0, share - len(keys)))
             parts = [torch.empty_like(padded) for _ in range(ranks)]
             distributed.all_gather(parts, padded)
             keys = torch.cat(parts)[:N]
@@ -216,7 +209,6 @@ class BankTraining(MethodTrainer):
         mirrored = self._bank_state.get("mirrored")  # checkpoints of older versions have none
         return patches if mirrored is None else flip(patches, mirrored[rows.start : rows.stop].to(patches.device))
 
-    # ---- who must not see whom -----------------------------------------------------------------------------------
     def groups_of(self, cases: Sequence[str]) -> Tensor:
         """Numbers of the cases' subjects, as the bank has them; int64 on the device."""
         assert self._bank_state is not None
@@ -244,7 +236,6 @@ class BankTraining(MethodTrainer):
         with self._excluding(batch["keys"]):
             return super().validation_step(batch)
 
-    # ---- checkpoint ----------------------------------------------------------------------------------------------
     def method_state(self) -> dict[str, Any]:
         """Adds what ties the bank to the training cases."""
         state = super().method_state()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +22,11 @@ from nnunetv2_ext.jras.labels import adaptive_pool, low_res_labels
 _PADDING = -2  # marks voxels outside the image; -1 is what nnU-Net writes into empty space inside of it
 
 
-@dataclass(frozen=True)
-class BankContent:
+class BankContent(NamedTuple):
     """N guides, ordered by case.
 
     Attributes:
-        images: ``(N, C, *L)`` fp32, normalised intensities.
-        labels: ``(N, *L)`` uint8, 255 = ignored or outside the image.
-        cases: N case ids.
+        images, labels: ``(N, C, *L)`` fp32, normalised; ``(N, *L)`` uint8, 255 = ignored or outside the image.
         coordinates: ``(N, 3)`` int64, lowest voxel of the patch in the preprocessed case (2d: slice first); negative
             where the patch is larger than the image.
         centred: ``(N,)`` bool, drawn around a foreground voxel.
@@ -44,8 +41,7 @@ class BankContent:
     mirrored: Tensor
 
 
-@dataclass(frozen=True)
-class _Case:
+class _Case(NamedTuple):
     """What a case offers: shape, classes (or regions), and with an ignore label the key of its annotated voxels."""
 
     name: str
@@ -105,7 +101,9 @@ def draw_bank(
             f"{number} subject(s): a patch never gets guides of its own subject, so there is nothing to retrieve; "
             "add cases, check how they are grouped into subjects (group_regex), or set jras.retriever=none"
         )
-    entries = _spread(offers, bank_size, rng)
+    each, rest = divmod(bank_size, len(offers))
+    one_more = set(rng.permutation(len(offers))[:rest].tolist())
+    entries = [offer for i, offer in enumerate(offers) for _ in range(each + (i in one_more))]  # one per guide
     wanted = _assign_classes(entries, fg_share, rng)
     images, labels, corners = [], [], []
     opened: tuple[str, Any] = ("", None)  # a case is opened once
@@ -113,8 +111,14 @@ def draw_bank(
         if opened[0] != entry.name:
             opened = (entry.name, dataset.load_case(entry.name))
         data, seg, _, properties = opened[1]
-        corners.append(_draw_corner(entry, chosen, properties["class_locations"], patch_size, rng))
-        image, label, ignored = cut_patch(data, seg, corners[-1], patch_size)
+        if (key := entry.annotated if chosen is None else chosen) is None:
+            corner = tuple(int(rng.integers(low, high + 1)) for low, high in _corners(entry.shape, patch_size))
+        else:
+            voxels = properties["class_locations"][key]
+            channel_and_voxel = voxels[rng.integers(len(voxels))]
+            corner = corner_around(channel_and_voxel[1:], entry.shape, patch_size)
+        corners.append(corner)
+        image, label, ignored = cut_patch(data, seg, corner, patch_size)
         images.append(adaptive_pool(image[None], low_shape)[0])
         if not torch.isfinite(images[-1]).all():
             raise ValueError(
@@ -148,13 +152,6 @@ def _inspect(dataset: Any, name: str, label_manager: LabelManager) -> _Case:
     return _Case(name, tuple(data.shape[1:]), classes, annotated if label_manager.has_ignore_label else None)
 
 
-def _spread(offers: list[_Case], bank_size: int, rng: np.random.Generator) -> list[_Case]:
-    """One entry per guide, ordered by case; numbers per case differ by at most one."""
-    each, rest = divmod(bank_size, len(offers))
-    one_more = set(rng.permutation(len(offers))[:rest].tolist())
-    return [offer for i, offer in enumerate(offers) for _ in range(each + (i in one_more))]
-
-
 def _assign_classes(entries: list[_Case], fg_share: float, rng: np.random.Generator) -> list[Any]:
     """Per entry the class (or region) to centre on, or None."""
     # how many entries of the same case come before
@@ -163,26 +160,15 @@ def _assign_classes(entries: list[_Case], fg_share: float, rng: np.random.Genera
     # round robin over the cases that have foreground, so that no case is all foreground while another has none
     eligible = sorted((i for i in shuffled if entries[i].classes), key=lambda i: turn[i])
     chosen = eligible[: round(fg_share * len(entries))]
-    counts = dict.fromkeys((key for entry in entries for key in entry.classes), 0)
+    counts = Counter[Any]()
     result: list[Any] = [None] * len(entries)
     # cases with little choice first, the others then make up for what is missing
     for i in sorted(chosen, key=lambda i: len(entries[i].classes)):
-        classes = entries[i].classes
-        fewest = min(counts[key] for key in classes)
-        rarest = [key for key in classes if counts[key] == fewest]
+        fewest = min(counts[key] for key in entries[i].classes)
+        rarest = [key for key in entries[i].classes if counts[key] == fewest]
         result[i] = rarest[rng.integers(len(rarest))]
         counts[result[i]] += 1
     return result
-
-
-def _draw_corner(
-    case: _Case, chosen: Any, locations: Any, patch_size: Sequence[int], rng: np.random.Generator
-) -> tuple[int, ...]:
-    """Lowest voxel of a patch: inside the image, or centred on it along axes where it is smaller than the patch."""
-    if (key := case.annotated if chosen is None else chosen) is not None:
-        voxel = locations[key][rng.integers(len(locations[key]))][1:]  # the first entry is the channel
-        return corner_around(voxel, case.shape, patch_size)
-    return tuple(int(rng.integers(low, high + 1)) for low, high in _corners(case.shape, patch_size))
 
 
 def corner_around(voxel: Sequence[int], shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:

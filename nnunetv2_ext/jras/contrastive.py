@@ -93,8 +93,7 @@ def overlap_loss(similarities: Tensor, overlap: Tensor, allowed: Tensor, tau: fl
 
 def nt_xent(first: Tensor, second: Tensor, tau: float) -> Tensor:
     """NT-Xent of two views `(n, D)`, L2-normalised: each view shall find the other among all 2n - 1 others."""
-    views = torch.cat((first, second))
-    n = len(first)
+    views, n = torch.cat((first, second)), len(first)
     itself = torch.eye(2 * n, dtype=torch.bool, device=views.device)
     logits = torch.where(itself, -torch.inf, views @ views.T / tau)
     return F.cross_entropy(logits, torch.arange(2 * n, device=views.device).roll(n))

@@ -68,6 +68,5 @@ def mask_lut(label_manager: LabelManager) -> Tensor:
     lut = torch.zeros((256, label_manager.num_segmentation_heads), dtype=torch.uint8)
     regions = label_manager.foreground_regions if label_manager.has_regions else label_manager.all_labels
     for channel, region in enumerate(regions):
-        for value in region if isinstance(region, (tuple, list)) else [region]:
-            lut[int(value), channel] = 1
+        lut[list(region) if isinstance(region, (tuple, list)) else region, channel] = 1
     return lut

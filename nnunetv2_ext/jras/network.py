@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +20,7 @@ from nnunetv2_ext.jras.settings import JRASSettings
 INITIAL_NULL_LOGIT = 0.5  # the null guide starts as good as a guide of this cosine
 
 
-@dataclass(frozen=True)
-class Exclusion:
+class Exclusion(NamedTuple):
     """What the lookups within `excluding` respect: the subjects `(B,)` int64 of the batch, whose guides they do not
     get, the share of samples that get no guide, and the generator of that and of `retriever=random` (None: global).
     """
@@ -144,7 +142,15 @@ class JRASNetwork(nn.Module):
             ValueError: training with an empty bank.
         """
         if self.bank.is_empty:
-            return self._without_guides(x)
+            if self.training and torch.is_grad_enabled():
+                raise ValueError(
+                    "a J-RAS network cannot be trained with an empty guide bank: fill it first (the trainer does so in "
+                    "on_train_start), or set jras.retriever=none"
+                )
+            self.last = None
+            if self.settings.fusion == "concat":  # zeros below the image, as where all weight is on the null guide
+                x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.image_channels + self.heads))
+            return self.backbone(x)
         if self.settings.fusion == "concat":
             guides, weights = self._retrieve(self.retriever(self.low_resolution(x)))
             return self.backbone(concat_guides(x, guides.images, guides.masks, weights))
@@ -155,17 +161,6 @@ class JRASNetwork(nn.Module):
         u, v = (x.unflatten(0, guides.ids.shape) for x in features)
         skips[-1], skips[-2] = self.fusion(skips[-1], skips[-2], u, v, weights)
         return self.decoder(skips)
-
-    def _without_guides(self, x: Tensor) -> Any:
-        if self.training and torch.is_grad_enabled():
-            raise ValueError(
-                "a J-RAS network cannot be trained with an empty guide bank: fill it first (the trainer does so in "
-                "on_train_start), or set jras.retriever=none"
-            )
-        self.last = None
-        if self.settings.fusion == "concat":  # zeros below the image, as where all weight is on the null guide
-            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.image_channels + self.heads))
-        return self.backbone(x)
 
     def _retrieve(self, queries: Tensor) -> tuple[Guides, Tensor]:
         guides = self._lookup(queries.detach())
@@ -221,8 +216,7 @@ class JRASNetwork(nn.Module):
             batch: guides embedded at a time.
             read: the patches `embed` takes, for rows of the bank; None: the stored ones (not for `bottleneck`).
         """
-        device = self.bank.keys.device
-        read = read or (lambda rows: self.bank.stored_images(torch.tensor(rows, device=device)))
+        read = read or (lambda rows: self.bank.stored_images(torch.tensor(rows, device=self.bank.keys.device)))
         last = len(self.bank) if last is None else last
         modes = [(module, module.training) for module in (self.retriever, self.encoder)]
         try:

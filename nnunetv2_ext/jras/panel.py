@@ -6,7 +6,6 @@ It shows image patches of patients: as private as the training data.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +21,7 @@ from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, tak
 from nnunetv2_ext.core.labelmaps import class_names, logits_to_labels, target_to_labels
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.jras.network import JRASNetwork
+from nnunetv2_ext.parts.consistency import valid_mask
 
 if TYPE_CHECKING:
     from nnunetv2_ext.jras.training import JRASTraining
@@ -39,12 +39,10 @@ class Guide(NamedTuple):
     labels: Array
 
 
-@dataclass(frozen=True)
-class GuideView:
-    """One patch and what it retrieved, on the CPU; label maps numbered as in core/labelmaps.py.
+class GuideView(NamedTuple):
+    """One patch `(*P)`, its first channel, of a case or file, and what it retrieved: the valid guides, nearest first.
 
-    `name` is the case id or file. The image is the first channel; arrays are `(*P)`. Guides are the valid ones, nearest
-    first. b0, `null_cosine`, is what a guide has to exceed.
+    Label maps are numbered as in core/labelmaps.py; `null_cosine` is b0.
     """
 
     name: str
@@ -78,11 +76,8 @@ def view_of_batch(trainer: JRASTraining, batch: Batch) -> GuideView:
     """The sample of `batch` with the most foreground; guides of its own subject are excluded, as in training."""
     network, labels = trainer.retrieval_network, trainer.label_manager
     assert network is not None
-    foreground = batch.top_target > 0
-    if labels.ignore_label is not None:
-        foreground = (
-            foreground[:, :-1] if labels.has_regions else foreground & (batch.top_target != labels.ignore_label)
-        )
+    valid = valid_mask(batch.top_target, labels.ignore_label, labels.has_regions)
+    foreground = batch.top_target > 0 if valid is None else (batch.top_target > 0) & valid
     sample = batch.select([int(foreground.flatten(1).sum(1).argmax())])
     was_training = network.training
     network.eval()

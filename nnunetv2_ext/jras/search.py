@@ -94,16 +94,14 @@ def select(
     random: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest keys of other groups.
+    """The k nearest keys of other groups, k from 1 to N.
 
     Args:
         queries, keys: ``(B, D)`` and ``(N, D)`` fp32.
-        k: 1 to N.
         key_groups, groups: ``(N,)`` and ``(B,)``, of keys and queries; own groups are left out. None: nothing is.
         largest_group: keys in the largest group. So many more are searched by ``nearest``, which knows no groups.
         dedup_cosine: leave out keys whose inner product with the query is larger; None leaves out none.
-        random: uniform over what is left, without repeats, instead of nearest first.
-        generator: of the random draw, on its own device.
+        random, generator: uniform over what is left, without repeats, instead of nearest first.
 
     Returns:
         Ids ``(B, k)``, nearest first and the lower id first among equals, 0 where invalid; validity, bool ``(B, k)``.

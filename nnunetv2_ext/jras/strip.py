@@ -32,9 +32,7 @@ def plain_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size
 
 
 def without_bank(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint with every guide removed, and with what names the guides' cases; it predicts on the plain path.
-
-    The optimiser's state goes as well: such a model is for predicting.
+    """The checkpoint without guides, their cases' names and the optimiser's state; it predicts on the plain path.
 
     Raises:
         ValueError: trained without a bank (`retriever=none`).

@@ -64,7 +64,7 @@ class RetrievalFigures:
 
     @torch.no_grad()
     def add_overlap(
-        self, retrieval: Retrieval, masks: Masks, masks_of: Callable[[Tensor], Masks], random_ids: Tensor
+        self, retrieval: Retrieval, masks: Masks, random_ids: Tensor, masks_of: Callable[[Tensor], Masks]
     ) -> None:
         """Mean mask overlap S of the batch with its guides, and with random ones."""
         for row, (ids, valid) in enumerate(zip(retrieval.ids, retrieval.valid)):
@@ -88,9 +88,8 @@ class RetrievalFigures:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Counterpart of `state_dict`."""
-        self._sums, self._counts = (
-            {name: value.to(device) for name, value in state[part].items()} for part in ("sums", "counts")
-        )
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._counts = {name: value.to(device) for name, value in state["counts"].items()}
         self.used = None if state["used"] is None else state["used"].to(device)
 
 
@@ -140,7 +139,6 @@ class JRASTraining(BankTraining):
         super().initialize()
         self._figures = RetrievalFigures()
 
-    # ---- steps ---------------------------------------------------------------------------------------------------
     def on_train_epoch_start(self) -> None:
         """nnU-Net's; then who teaches the retriever in this epoch."""
         super().on_train_epoch_start()
@@ -214,10 +212,8 @@ class JRASTraining(BankTraining):
             return
         self._figures.add_retrieval(network.last, len(network.bank))
         if self._compared is not None:
-            masks, ids = self._compared
-            self._figures.add_overlap(network.last, masks, self._guide_masks, ids)
+            self._figures.add_overlap(network.last, *self._compared, self._guide_masks)
 
-    # ---- epochs --------------------------------------------------------------------------------------------------
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """nnU-Net's, then the guides are embedded anew: validation and checkpoint have keys that fit the weights.
 
@@ -263,7 +259,6 @@ class JRASTraining(BankTraining):
         title, spacing = f"{type(self).__name__}, epoch {self.current_epoch - 1}", plan.spacing[-len(plan.patch_size) :]
         draw_guides(view, file, title, self.dataset_json, self.label_manager, spacing)
 
-    # ---- checkpoint ----------------------------------------------------------------------------------------------
     def method_state(self) -> dict[str, Any]:
         """Adds the figures of an unfinished epoch."""
         state = super().method_state()

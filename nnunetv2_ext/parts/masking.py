@@ -38,8 +38,7 @@ def resolve_block(
     Args:
         settings_block: None for `default_block`, one edge for all axes, one edge per axis, or, for a 3-D patch with
             `tube`, the two in-plane edges (axes 1 and 2).
-        patch_shape: patch size in voxels.
-        strides: the plan's strides (see `default_block`).
+        patch_shape, strides: in voxels; the plan's (see `default_block`).
         tube: one in-plane pattern for all slices: a 3-D block then reaches through axis 0, whatever was given for it.
 
     Raises:
@@ -94,12 +93,10 @@ def block_mask(
     replacement; cells at the far border may be cropped, so the expected share of voxels is still that of the cells.
 
     Args:
-        batch: number of samples B.
-        shape: spatial patch size S in voxels, 2 or 3 axes.
+        batch, shape: samples B, and the spatial patch size S in voxels, 2 or 3 axes.
         block: block edge in voxels per axis (see `resolve_block`).
         ratio: share of cells to hide, 0..1.
-        generator: source of random numbers, on `device`; None for the device's default generator.
-        device: where the mask lives; None for the generator's device, else the CPU.
+        generator, device: of the random numbers and the mask; None: the device's default, the generator's, else CPU.
         per_sample: one draw per sample; False for one pattern shared by the batch.
         rounding: "nearest" (halves to even) or "floor", applied to ratio * cells.
 

@@ -27,11 +27,8 @@ def momentum(step: int, total_steps: int, base: float = 0.996, final: float = 1.
     teacher the plain average of all students seen so far until the window of 1/(1 - base) steps is full, which is
     Mean-Teacher practice; m(0) = 0 copies the student.
 
-    Args:
-        step: global step, the same counter over epochs and resumes.
-        total_steps: num_epochs * num_iterations_per_epoch.
-        base: 0.996 is the released code's argument, a window of 250 steps = one nnU-Net epoch.
-        final: 1.0, as in the released code's argument.
+    The defaults are the released code's arguments; base 0.996 is a window of 250 steps = one nnU-Net epoch. The step
+    counts on over epochs and resumes, up to num_epochs * num_iterations_per_epoch.
     """
     cosine = math.cos(math.pi * min(1.0, step / total_steps))
     return min(final - (final - base) * (1.0 + cosine) / 2.0, 1.0 - 1.0 / (step + 1))

@@ -81,10 +81,6 @@ class EMATeacher:
         torch._foreach_copy_(self._parameters, self._student_parameters)
         self._copy_buffers()
 
-    def compile(self, **options: Any) -> None:
-        """Compile the forward pass in place (`nn.Module.compile`): unlike `torch.compile` it keeps the state's keys."""
-        self.module.compile(**options)
-
     def state_dict(self) -> dict[str, Any]:
         """The teacher network's state, with the student's keys; its tensors are the live ones, not copies."""
         return self.module.state_dict()

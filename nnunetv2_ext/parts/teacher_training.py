@@ -37,7 +37,7 @@ class TeacherTraining(MethodTrainer):
         if self.wants_teacher:
             self.teacher = EMATeacher(unwrap(self.network))
             if self._do_i_compile():
-                self.teacher.compile()
+                self.teacher.module.compile()  # in place: unlike torch.compile it keeps the state's keys
 
     def on_train_start(self) -> None:
         """After nnU-Net's: ``-pretrained_weights`` were loaded since initialize, so a fresh teacher is copied now."""

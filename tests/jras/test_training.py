@@ -633,7 +633,7 @@ def test_a_bank_of_background_is_reported(make_jras, monkeypatch):
 
     def background(*args: Any, **kwargs: Any) -> Any:
         content = original(*args, **kwargs)
-        return dataclasses.replace(content, labels=torch.zeros_like(content.labels))
+        return content._replace(labels=torch.zeros_like(content.labels))
 
     monkeypatch.setattr(banked, "draw_bank", background)
     trainer = make_jras()

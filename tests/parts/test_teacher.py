@@ -342,7 +342,7 @@ def test_compiling_keeps_the_keys_and_the_prediction(student):
     teacher = EMATeacher(student)
     x = torch.randn(2, 1, 8, 8)
     plain = teacher(x)
-    teacher.compile(backend="eager")
+    teacher.module.compile(backend="eager")
     assert torch.allclose(teacher(x), plain) and list(teacher.state_dict()) == list(student.state_dict())
     perturb(student)
     teacher.update(student, 0.0)
