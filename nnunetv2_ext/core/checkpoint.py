@@ -1,7 +1,5 @@
 """Checkpoint files: reading them with a clear word about broken ones, and the key for what nnU-Net does not save."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import zipfile

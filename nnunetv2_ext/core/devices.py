@@ -1,7 +1,5 @@
 """Whether torch can use the device that was asked for, said in one line before anything is built."""
 
-from __future__ import annotations
-
 import torch
 
 

@@ -1,7 +1,5 @@
 """Export: a model folder that plain nnU-Net, without this package, predicts with."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

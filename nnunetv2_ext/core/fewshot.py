@@ -1,7 +1,5 @@
 """Few-shot training sets: a part of a fold's training cases, by number or by name."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

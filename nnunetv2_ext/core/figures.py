@@ -3,8 +3,6 @@
 Uses matplotlib's Figure objects and never pyplot: no window, no global state, safe inside a training process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

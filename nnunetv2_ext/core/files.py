@@ -1,7 +1,5 @@
 """Writing files so that a reader finds the old content or the new one, never a part of it."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

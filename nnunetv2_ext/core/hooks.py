@@ -5,8 +5,6 @@ both. CONTRIBUTING's table names the same hooks (a test compares them). nnU-Net'
 ``build_network_architecture``, ``get_training_transforms``, ...) are overridden as in any nnU-Net trainer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar

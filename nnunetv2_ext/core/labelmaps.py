@@ -1,7 +1,5 @@
 """Logits and training targets as label maps to draw, for datasets with classes and with (overlapping) regions."""
 
-from __future__ import annotations
-
 import numpy as np
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor

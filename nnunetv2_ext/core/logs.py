@@ -4,8 +4,6 @@ nnU-Net's local logger accepts eight fixed keys and fails on any other, so named
 `EpochLog` stands beside it: appended to `trainer.logger.loggers` it also sees every figure nnU-Net logs.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

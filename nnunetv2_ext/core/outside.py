@@ -5,8 +5,6 @@ packaging and the contract suite read it there, so none of them names a method. 
 torch or nnU-Net is named as ``"module:attribute"`` and imported when it is used.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from contextlib import suppress

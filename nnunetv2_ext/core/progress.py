@@ -1,7 +1,5 @@
 """A progress bar on terminals, nothing in log files."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Any

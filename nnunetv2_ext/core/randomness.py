@@ -1,7 +1,5 @@
 """Random state: seeding, saving and restoring it, so that a continued training draws what an unbroken one would."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -5,8 +5,6 @@ variable ``nnUNet_ext_settings``. A method's preset stands for keys of the sourc
 same source gives itself.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 import warnings

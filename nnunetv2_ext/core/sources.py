@@ -1,7 +1,5 @@
 """Where a user writes settings: the environment variable ``nnUNet_ext_settings``, or the YAML file it names."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

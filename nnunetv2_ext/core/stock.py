@@ -1,7 +1,5 @@
 """Plain nnU-Net's network of a training: what an exported model has to fit."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """ExtTrainer: one training step as loss passes, and around it what every training needs (core/hooks.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path

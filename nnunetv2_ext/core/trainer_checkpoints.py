@@ -4,8 +4,6 @@ Besides nnU-Net's keys it holds one key of ours: settings, random states, the un
 state.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator

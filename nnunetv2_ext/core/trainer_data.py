@@ -1,7 +1,5 @@
 """DataTrainer: which cases a training sees, and the loaders of their patches."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader

@@ -3,8 +3,6 @@
 Between steps the loop looks for signals and the stop file.
 """
 
-from __future__ import annotations
-
 import math
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """SettingsTrainer: nnUNetTrainer that takes settings and a seed."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar

@@ -1,7 +1,5 @@
 """Modules that are trained beside the network: what the hook ``build_training_modules`` returns, checked and served."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """What was computed for each case, kept on disk: one file a case, shared between processes, never required."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

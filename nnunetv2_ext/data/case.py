@@ -1,7 +1,5 @@
 """Reading the files of a case with nnU-Net's readers: every error names the case, the file and the cause."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Mapping, Sequence

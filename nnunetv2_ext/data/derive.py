@@ -1,7 +1,5 @@
 """Writing a raw dataset derived from another one: complete or not at all, nothing overwritten, images linked."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

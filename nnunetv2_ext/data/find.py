@@ -3,8 +3,6 @@
 The folders are those that nnU-Net's variables name at the time of the call.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Sequence

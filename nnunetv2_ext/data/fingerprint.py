@@ -4,8 +4,6 @@ Measured on a CT phantom: 0.5 and 99.5 percentiles of 70 and 148 HU become -1036
 these figures; other schemes normalise each image by itself. See nnunetv2 2.8's DatasetFingerprintExtractor.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """nnU-Net's loader, whose batches also say where in its case each patch was taken."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

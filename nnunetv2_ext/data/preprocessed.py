@@ -1,7 +1,5 @@
 """A preprocessed configuration of a dataset, as ``nnUNetv2_plan_and_preprocess`` leaves it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property

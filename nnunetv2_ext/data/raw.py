@@ -1,7 +1,5 @@
 """A raw nnU-Net dataset: its files, its reader, and the grid its labels will have after preprocessing."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

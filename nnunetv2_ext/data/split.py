@@ -1,7 +1,5 @@
 """Cross-validation on sparsely labelled data: only labelled cases validate, unlabelled ones always train."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -1,7 +1,5 @@
 """State per case beside the fold, for methods that write back by place what they learnt about a case."""
 
-from __future__ import annotations
-
 import io
 import os
 import shutil

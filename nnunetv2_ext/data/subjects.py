@@ -1,7 +1,5 @@
 """Which cases belong to one subject (patient): recorded in dataset.json, found in the names, or listed in a table."""
 
-from __future__ import annotations
-
 import csv
 import re
 import shlex

@@ -1,7 +1,5 @@
 """A trainer with a guide bank: drawn from the fold's training cases, embedded, excluded by subject, saved, exported."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext

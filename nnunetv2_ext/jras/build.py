@@ -1,7 +1,5 @@
 """Drawing the bank's content from the preprocessed training cases."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence

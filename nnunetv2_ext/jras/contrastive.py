@@ -6,8 +6,6 @@ The paper's abstract names "alternating contrastive and supervised learning" and
 NT-Xent is SimCLR's (https://arxiv.org/abs/2002.05709).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The small encoders of J-RAS: the retriever's, which embeds a patch, and the guides', for image and mask."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

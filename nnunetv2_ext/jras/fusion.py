@@ -3,8 +3,6 @@
 Both leave the network exactly as it is where all weight lies on the null guide: no bias, and a null value of zero.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

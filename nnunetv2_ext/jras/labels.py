@@ -1,7 +1,5 @@
 """Labels of guides: the low-resolution label map of a patch, and what a label means to the mask channels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a trained J-RAS model retrieves for an image of a file, for ``nnUNetv2_ext guides``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The network: the plan's own architecture, and around it what retrieves guides and uses them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -1,7 +1,5 @@
 """Nearest keys by inner product, always exactly: FAISS proposes them where it is installed, else torch."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from functools import lru_cache

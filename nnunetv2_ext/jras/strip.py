@@ -3,8 +3,6 @@
 A guide bank holds image patches of the training cases, and with it every checkpoint and exported zip does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

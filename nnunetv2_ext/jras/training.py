@@ -5,8 +5,6 @@ jointly, on retrieved image-mask guides, by contrastive and supervised learning 
 is ours; no reproduction.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The picture of MedContext at work: one patch, its mask, and what student and teacher make of it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

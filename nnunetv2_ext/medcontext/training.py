@@ -9,8 +9,6 @@ MICCAI 2024, https://arxiv.org/abs/2402.17725.
 s student, m mask operator, L nnU-Net's own loss over all deep-supervision resolutions, t the global step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar

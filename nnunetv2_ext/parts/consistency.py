@@ -5,8 +5,6 @@ All four kinds share one autograd function with a closed-form gradient, because 
 fp32 tensors of the size of the logits alive until the backward pass (1.76 GB each for 105 classes, B=2, 128^3).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,5 @@
 """Means over the steps of an epoch, kept on the device so that no step waits for them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ Drawing (`block_mask`) and applying (`apply_mask`) are separate, so a mask can b
 picture. Everything stays on the batch's device and nothing waits for it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal

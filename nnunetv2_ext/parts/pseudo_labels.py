@@ -1,7 +1,5 @@
 """Cross pseudo supervision: each network teaches the others where it is sure (after SGTC, arXiv 2412.15526)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Schedules over the steps of a training: the ramp of a term's weight and the momentum of a moving average."""
 
-from __future__ import annotations
-
 import math
 
 

@@ -1,7 +1,5 @@
 """Weights whose embedding dimension is that of the file they come from: it belongs to CLIP, not to nnU-Net's plans."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

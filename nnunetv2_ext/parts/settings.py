@@ -1,7 +1,5 @@
 """Common settings that need more than core: every trainer offers them, whatever its method."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from nnunetv2_ext.core.settings import LOCAL_PATH, CommonSettings

@@ -4,8 +4,6 @@ Tensors are matched by name within the plan's own network, wherever that network
 holds the plan's network, or several, names where in its attribute ``stock_prefixes``, e.g. ``("backbone.",)``.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

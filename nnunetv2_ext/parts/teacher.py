@@ -1,7 +1,5 @@
 """The teacher: an exponential moving average of the student."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """TeacherTraining: the life of a moving-average teacher, for methods that have one."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from nnunetv2_ext.core.checkpoint import unwrap

@@ -1,7 +1,5 @@
 """MethodTrainer: what a method subclasses."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path

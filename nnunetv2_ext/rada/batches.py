@@ -1,7 +1,5 @@
 """Batches of two streams, labelled samples first, with the view map as further target channel."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path

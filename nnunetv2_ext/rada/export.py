@@ -1,7 +1,5 @@
 """One of a RADA model's networks as plain nnU-Net's weights."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

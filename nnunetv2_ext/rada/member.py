@@ -1,7 +1,5 @@
 """One of the three networks: nnU-Net's own, and what lets class vectors speak in it."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

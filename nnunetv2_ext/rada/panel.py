@@ -1,7 +1,5 @@
 """The picture of RADA at work: annotated planes, what each network says, and which pseudo-labels are kept."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """What RADA asks of a dataset, its configuration and its settings: each refusal is worded once, here."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Training on sparsely annotated cases: what is refused, the planes, the split and the batches."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar

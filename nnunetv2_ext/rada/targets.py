@@ -1,7 +1,5 @@
 """What each network is supervised on: its planes at full resolution, and the same pooled for deep supervision."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

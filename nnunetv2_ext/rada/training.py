@@ -4,8 +4,6 @@ After Zeng et al., "RADA", https://arxiv.org/abs/2604.11164, whose full text was
 ancestor SGTC (https://arxiv.org/abs/2412.15526). What neither says is ours; no reproduction.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path

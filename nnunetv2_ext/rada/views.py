@@ -1,7 +1,5 @@
 """The view map, which says of every voxel on which annotated planes it lies, and which of them each network learns."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

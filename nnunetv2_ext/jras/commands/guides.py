@@ -1,7 +1,5 @@
 """``nnUNetv2_ext guides MODEL_FOLDER IMAGE -o PANEL.png``: what a J-RAS model retrieves for an image, as a picture."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

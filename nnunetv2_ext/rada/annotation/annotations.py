@@ -1,7 +1,5 @@
 """What is annotated in every case of a preprocessed configuration, cached beside nnU-Net's own files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass

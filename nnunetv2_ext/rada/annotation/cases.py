@@ -1,7 +1,5 @@
 """The labelled cases of nnU-Net's preprocessed folder, as embedding and propagation want them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """What of a sparse dataset's annotation reaches training: the report behind ``nnUNetv2_ext check-planes``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Choosing what a simulated annotator labels: cases (whole subjects), and planes within a case."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Whether what was annotated in the raw labels is still there after nnU-Net's preprocessing: planes, and the rest."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 

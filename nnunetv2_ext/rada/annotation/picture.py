@@ -1,7 +1,5 @@
 """Annotated planes of a few cases in three orthogonal views."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """A preprocessed configuration that RADA can train on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

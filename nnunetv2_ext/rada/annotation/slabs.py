@@ -5,8 +5,6 @@ one slice with unknown neighbours wins there only if a sample falls close to it;
 falls between the centres of its first and its last slice. Labels are repeated along the normal; hidden ones never used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """A sparse dataset whose planes survive preprocessing: chosen in a dense dataset, or found in a sparse one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass

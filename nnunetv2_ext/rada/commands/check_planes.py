@@ -1,7 +1,5 @@
 """``nnUNetv2_ext check-planes``: the annotated planes of a preprocessed sparse dataset, before it is trained on."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``nnUNetv2_ext sparsify``: a dense dataset with an ignore label on all but a few planes, for nnUNetTrainerRADA."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

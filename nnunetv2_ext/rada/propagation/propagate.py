@@ -1,7 +1,5 @@
 """Annotated planes spread to the slices beside them: pseudo-labels, made offline, one volume per axis."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Sequence

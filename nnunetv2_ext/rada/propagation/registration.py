@@ -1,7 +1,5 @@
 """One slice's labels carried over to its neighbour by deformable registration (SimpleITK)."""
 
-from __future__ import annotations
-
 import os
 
 import numpy as np

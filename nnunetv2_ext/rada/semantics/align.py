@@ -3,8 +3,6 @@
 Ours; whether the paper aligns, and how, is not known.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

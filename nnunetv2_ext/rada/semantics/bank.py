@@ -1,7 +1,5 @@
 """The class vectors a network is conditioned on: means over the training cases, and a sample's own ones."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The region-aware dual encoder: CLIP whose patch embedding takes the mask as a fourth channel (Alpha-CLIP)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

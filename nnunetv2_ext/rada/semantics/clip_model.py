@@ -1,7 +1,5 @@
 """CLIP models by open_clip's names: loaded by open_clip, or refused with the way out. Never random weights."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import zipfile

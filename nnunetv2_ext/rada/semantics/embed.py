@@ -1,7 +1,5 @@
 """Region and text vectors of a dataset: computed once, kept on disk, never part of the training graph."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

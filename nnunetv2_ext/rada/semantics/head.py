@@ -5,8 +5,6 @@ SGTC, https://arxiv.org/abs/2412.15526), written from their description. Joining
 and the gate, are ours.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """One sentence per class for CLIP's text encoder."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Region vectors of sparsely labelled cases: which regions there are, and batches of them through the encoder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple

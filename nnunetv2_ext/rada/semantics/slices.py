@@ -1,7 +1,5 @@
 """From a plane of a volume and a mask on it to what the image encoder sees: a square picture and a square mask."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 import numpy as np
