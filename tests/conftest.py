@@ -113,6 +113,7 @@ def in_this_process(dataset: TinyDataset) -> Iterator[tuple[Any, pytest.MonkeyPa
         for key, value in environment.items():
             patch.setenv(key, value)
         patch.setattr(multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
+        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)  # forked from threads, some workers never end
         yield api, patch
 
 

@@ -14,7 +14,11 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from nnunetv2.utilities.utils import (
+    create_paths_fn,
+    get_filenames_of_train_images_and_targets,
+    get_identifiers_from_splitted_dataset_folder,
+)
 
 from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.core.progress import progress_bar
@@ -120,6 +124,24 @@ class Target(NamedTuple):
     source: str  # where it is known from
 
 
+def _listed(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """nnU-Net's `get_filenames_of_train_images_and_targets`, which forks twelve processes to match names.
+
+    Forked from a process with threads they sometimes never end.
+    """
+    if "dataset" in content:
+        return get_filenames_of_train_images_and_targets(str(folder), content)
+    images, ending = str(folder / "imagesTr"), content["file_ending"]
+    names = sorted(name for name in os.listdir(images) if name.endswith(ending))
+    return {
+        case: {
+            "images": create_paths_fn(images, names, ending, case),
+            "label": str(folder / "labelsTr" / f"{case}{ending}"),
+        }
+        for case in map(str, get_identifiers_from_splitted_dataset_folder(images, ending))
+    }
+
+
 def open_raw(dataset: int | str) -> RawDataset:
     """The dataset with this id or name in nnUNet_raw; every labelled case has its files.
 
@@ -130,7 +152,7 @@ def open_raw(dataset: int | str) -> RawDataset:
     folder = find_dataset(dataset, RAW)
     try:
         content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        files = get_filenames_of_train_images_and_targets(str(folder), content)
+        files = _listed(folder, content)
         first, ending, labels = next(iter(files.values()))["images"][0], content["file_ending"], content["labels"]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
         raise ValueError(
