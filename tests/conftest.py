@@ -103,6 +103,16 @@ def shrink(plans: dict[str, Any]) -> dict[str, Any]:
     return plans
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_forked_pool() -> Iterator[None]:
+    """nnU-Net matches file names in forked processes; forked from a process with threads, some of them never end."""
+    from nnunetv2.utilities import utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "Pool", ThreadPool, raising=False)
+        yield
+
+
 @contextmanager
 def in_this_process(dataset: TinyDataset) -> Iterator[tuple[Any, pytest.MonkeyPatch]]:
     """nnU-Net's planning API, with threads for its spawned workers: those take ten times as long as all the work."""
@@ -113,7 +123,6 @@ def in_this_process(dataset: TinyDataset) -> Iterator[tuple[Any, pytest.MonkeyPa
         for key, value in environment.items():
             patch.setenv(key, value)
         patch.setattr(multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
-        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)  # forked from threads, some workers never end
         yield api, patch
 
 

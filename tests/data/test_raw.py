@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +170,9 @@ def listed(raw) -> Path:
     return folder
 
 
-def test_a_derived_dataset_keeps_the_ending_of_every_file(listed: Path, monkeypatch) -> None:
+def test_a_derived_dataset_keeps_the_ending_of_every_file(listed: Path) -> None:
     """Linked under the ending of its own file, and read by nnU-Net and by us."""
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)  # forked from threads, some never end
 
     source = open_raw(1)
     with new_dataset(source, 2) as folder:
