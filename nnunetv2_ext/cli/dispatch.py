@@ -24,6 +24,7 @@ HOUSE = {
         "export": "write a model folder that plain nnU-Net can predict with",
         "bench": "measure what trainers cost against plain nnUNetTrainer: step, prediction, memory",
         "evaluate": "score predictions: Dice, HD95 and NSD in mm, per structure and case",
+        "plan-network": "write plans with another network, for any trainer; no new preprocessing",
         "compare": "compare finished trainings: paired differences with intervals, plots, worst cases",
         "fix-fingerprint": "take CT intensities from annotated voxels only, in a dataset with an ignore label",
     }.items()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, first_difference, read
 from nnunetv2_ext.core.files import atomic_torch_save, atomic_write_text, read_json, require_writable
@@ -75,6 +76,7 @@ def export_model(
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=require_writable(output.parent)))
     try:
         validated = []
+        needed: set[str] = set()
         ours: type[ExtTrainer] | None = None  # whose model is written, if it is not the stock trainer's
         for file in files:
             checkpoint = read(file, whole=True)
@@ -89,6 +91,7 @@ def export_model(
             atomic_torch_save(exported, target)
             as_before = bool(chosen) and weights == "student" and all(edit.same_predictions for edit in chosen)
             validated.append(as_before or _same_weights(checkpoint, exported))
+            needed |= _foreign_classes(exported["init_args"])
         plans = _shareable_plans(read_json(model_folder / "plans.json"), ours)
         atomic_write_text(partial / "plans.json", json.dumps(plans, indent=2))
         dataset_json = _without_file_lists(read_json(model_folder / "dataset.json"))
@@ -102,6 +105,8 @@ def export_model(
                 f"left out {_PROGRESS} and validation/: they belong to the network that was trained and validated, "
                 "not to the exported one; evaluate it before you use it"
             )
+        for name in sorted(needed):
+            tell(f"whoever predicts with this model needs its network class {name}, which is not part of nnU-Net")
         for notice in dict.fromkeys(edit.notice for edit in chosen if edit.notice):
             tell(notice)
         partial.chmod(model_folder.stat().st_mode & 0o777)  # mkdtemp lets nobody else in
@@ -167,6 +172,14 @@ def _exported(
 def _require_stock_network(exported: dict[str, Any], trainer: type[ExtTrainer], source: Path) -> None:
     """Raise ValueError unless the weights have the names and shapes of the network that nnU-Net builds of the plans."""
     remedy = f"predict with {trainer.__name__} and this package instead, whose models need no export"
+    init_args = exported["init_args"]
+    configuration = PlansManager(init_args["plans"]).get_configuration(init_args["configuration"])
+    network = configuration.network_arch_class_name
+    if network.partition(".")[0] == __name__.partition(".")[0]:
+        raise ValueError(
+            f"plain nnU-Net without this package could not build the network of {source}: the plans name {network}, "
+            f"which is part of it; {remedy}"
+        )
     try:
         stock = stock_network(exported["init_args"]).state_dict()
     except Exception as error:  # whatever the architecture that the plans name raises
@@ -178,6 +191,12 @@ def _require_stock_network(exported: dict[str, Any], trainer: type[ExtTrainer], 
             f"plain nnU-Net could not load {source}: {name} is {here} in the weights and {there} in its network of "
             f"these plans, because {trainer.__name__} trains another network; {remedy}"
         )
+
+
+def _foreign_classes(init_args: dict[str, Any]) -> set[str]:
+    """The network class that the plans name, if nnU-Net does not bring it along."""
+    name: str = PlansManager(init_args["plans"]).get_configuration(init_args["configuration"]).network_arch_class_name
+    return set() if name.partition(".")[0] in ("dynamic_network_architectures", "nnunetv2") else {name}
 
 
 def _same_weights(source: dict[str, Any], exported: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import nnunetv2_ext
 
 # What a trainer may refuse, and the contract suite (tests/contract) then expects a refusal of
-Property = Literal["2d", "3d", "resenc", "regions", "ignore", "cascade", "ddp"]
+Property = Literal["2d", "3d", "resenc", "regions", "ignore", "cascade", "ddp", "export"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,20 @@ class ExportEdit:
 
 
 @dataclass(frozen=True)
+class Network:
+    """A network that ``nnUNetv2_ext plan-network`` writes into plans.
+
+    What `architecture` names is called with nnU-Net's configuration (a dictionary), what stood behind the network's
+    name (``NAME:REST``, else an empty string) and the options as typed. It returns the configuration's
+    ``architecture``, and raises ValueError for a wrong value.
+    """
+
+    summary: str  # one sentence for the command's help
+    architecture: str  # "module:function"
+    options: Mapping[str, str] = field(default_factory=dict)  # name and help of each option, without dashes
+
+
+@dataclass(frozen=True)
 class Method:
     """One method.
 
@@ -93,6 +107,7 @@ class Method:
     commands: Mapping[str, Command] = field(default_factory=dict)  # by name
     weights: Mapping[str, str] = field(default_factory=dict)  # ``export --weights`` besides ``student``, a phrase each
     export_edits: Mapping[str, ExportEdit] = field(default_factory=dict)  # by the option's name, without dashes
+    networks: Mapping[str, Network] = field(default_factory=dict)  # by the name that -network takes
     requires: tuple[str, ...] = ()
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # distributions by the name of the extra
     card: str = ""  # its page below docs/

@@ -12,23 +12,26 @@ from typing import Any
 from nnunetv2_ext.core.files import atomic_write_text, require_writable
 from nnunetv2_ext.data.find import RAW, nnunet_folder
 from nnunetv2_ext.data.raw import RawDataset, require_free_id
+from nnunetv2_ext.data.subjects import BLOCK
 
 DENSE = "labelsTr_dense"  # for evaluation only: nothing that trains opens it
 
 
 @contextmanager
-def new_dataset(source: RawDataset, target_id: int) -> Iterator[Path]:
+def new_dataset(source: RawDataset, target_id: int, suffix: str = "") -> Iterator[Path]:
     """A hidden folder to fill, which becomes `final_folder` at the end of the block, or vanishes on error.
+
+    It has empty folders imagesTr and labelsTr.
 
     Raises:
         ValueError: the id is taken, or nnUNet_raw cannot be written.
     """
     require_free_id(target_id)
-    final = final_folder(source, target_id)
+    final = final_folder(source, target_id, suffix)
     require_writable(final.parent)
     building = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     try:
-        for sub in ("imagesTr", "labelsTr", DENSE):
+        for sub in ("imagesTr", "labelsTr"):
             (building / sub).mkdir(parents=True)
         yield building
         require_free_id(target_id)  # another process may have been faster
@@ -38,9 +41,15 @@ def new_dataset(source: RawDataset, target_id: int) -> Iterator[Path]:
         raise
 
 
-def final_folder(source: RawDataset, target_id: int) -> Path:
-    """Where `new_dataset` puts the finished dataset."""
-    return nnunet_folder(RAW) / f"Dataset{target_id:03d}_{source.name.partition('_')[2] or 'sparse'}"
+def final_folder(source: RawDataset, target_id: int, suffix: str = "") -> Path:
+    """Where `new_dataset` puts the finished dataset; its name is the source's with a suffix."""
+    return nnunet_folder(RAW) / f"Dataset{target_id:03d}_{source.name.partition('_')[2] or 'derived'}{suffix}"
+
+
+def notices(dataset_json: dict[str, Any]) -> list[str]:
+    """What whoever trains on a derived dataset should know; our trainers print it at their start."""
+    found = (dataset_json.get(BLOCK) or {}).get("notices") or []
+    return [str(notice) for notice in found]
 
 
 def link_images(source: RawDataset, case: str, folder: Path) -> None:
@@ -89,8 +98,15 @@ def link_file(origin: str | Path, target: Path) -> None:
         shutil.copy2(real, target)
 
 
-def write_json(source: RawDataset, target_id: int, folder: Path, cases: Sequence[str], changes: dict[str, Any]) -> None:
-    """Write dataset.json: the source's with `changes`, and the new number of cases.
+def write_json(
+    source: RawDataset,
+    target_id: int,
+    folder: Path,
+    cases: Sequence[str],
+    changes: dict[str, Any],
+    suffix: str = "",
+) -> None:
+    """Write dataset.json: the source's with `changes` (None removes a key), and the new number of cases.
 
     The files are listed only if an image's ending is not the dataset's, by which nnU-Net would not find it.
     """
@@ -104,7 +120,8 @@ def write_json(source: RawDataset, target_id: int, folder: Path, cases: Sequence
             }
             for case, endings in images.items()
         }
-    content |= {**changes, "numTraining": len(cases), "name": final_folder(source, target_id).name}
+    content |= {**changes, "numTraining": len(cases), "name": final_folder(source, target_id, suffix).name}
+    content = {key: value for key, value in content.items() if value is not None}
     atomic_write_text(folder / "dataset.json", json.dumps(content, indent=2) + "\n")
 
 

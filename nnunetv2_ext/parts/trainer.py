@@ -5,11 +5,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import distributed, nn
 
 from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.trainer import ExtTrainer
+from nnunetv2_ext.data.channels import hint_on_rgb
+from nnunetv2_ext.data.derive import notices
 from nnunetv2_ext.data.split import write_split_if_absent
 from nnunetv2_ext.data.store import CaseStore
 from nnunetv2_ext.data.subjects import divided, pairs_suggested, subjects_of_dataset
@@ -51,6 +55,32 @@ class MethodTrainer(ExtTrainer):
         table = start_from(self.network, path)
         self.print_to_log_file(f"init_from={path}: {table}", add_timestamp=False)
         self._started = _versions(self.network)
+
+    def configure_optimizers(self, *args: Any, **kwargs: Any) -> tuple[torch.optim.Optimizer, Any]:
+        """The base trainer's, or the one that the setting ``optimizer`` names, over the same groups of parameters.
+
+        Raises:
+            ValueError: another optimiser is asked for, and the base trainer has a schedule of its own.
+        """
+        optimizer, scheduler = super().configure_optimizers(*args, **kwargs)
+        kind: str | None = self.settings.optimizer  # type: ignore[attr-defined]  # common_settings
+        if kind is None or type(optimizer).__name__.lower() == kind:
+            return optimizer, scheduler
+        if type(scheduler) is not PolyLRScheduler:
+            raise ValueError(
+                f"optimizer={kind} goes with nnU-Net's polynomial schedule, and the base trainer has "
+                f"{type(scheduler).__name__}: unset optimizer"
+            )
+        rest = {"lr": self.initial_lr, "weight_decay": self.weight_decay}
+        groups: list[dict[str, Any]] = [
+            {key: group[key] for key in ("params", "name") if key in group} for group in optimizer.param_groups
+        ]
+        chosen: torch.optim.Optimizer = (
+            torch.optim.AdamW(groups, **rest)
+            if kind == "adamw"
+            else torch.optim.SGD(groups, **rest, momentum=0.99, nesterov=True)
+        )
+        return chosen, PolyLRScheduler(chosen, self.initial_lr, self.num_epochs)
 
     def new_case_store(self, channels: Sequence[int] = (), fill: float = 0) -> CaseStore | None:
         """A store of arrays ``(*channels, X, Y, Z)`` of the preprocessed cases, beside the fold; first rank only.
@@ -106,6 +136,8 @@ class MethodTrainer(ExtTrainer):
                 "init_from and -pretrained_weights both say which weights to start from; give one of the two"
             )
         self._started = None
+        for notice in filter(None, (*notices(self.dataset_json), hint_on_rgb(self.dataset_json))):
+            self.print_to_log_file(f"NOTE: {notice}")
         if self.case_store is not None and self._is_resumed:
             self.case_store.rewind(self.global_step)
         super().on_train_start()

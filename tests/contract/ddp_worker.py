@@ -36,8 +36,9 @@ def on_the_cpu(cls: type) -> type:
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
     modules = {"network": unwrap(trainer.network), **trainer.training_modules}
-    states = ((part, module.state_dict()) for part, module in modules.items())
-    return {f"{part}.{name}": value.clone() for part, state in states for name, value in state.items()}
+    # statistics of batch norms, which are synchronised on CUDA only, are not among them
+    states = ((part, dict(module.named_parameters())) for part, module in modules.items())
+    return {f"{part}.{name}": value.detach().clone() for part, state in states for name, value in state.items()}
 
 
 def two_steps(cls: type, configuration: str, plans: dict[str, Any], dataset_json: dict[str, Any]) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def run(rank: int, module: str, name: str, configuration: str, plans: str, datas
     init = f"file://{Path(results) / 'rendezvous'}"
     distributed.init_process_group("gloo", init, timedelta(seconds=60), world_size=WORLD, rank=rank)
     upstream.DDP = lambda module, device_ids: DistributedDataParallel(module)
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm = lambda module, process_group=None: module  # CUDA only
     cls = getattr(importlib.import_module(module), name)
     found = two_steps(cls, configuration, *(json.loads(Path(file).read_text()) for file in (plans, dataset_json)))
     torch.save(found, Path(results) / f"rank_{rank}.pt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,20 @@ def test_a_zip_installed_elsewhere_predicts_the_same(row: Row, commands, predict
 
 
 @over()
-def test_an_export_predicts_where_this_package_is_not_installed(row: Row, commands, predicted, tmp_path) -> None:
+def test_an_export_predicts_where_this_package_is_not_installed(
+    row: Row, commands, predicted, tmp_path, capsys
+) -> None:
     """By the name that the command's help recommends, so that -d and -tr find it."""
     stock = commands.elsewhere(tmp_path / "results", "nnUNetTrainer")
     source = read(commands.model / "fold_0" / "checkpoint_final.pth")
     options = [] if _exports_student(row, source) else ["--weights", next(iter(row.method.weights))]  # type: ignore[union-attr]
-    assert ext_main(["export", str(commands.model), str(stock.model), *options]) == 0
+    status = ext_main(["export", str(commands.model), str(stock.model), *options])
+    if words := row.facts.refuses.get("export"):
+        said = capsys.readouterr().err
+        assert status == 2 and re.search(words, said) and said.count("\n") == 1
+        assert not stock.model.exists()
+        return
+    assert status == 0
 
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(BLOCKER)

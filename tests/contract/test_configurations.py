@@ -15,7 +15,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunetv2_ext.core.settings import PLANS_KEY
 from nnunetv2_ext.core.trainer import ExtTrainer
-from tests.contract.data import CASCADE, cascade, residual, write_first_stage
+from tests.contract.data import CASCADE, RESENC, cascade, residual, write_first_stage
 from tests.contract.table import Row, over
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -80,7 +80,8 @@ def _has(trainer: Any, wanted: str) -> None:
     found = {
         "2d": dim == 2,
         "3d": dim == 3,
-        "resenc": "ResidualEncoder" in trainer.configuration_manager.network_arch_class_name,
+        # a trainer may bring its own network instead of the plan's
+        "resenc": trainer.configuration_manager.network_arch_class_name.startswith((RESENC, "nnunetv2_ext.")),
         "regions": labels.has_regions,
         "ignore": labels.has_ignore_label,
         "cascade": trainer.is_cascaded and trainer.num_input_channels == 1 + len(labels.foreground_labels),

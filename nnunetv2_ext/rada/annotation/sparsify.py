@@ -172,8 +172,6 @@ def _derive(
             )
         if not is_dense:
             link_folder(dataset.folder / DENSE, folder / DENSE)
-            if not any((folder / DENSE).iterdir()):
-                (folder / DENSE).rmdir()
         if not is_dense or (dataset.folder / "labelsTs").is_dir():
             for name in ("imagesTs", "labelsTs"):
                 link_folder(dataset.folder / name, folder / name)

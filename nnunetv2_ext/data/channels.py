@@ -1,0 +1,24 @@
+"""What the channel names of a dataset make of colour images."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_COLOURS = (("r", "g", "b"), ("red", "green", "blue"))
+SCALED = "rgb_to_0_1"  # nnU-Net's name for channels that are divided by 255
+
+
+def hint_on_rgb(dataset_json: Mapping[str, Any]) -> str | None:
+    """A sentence if the channels are red, green and blue and nnU-Net will not scale them by 255; else None.
+
+    nnU-Net chooses the normalisation by a channel's name: any but a few means that each image is z-scored.
+    """
+    channels = dataset_json.get("channel_names") or dataset_json.get("modality") or {}
+    names = [str(name) for name in channels.values()] if isinstance(channels, Mapping) else []
+    plain = tuple(name.lower() for name in names)
+    colours = plain in _COLOURS or (len(plain) == 3 and all(name.startswith("rgb") for name in plain))
+    if not colours or all(name == SCALED for name in plain):
+        return None
+    return (
+        f"the channels {', '.join(names)} look like an RGB image, but nnU-Net z-scores each image by itself; to scale "
+        f'them by 255 instead, name all three channels "{SCALED}" in dataset.json, then plan and preprocess again'
+    )

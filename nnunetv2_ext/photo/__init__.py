@@ -1,0 +1,1 @@
+"""Few photographs: networks with pre-trained encoders, and the preparation of colour images."""

@@ -1,0 +1,1 @@
+"""Subcommands of ``nnUNetv2_ext`` for photographs, named in ``outside.py``."""

