@@ -36,9 +36,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--order goes with --by order")
     merged = merge_labels(args.i, args.labels, args.o, args.by, args.order, args.threshold)
     share = merged.overlap / merged.claimed if merged.claimed else 0.0
-    print(
-        f"{merged.cases} cases in {args.o}; {merged.overlap} of {merged.claimed} voxels ({share:.1%}) claimed twice or more"
-    )
+    print(f"{merged.cases} cases in {args.o}; {merged.overlap} of {merged.claimed} voxels ({share:.1%}) claimed twice")
     for value, number in merged.lost.items():
         print(f"  label {value} left {number} voxels to another")
     return 0
