@@ -37,6 +37,12 @@ class MedContextTraining(TeacherTraining):
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"medcontext": MedContextSettings}
     teacher_state: ClassVar[str] = "medcontext"  # as checkpoints have it
+    # of short runs that learned well (docs/methods/medcontext.md)
+    healthy_figures: ClassVar[dict[str, tuple[float, float]]] = {
+        "medcontext/momentum": (0.99, 1.0),
+        "medcontext/disagreement": (0.02, 0.2),
+        "medcontext/gradient_ratio": (0.05, 1.0),
+    }
 
     _diagnosis: Diagnosis | None = None
 
