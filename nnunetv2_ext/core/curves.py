@@ -81,7 +81,7 @@ def _panels(rows: Mapping[int, Row]) -> list[tuple[str, list[str]]]:
     groups: dict[str, list[str]] = {}
     for name in figure_names(rows):
         group = name.split("/", 1)[0]
-        # losses have one unit, and so have numbered figures (gate_1, gate_2); of other figures of a method none is known
+        # losses have one unit, and so have numbered figures (gate_1, gate_2); of a method's others none is known
         shared = group if group in (*_TITLES, _LOSSES) else re.sub(r"_\d+$", "", name)
         groups.setdefault(_TITLES.get(shared, shared), []).append(name)
     panels = []
