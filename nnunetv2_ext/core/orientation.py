@@ -50,6 +50,11 @@ class View(NamedTuple):
         """Of rows and columns, from that of the array's axes in mm."""
         return float(spacing[self.rows]), float(spacing[self.columns])
 
+    def height(self, shape: Sequence[int], spacing: Sequence[float] | Array, width: float) -> float:
+        """Of a picture of this width with its title, for arrays of this shape; thin slabs and high ones are bounded."""
+        ratio = shape[self.rows] * spacing[self.rows] / (shape[self.columns] * spacing[self.columns])
+        return width * min(1.6, max(0.5, float(ratio))) + 0.3
+
     def position(self, axis: int, index: int, size: int) -> int:
         """Row or column on the page of `index` along another axis of the array, which has `size` voxels."""
         return size - 1 - index if axis in self.flipped else index
@@ -112,7 +117,7 @@ def view_across(axis: int | None, directions: Array | None = None, augmented: bo
     straight = abs(vectors[axis or 0, across]) > np.sqrt(1 - _SLANTED**2)
     name = _PLANES[across] if straight else f"oblique, near {_PLANES[across]}"
     if augmented:
-        name = _AUGMENTED if axis is None else f"{_AUGMENTED}, axis {axis}"
+        name = _AUGMENTED if axis is None else f"{_AUGMENTED}\naxis {axis}"
     elif not known:
         name = "2-D image" if axis is None else f"axis {axis}"
     if axis is None:  # the array has lost axis 0

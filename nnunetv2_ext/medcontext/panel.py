@@ -57,15 +57,16 @@ def draw_panel(
     columns, cuts = len(maps) + 2, [None] if image.ndim == 2 else [0, 1, 2]
     # nnU-Net's progress plot calls seaborn.set(font_scale=2.5), which changes the fonts of the whole process
     with matplotlib.style.context("default"):
-        figure = Figure(figsize=(2.35 * columns, 2.5 * len(cuts) + 1.0), layout="constrained")
+        views = [view_across(axis, directions, augmented=True) for axis in cuts]
+        heights = [view.height(image.shape, mm, 2.2) for view in views]
+        figure = Figure(figsize=(2.35 * columns, sum(heights) + 1.1), layout="constrained")
         size = " x ".join(map(str, image.shape))
         caption = f"{title}\n{result.case}, patch {size}, {result.hidden.mean():.0%} hidden"
         figure.suptitle(caption, fontsize=11)
-        grid = figure.subplots(len(cuts), columns, squeeze=False)
+        grid = figure.subplots(len(cuts), columns, squeeze=False, height_ratios=heights)
         window = tuple(np.percentile(image, (1, 99.5)))
-        for row, axis in zip(grid, cuts, strict=True):
-            index = None if axis is None else fullest_slice(organs, axis)
-            view = view_across(axis, directions, augmented=True)
+        for row, view in zip(grid, views, strict=True):
+            index = None if view.axis is None else fullest_slice(organs, view.axis)
             options: dict[str, Any] = {"window": window, "spacing": view.spacing(mm)}
             cut = view.cut(image, index)
             draw_slice(row[0], cut, title="image", **options)

@@ -99,15 +99,19 @@ def draw_panel(
     """
     ignore = int(labels.ignore_label)  # type: ignore[arg-type]
     classes = {value: name for value, name in class_names(dataset_json, labels).items() if value != ignore}
-    rows = [(view, *cut) for view in views for cut in cuts(view, ignore)]
+    rows = [
+        (view, view_across(axis, view.directions, augmented=True), index)
+        for view in views
+        for axis, index in cuts(view, ignore)
+    ]
+    heights = [drawn.height(view.image.shape, spacing, 2.2) + 0.2 for view, drawn, _ in rows]
     number = len(views[0].predictions)
     # nnU-Net's progress plot changes the fonts of the whole process
     with matplotlib.style.context("default"):
-        figure = Figure(figsize=(2.35 * (number + 2), 2.6 * len(rows) + 1.2), layout="constrained")
+        figure = Figure(figsize=(2.35 * (number + 2), sum(heights) + 1.1), layout="constrained")
         figure.suptitle(heading, fontsize=11)
-        grid = figure.subplots(len(rows), number + 2, squeeze=False)
-        for cells, (view, axis, index) in zip(grid, rows, strict=True):
-            drawn = view_across(axis, view.directions, augmented=True)
+        grid = figure.subplots(len(rows), number + 2, squeeze=False, height_ratios=heights)
+        for cells, (view, drawn, index) in zip(grid, rows, strict=True):
             mm = drawn.spacing(spacing)
             options: dict[str, Any] = {"window": tuple(np.percentile(view.image, (1, 99.5))), "spacing": mm}
             image = drawn.cut(view.image, index)

@@ -117,9 +117,16 @@ def test_an_oblique_scan_is_called_so_and_its_letters_name_every_large_part(scan
 def test_an_augmented_patch_has_no_letters_and_says_so(scan):
     directions = directions_of({"sitk_stuff": {"direction": scan("RAS").GetDirection()}})
     known, patch = view_across(0, directions), view_across(0, directions, augmented=True)
-    assert patch.letters is None and patch.caption(2) == "augmented patch, axis 0, slice 2"
+    assert patch.letters is None and patch.caption(2) == "augmented patch\naxis 0, slice 2"
     assert patch.flipped == known.flipped == (1, 2)
     assert view_across(None, directions, augmented=True).caption(None) == "augmented patch"
+
+
+def test_the_height_of_a_picture_follows_its_voxels_within_bounds():
+    view = view_across(1)  # rows: axis 0, columns: axis 2
+    assert view.height((20, 9, 40), (2.5, 1.0, 1.0), 2.0) == pytest.approx(2.5 + 0.3)
+    assert view.height((4, 9, 100), (1.0, 1.0, 1.0), 2.0) == pytest.approx(1.0 + 0.3)
+    assert view.height((100, 9, 4), (1.0, 1.0, 1.0), 2.0) == pytest.approx(3.2 + 0.3)
 
 
 def test_without_directions_a_photograph_is_drawn_as_it_is_and_a_volume_with_the_last_slices_on_top():

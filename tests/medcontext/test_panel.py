@@ -72,7 +72,7 @@ def test_the_picture_says_what_it_shows(figures, tmp_path, kind, shape):
     first, *second = figure.get_suptitle().splitlines()
     assert first == "nnUNetTrainerX, epoch 3"
     assert second == [f"case_7, patch {size}, 50% hidden"]
-    assert captions(figure)[0] == ("augmented patch, axis 0, slice 3" if rows == 3 else "augmented patch")
+    assert captions(figure)[0] == ("augmented patch\naxis 0, slice 3" if rows == 3 else "augmented patch")
     assert len(figure.axes) == 6 * rows
     assert titles(figure)[:6] == [
         "image",
@@ -113,7 +113,7 @@ def test_texts_do_not_overlap(figures, tmp_path):
 
 def test_an_unannotated_part_does_not_choose_the_slice(figures, tmp_path):
     draw(made_up((12, 16, 14), ignore=3), tmp_path / "p.png", "ignore")
-    assert captions(figures[0])[0] == "augmented patch, axis 0, slice 3"
+    assert captions(figures[0])[0] == "augmented patch\naxis 0, slice 3"
 
 
 def test_without_a_teacher_there_is_no_column_for_it(figures, tmp_path):

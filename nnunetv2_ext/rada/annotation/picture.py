@@ -39,8 +39,13 @@ def draw_planes(
     """
     classes = {value: name for value, name in classes.items() if name != "ignore"}
     with matplotlib.style.context(["default", {"text.parse_math": False}]):
-        figure = Figure(figsize=(9, 3.3 * len(views) + 0.8), layout="constrained")
-        grid = figure.subplots(len(views), 3, squeeze=False)
+        # of each case its highest picture
+        heights = [
+            max(view_across(axis, view.directions).height(view.image.shape, spacing, 2.7) for axis in range(3)) + 0.2
+            for view in views
+        ]
+        figure = Figure(figsize=(9, sum(heights) + 0.9), layout="constrained")
+        grid = figure.subplots(len(views), 3, squeeze=False, height_ratios=heights)
         for row, view in zip(grid, views):
             hidden = view.label == ignore
             known = np.where(hidden, 0, view.label)
