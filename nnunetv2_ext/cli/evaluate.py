@@ -1,6 +1,7 @@
 """``nnUNetv2_ext evaluate``: Dice, HD95 and NSD of a folder of predictions, per structure and case."""
 
 import argparse
+import re
 from pathlib import Path
 
 EPILOG = """\
@@ -65,13 +66,21 @@ def run(args: argparse.Namespace) -> int:
     source = make_source(args, labels, content, "" if content.get("file_ending") else file_ending(truth))
     output = require_output(args.o or predictions / "evaluation", folders)
     evaluation = evaluate_folder(predictions, truth, source, chill=args.chill, processes=args.processes)
-    text = as_markdown(evaluation, f"{predictions} against {truth}")
+    title = f"{short_name(predictions)} against {short_name(truth)}"
+    text = as_markdown(evaluation, title)
     atomic_write_text(output / "evaluation.json", as_json(as_dict(evaluation, str(predictions), str(truth))))
     atomic_write_text(output / "evaluation.csv", as_csv(evaluation))
     atomic_write_text(output / "evaluation.md", text)
-    draw(evaluation, output / "evaluation.png", " against ".join(folder.resolve().name for folder in folders))
+    draw(evaluation, output / "evaluation.png", title)
     print(f"{text}\nwrote evaluation.json, .csv, .md and .png to {output}")
     return 0
+
+
+def short_name(folder: Path) -> str:
+    """A folder for a title: from nnU-Net's DatasetXXX_name on, else its own name; the JSON holds the whole path."""
+    parts = folder.resolve().parts
+    starts = [i for i, part in enumerate(parts) if re.fullmatch(r"Dataset\d{3}_.+", part)]
+    return "/".join(parts[starts[-1] :] if starts else parts[-1:])
 
 
 def dataset_json_file(args: argparse.Namespace) -> Path:

@@ -1,33 +1,35 @@
-"""The cases in which two arms differ most, as pictures: image, truth and both predictions."""
+"""The cases in which two arms differ most, as pictures: image, truth, both predictions and where each is wrong."""
 
-import io
+import textwrap
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from matplotlib.patches import Patch
 
 from nnunetv2_ext.compare.scores import Scores
 from nnunetv2_ext.compare.statistics import Difference, signed
-from nnunetv2_ext.core.figures import add_legend, draw_slice
-from nnunetv2_ext.data.case import find_reader
+from nnunetv2_ext.core.figures import add_legend, draw_slice, shade
+from nnunetv2_ext.core.orientation import directions_of, view_across
+from nnunetv2_ext.data.case import find_reader, read_image, read_label_map, spacing_of
 from nnunetv2_ext.evaluate import plot
 from nnunetv2_ext.evaluate.folder import Source
 from nnunetv2_ext.evaluate.metrics import bounding_box
 
-PLANES = ("axial", "coronal", "sagittal")
 _MARGIN_MM = 10.0
+# what an error map shows: colour, and the words about the reference and the new arm
+_ERRORS = (("#D55E00", "only {arm} is wrong"), ("#009E73", "only {first} is wrong"), ("#FFFFFF", "both are wrong"))
 
 
 class Volume(NamedTuple):
-    """An array in (Z, Y, X), the patient's left, back and head at the far ends if the file tells directions."""
+    """A file's array in (Z, Y, X)."""
 
     array: npt.NDArray[Any]
     spacing: tuple[float, ...]  # mm along these axes
-    oriented: bool  # whether the file tells directions
+    directions: npt.NDArray[Any] | None  # of these axes (core/orientation.py); None: the file does not tell
 
 
 def worst_first(difference: Difference, number: int) -> tuple[list[str], list[str]]:
@@ -42,7 +44,9 @@ def draw_cases(
     """Write a PNG with a row per case: those of ``worst_first`` that lost by the new arm, then those that gained.
 
     Shown is the slice where the errors of the two differ most, on the image in ``images`` (``CASE_0000.nii.gz``) or
-    on grey. If no case differs nothing is written. Returns the cases that lost and those that gained.
+    on grey, and a map of these errors. If no case differs nothing is written.
+
+    Returns the cases that lost and those that gained.
     """
     losses, gains = worst_first(difference, number)
     if not (rows := [*losses, *gains]):
@@ -53,15 +57,27 @@ def draw_cases(
     classes |= {s.values[0]: s.name for s in reversed(labels.structures) if len(s.values) == 1}
     classes |= {} if labels.ignore is None else {labels.ignore: "ignore"}
     cells = scores.trainings(difference.key, difference.structure)[[difference.first, difference.arm]]
-    with plot.figure_file(path, 13, 1.0 + 3.0 * len(rows)) as figure:
-        for axes, case in zip(np.atleast_2d(figure.subplots(len(rows), 4)), rows, strict=True):
+    errors = [Patch(facecolor=colour, edgecolor="0.5", label=text.format(first=difference.first, arm=difference.arm))
+              for colour, text in _ERRORS]  # fmt: skip
+    with plot.figure_file(path, 14, 1.6 + 3.2 * len(rows)) as figure:
+        figure.suptitle(
+            f"{difference.arm} against {difference.first}: {difference.structure}, {difference.metric.title}\n"
+            f"{len(losses)} case(s) that lost most, then {len(gains)} that gained most",
+            fontsize=10,
+        )
+        for axes, case in zip(np.atleast_2d(figure.subplots(len(rows), 5)), rows, strict=True):
             shown = shown_repeats(cells.loc[case], difference)
-            which = f" on average\n(shown: {' and '.join(dict.fromkeys(shown.values()))})" if cells.shape[1] > 2 else ""
-            titles = [f"{case}: {metric.name} {signed(difference.per_case[case])}{which}", "truth"]
+            which = f"\non average; shown: {', '.join(dict.fromkeys(shown.values()))}" if cells.shape[1] > 2 else ""
+            titles = [f"{case}\n{metric.name} {signed(difference.per_case[case])}{which}", "truth"]
             titles += [f"{arm}\n{metric.title} {cells.loc[case, (arm, label)]:.3f}" for arm, label in shown.items()]
-            _draw_row(axes, scores, case, shown, images, classes, titles)
-        add_legend(figure, classes)
+            _draw_row(axes, scores, case, shown, images, classes, [_wrapped(t) for t in [*titles, "errors"]])
+        add_legend(figure, classes, further=errors)
     return losses, gains
+
+
+def _wrapped(title: str) -> str:
+    """Lines that fit above a picture: names of trainers and cases have no blanks to break at."""
+    return "\n".join(part for line in title.split("\n") for part in textwrap.wrap(line, 34))
 
 
 def shown_repeats(values: pd.Series, difference: Difference) -> dict[str, str]:
@@ -75,47 +91,50 @@ def shown_repeats(values: pd.Series, difference: Difference) -> dict[str, str]:
 
 def _draw_row(axes, scores: Scores, case: str, shown: dict[str, str], images: Path | None, classes, titles) -> None:
     files = scores.files.set_index(["case", "arm", "repeat"]).loc[case]
-    truth = read_volume(files["truth"].iloc[0], scores.source)
-    if not truth.oriented and len(spacing := files["spacing"].iloc[0]) == 3:  # the truth's own may be assumed
+    truth = read_volume(case, files["truth"].iloc[0], scores.source)
+    if truth.directions is None and len(spacing := files["spacing"].iloc[0]) == 3:  # the truth's own may be assumed
         truth = truth._replace(spacing=spacing)
-    predictions = [read_volume(files["prediction"][training], scores.source).array for training in shown.items()]
+    predictions = [read_volume(case, files["prediction"][key], scores.source).array for key in shown.items()]
     labels = [truth.array, *predictions]
+    ignore = scores.source.labels.ignore
     axis = viewing_axis(truth)
-    at = telling_slice(labels, axis, scores.source.labels.ignore)
+    at = telling_slice(labels, axis, ignore)
     box = _box(labels, truth.spacing, axis)
-
-    def cut(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(rows, columns) for draw_slice, whose rows grow upwards: radiological view of an oriented volume."""
-        found = np.take(array[box], at, axis=axis)
-        # axial rows run from front to back: front on top. Coronal and sagittal rows run from feet to head: as they
-        # are. Pictures without directions are shown as every viewer does, with the first row on top.
-        return found[::-1] if axis == 0 or not truth.oriented else found
-
-    background = cut(_image(scores.source, case, images, truth.array.shape))
-    spacing = tuple(s for a, s in enumerate(truth.spacing) if a != axis)
-    for where, label, title in zip(axes, (None, *map(cut, labels)), titles, strict=True):
-        draw_slice(where, background, label, classes, fill=0.25, spacing=spacing, title=title)
-    axes[0].set_xlabel(f"{PLANES[axis] if truth.oriented else f'axis {axis}'}, slice {at}", fontsize=8)
+    view = view_across(axis, truth.directions)
+    background = view.cut(_image(scores.source, case, images, truth.array.shape)[box], at)
+    cuts = [view.cut(label[box], at) for label in labels]
+    spacing = view.spacing(truth.spacing)
+    for where, label, title in zip(axes, (None, *cuts, None), titles, strict=True):
+        draw_slice(where, background, label, classes, fill=0.25, spacing=spacing, letters=view.letters, title=title)
+    for mask, (colour, _) in zip(error_masks(*cuts, ignore=ignore), _ERRORS, strict=True):
+        shade(axes[-1], mask, colour, 0.8)
+    axes[0].set_xlabel(view.caption(at), fontsize=8)
 
 
-def read_volume(path: Path, source: Source) -> Volume:
-    """A file as (Z, Y, X), turned to the patient's axes where the file tells them (read by SimpleITK)."""
-    import SimpleITK as sitk
+def error_masks(
+    truth: npt.NDArray[Any], first: npt.NDArray[Any], second: npt.NDArray[Any], *, ignore: int | None
+) -> tuple[npt.NDArray[np.bool_], ...]:
+    """Where only the second prediction is wrong, only the first, and both; never where the truth is ``ignore``."""
+    known = truth != ignore if ignore is not None else np.ones(truth.shape, dtype=bool)
+    theirs, ours = (first != truth) & known, (second != truth) & known
+    return ours & ~theirs, theirs & ~ours, theirs & ours
 
-    if source.ending in (".nii.gz", ".nii", ".nrrd", ".mha"):
-        image = sitk.ReadImage(str(path))
-        if image.GetDimension() == 3:
-            image = sitk.DICOMOrient(image, "LPS")
-            return Volume(sitk.GetArrayFromImage(image), tuple(image.GetSpacing()[::-1]), True)
-    with redirect_stdout(io.StringIO()):  # nnU-Net's warning of an assumed spacing
-        content, properties = find_reader(source.ending, source.reader, path).read_seg(str(path))
-    return Volume(content[0], tuple(float(s) for s in properties["spacing"]), False)
+
+def read_volume(case: str, path: Path, source: Source) -> Volume:
+    """A label map with nnU-Net's reader, ``(Z, Y, X)``; ValueError if it cannot be read."""
+    array, properties = read_label_map(case, path, find_reader(source.ending, source.reader, path))
+    return Volume(array, tuple(spacing_of(properties)), directions_of(properties))
 
 
 def _image(source: Source, case: str, images: Path | None, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """The first channel, or plain grey if it is not at hand or on another grid."""
+    """The first channel, or plain grey if it is not at hand, damaged, or on another grid."""
     file = None if images is None else images / f"{case}_0000{source.ending}"
-    image = read_volume(file, source).array if file is not None and file.is_file() else np.empty(0)
+    if file is None or not file.is_file():
+        return np.full(shape, 0.5)
+    try:
+        image = read_image(case, [file], find_reader(source.ending, source.reader, file))[0][0]
+    except ValueError:  # damaged or with NaN: the scores are done, and need no image
+        return np.full(shape, 0.5)
     return image if image.shape == shape else np.full(shape, 0.5)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.patches import Patch
 
 from nnunetv2_ext.compare.scores import Scores
 from nnunetv2_ext.compare.statistics import BETTER, WORSE, Difference, signed
@@ -13,7 +14,8 @@ from nnunetv2_ext.evaluate.table import relaxations
 
 # Okabe and Ito's, as in core.figures, in an order whose first two differ most; grey for the reference
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_GREY, _GREEN, _RED = "#666666", "#009E73", "#D55E00"
+_GREY = "#666666"
+_DIRECTIONS = {BETTER: "#009E73", WORSE: "#D55E00"}
 
 
 def colours(scores: Scores) -> dict[str, str]:
@@ -34,7 +36,7 @@ def draw_differences(scores: Scores, differences: Sequence[Difference], path: Pa
     with plot.figure_file(path, 5.6 * len(scores.metrics), 1.7 + 0.62 * rows) as figure:
         title = (
             f"Difference to {scores.first}, case by case\npoint: a case; diamond and bar: mean and 95 % interval over "
-            f"{differences[0].unit}; green: better, red: worse, grey: the interval holds zero"
+            f"{differences[0].unit}"
         )
         figure.suptitle("\n".join([title, *relaxations(scores)]), fontsize=9)
         panels = np.ravel(figure.subplots(1, len(scores.metrics)))
@@ -52,10 +54,13 @@ def draw_differences(scores: Scores, differences: Sequence[Difference], path: Pa
             axes.tick_params(axis="y", length=0)
             better = "right" if metric.higher_is_better else "left"
             axes.set_xlabel(f"{metric.title}, difference ({better} of 0 is better)")
+        meanings = {_DIRECTIONS[BETTER]: "better", _DIRECTIONS[WORSE]: "worse", _GREY: "the interval holds zero"}
+        handles = [Patch(color=colour, label=text) for colour, text in meanings.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
 
 
 def _difference_row(axes, row: int, d: Difference, shift: np.random.Generator) -> None:
-    colour = {BETTER: _GREEN, WORSE: _RED}.get(d.direction, _GREY)
+    colour = _DIRECTIONS.get(d.direction, _GREY)
     axes.plot(d.per_case.dropna(), row + shift.uniform(-0.16, 0.16, d.n), "o", ms=3, mew=0, color=colour, alpha=0.4)
     axes.plot(d.interval, [row, row], color=colour, lw=3, solid_capstyle="butt")
     axes.plot(d.mean, row, "D", ms=6, color=colour, mec="white")

@@ -1,9 +1,10 @@
-"""Learning curves of one run as a picture: every figure against the epoch, one panel a group."""
+"""Learning curves of one run as a picture: every figure against the epoch, figures of one unit in one panel."""
 
 from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ _TITLES = {
 }
 # Shares: always in one panel from 0 to 1, so that classes and runs can be compared by eye.
 _SHARES = (_TITLES["mean_fg_dice"], _TITLES["dice_per_class_or_region"])
+_LOSSES = "loss"  # our group of loss terms
+_HEALTHY_COLOUR = "#009E73"
 _PER_CLASS = "dice_per_class_or_region/class_"  # nnU-Net counts the foreground classes or regions from 1
 
 
@@ -35,12 +38,16 @@ def figure_names(rows: Mapping[int, Row]) -> list[str]:
 
 
 def draw_curves(
-    rows: Mapping[int, Row], title: str, class_names: Sequence[str] = (), without_weight: Collection[str] = ()
+    rows: Mapping[int, Row],
+    title: str,
+    class_names: Sequence[str] = (),
+    without_weight: Collection[str] = (),
+    healthy: Mapping[str, tuple[float, float]] | None = None,
 ) -> bytes:
-    """The progress plot as PNG: panels of one group each, three in a row.
+    """The progress plot as PNG: panels of one unit each, three in a row.
 
     `class_names` are the foreground classes or regions in the order in which nnU-Net numbers them. Figures
-    `without_weight` are marked as logged only.
+    `without_weight` are marked as logged only. The range of a `healthy` figure is a band.
     """
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -62,7 +69,8 @@ def draw_curves(
             bottom = height - 0.5 - sum(heights[:line]) - 2.8
             axes = figure.add_axes(((5.0 * column + 0.7) / width, bottom / height, 4.1 / width, 2.45 / height))
             labels = {member: _label(member, class_names, member in without_weight) for member in members}
-            _draw_panel(axes, rows, name, labels)
+            bands = {healthy[member] for member in members if healthy and member in healthy}
+            _draw_panel(axes, rows, name, labels, bands)
         png = io.BytesIO()
         figure.savefig(png, format="png", pil_kwargs={"compress_level": 3})
     return png.getvalue()
@@ -73,7 +81,9 @@ def _panels(rows: Mapping[int, Row]) -> list[tuple[str, list[str]]]:
     groups: dict[str, list[str]] = {}
     for name in figure_names(rows):
         group = name.split("/", 1)[0]
-        groups.setdefault(_TITLES.get(group, group), []).append(name)
+        # losses have one unit, and so have numbered figures (gate_1, gate_2); of a method's others none is known
+        shared = group if group in (*_TITLES, _LOSSES) else re.sub(r"_\d+$", "", name)
+        groups.setdefault(_TITLES.get(shared, shared), []).append(name)
     panels = []
     for title, names in groups.items():
         # A small term beside a large one is a flat line unless the scale is logarithmic: it gets a panel of its own.
@@ -100,10 +110,14 @@ def _label(name: str, class_names: Sequence[str], without_weight: bool) -> str:
     return name.split("/", 1)[-1] + (" (weight 0)" if without_weight else "")
 
 
-def _draw_panel(axes: Axes, rows: Mapping[int, Row], title: str, labels: Mapping[str, str]) -> None:
-    """Draw the figures (the keys of `labels`) of one panel and the legend below it."""
+def _draw_panel(
+    axes: Axes, rows: Mapping[int, Row], title: str, labels: Mapping[str, str], bands: Collection[tuple[float, float]]
+) -> None:
+    """Draw the figures (the keys of `labels`) of one panel, the healthy ranges behind and the legend below them."""
     from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
+    for low, high in bands:
+        axes.axhspan(low, high, color=_HEALTHY_COLOUR, alpha=0.15, linewidth=0, label=f"healthy: {low:g} to {high:g}")
     _draw_series(axes, rows, labels)
     if title in _SHARES:
         axes.set_ylim(-0.02, 1.02)
@@ -124,7 +138,8 @@ def _draw_panel(axes: Axes, rows: Mapping[int, Row], title: str, labels: Mapping
 def _draw_series(axes: Axes, rows: Mapping[int, Row], labels: Mapping[str, str]) -> None:
     from matplotlib import colormaps
 
-    handles = []
+    bands, band_labels = axes.get_legend_handles_labels()
+    handles: list[Any] = []
     for index, (name, label) in enumerate(labels.items()):
         # A figure not taken in an epoch is bridged by the line; one that was NaN or infinite leaves a gap.
         x = [epoch for epoch in sorted(rows) if name in rows[epoch]]
@@ -138,6 +153,7 @@ def _draw_series(axes: Axes, rows: Mapping[int, Row], labels: Mapping[str, str])
     if len(handles) > _IN_LEGEND:  # dozens of classes: every n-th and the last, colours run with the index
         step = math.ceil(len(handles) / (_IN_LEGEND - 1))
         handles = [*handles[:-1:step], handles[-1]]
+    handles += zip(bands, band_labels, strict=True)
     # Below the axes: no curve is hidden, and no search for a free corner, which takes seconds on long runs.
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": min(2, len(handles))}
     axes.legend(*zip(*handles, strict=True), **place, fontsize=8, frameon=False)

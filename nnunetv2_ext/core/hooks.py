@@ -121,7 +121,8 @@ class MethodHooks:
     def epoch_figures(self) -> dict[str, float]:
         """Figures of the finished epoch for the log, named ``method/figure``; on every rank, the first one's are kept.
 
-        Called with the training part done. A figure that fails is warned of and never ends a training.
+        Called with the training part done. A figure that fails is warned of and never ends a training. The class
+        attribute ``healthy_figures``, figure to (lowest, highest), draws ranges into ``progress_ext.png``.
         """
         return {}
 

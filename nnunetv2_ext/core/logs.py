@@ -30,6 +30,8 @@ class EpochLog:
         tensorboard: Also write the figures as TensorBoard events to `folder/tensorboard`.
         warn: Gets one line of text for each problem, e.g. `trainer.print_to_log_file`.
         class_names: Of the foreground classes or regions, in nnU-Net's order; for the plot's legend.
+        title: Of the plot; the folder's name if empty.
+        healthy: Ranges of figures that the plot draws as bands.
 
     Raises:
         ValueError: `tensorboard` is asked for and not installed.
@@ -43,6 +45,8 @@ class EpochLog:
         tensorboard: bool = False,
         warn: Callable[[str], None] = print,
         class_names: Sequence[str] = (),
+        title: str = "",
+        healthy: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.csv_path = self.folder / "epochs.csv"
@@ -52,6 +56,7 @@ class EpochLog:
         self.summary: dict[str, Any] = {}
         self.without_weight: Collection[str] = ()  # figures that the plot marks as terms of weight 0
         self.class_names = list(class_names)
+        self.title, self.healthy = title, healthy
         self._warn = warn
         self._rows: dict[int, Row] = {}
         self._started_at: dict[int, float] = {}
@@ -89,7 +94,7 @@ class EpochLog:
     def add(self, figures: Mapping[str, Any], step: int) -> None:
         """Take named figures of epoch `step`: numbers, or tensors and arrays of one element; the later of two counts.
 
-        A name is `group/term` ("loss/consistency"); the plot draws a group in one panel.
+        A name is `group/term`; the plot draws the terms of `loss` in one panel, and `gate_1`, `gate_2` of a group.
         """
         for name, value in figures.items() if self.enabled else ():
             self._put(name, value, step)
@@ -108,13 +113,13 @@ class EpochLog:
         self._write_events(row, epoch)
 
     def plot(self, path: str | Path | None = None) -> None:
-        """Draw every figure against the epoch, one panel a group, to `path` (default: `progress_ext.png`)."""
+        """Draw every figure against the epoch, one panel a unit, to `path` (default: `progress_ext.png`)."""
         if not self.enabled or not self._rows:
             return
         path = self.plot_path if path is None else Path(path)
         try:
-            title = f"{self.folder.name}, up to epoch {max(self._rows)} (legend: last value)"
-            png = draw_curves(self._rows, title, self.class_names, self.without_weight)
+            title = f"{self.title or self.folder.name}, up to epoch {max(self._rows)} (legend: last value)"
+            png = draw_curves(self._rows, title, self.class_names, self.without_weight, self.healthy)
             atomic_write(path, lambda file: file.write(png))
         except Exception as error:  # a picture is never worth a training run, whatever matplotlib raises
             self._warn(f"could not draw {path} ({type(error).__name__}: {error}); training goes on")

@@ -37,6 +37,8 @@ class LoopTrainer(CheckpointTrainer):
             tensorboard=self.settings.tensorboard,
             warn=self.print_to_log_file,
             class_names=foreground_names(self.dataset_json, self.label_manager),
+            title=self.picture_title,
+            healthy={k: v for c in reversed(type(self).mro()) for k, v in vars(c).get("healthy_figures", {}).items()},
         )
         if self._log_state is not None:
             # stopped during validation: the training part's figures are in the row of the epoch that is continued

@@ -1,5 +1,6 @@
 """Box plots of an evaluation, and the style of all plots of evaluate and compare."""
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,12 +37,15 @@ def draw_boxes(
     """
     metrics, names, arms = evaluation.metrics, evaluation.columns, colours or {"": "C0"}
     width = (0.8 if colours else 0.6) / len(arms)
-    slanted = not colours and len(names) > 1 and max(map(len, names)) > 6
+    # names that would run into each other: a slot is 0.42 inches a box, a character about 0.075
+    slanted = len(names) > 1 and max(map(len, names)) * 0.075 > 0.42 * len(arms)
     shift = np.random.default_rng(0)  # the same picture each time
     across, down = (1, len(metrics)) if colours else (len(metrics), 1)
     wide = 1.5 + 0.42 * len(names) * len(arms)
-    with figure_file(path, max(6.0, wide) if colours else max(3.2, wide + 0.7) * across, 3.2 * down + 0.9) as figure:
-        figure.suptitle("\n".join([title, *relaxations(evaluation)]), fontsize=10)
+    size = max(6.0, wide) if colours else max(3.2, wide + 0.7) * across, 3.2 * down + 0.9
+    with figure_file(path, *size) as figure:
+        lines = "\n".join([title, *relaxations(evaluation)]).split("\n")
+        figure.suptitle("\n".join(textwrap.fill(line, int(12 * size[0])) for line in lines), fontsize=10)
         for axes, (key, metric) in zip(np.ravel(figure.subplots(down, across)), metrics.items(), strict=True):
             for number, name in enumerate(names):
                 for index, (arm, colour) in enumerate(arms.items()):

@@ -227,7 +227,7 @@ def test_what_was_let_pass_is_in_every_output(trained: World, monkeypatch, capsy
     words = "origin and direction were not compared (--ignore-origin); they differ in case c1."
     assert words in capsys.readouterr().out and words in Path("out/report.md").read_text()
     assert any(words in line for line in json.loads(Path("out/comparison.json").read_text())["reading"])
-    assert all(words in title for title in titles[:2])  # differences.png, boxes.png
+    assert all(words in title.replace("\n", " ") for title in titles[:2])  # differences.png, boxes.png
     for name in ("cases.csv", "differences.csv"):
         rows = list(csv.DictReader(Path(f"out/{name}").read_text().splitlines()))
         assert {r["case"] for r in rows if r["remark"].endswith("differing: origin")} == {"c1"}

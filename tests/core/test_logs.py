@@ -243,9 +243,37 @@ def test_figures_of_one_group_share_a_panel(tmp_path, monkeypatch):
     assert imread(tmp_path / "progress_ext.png").std() > 0.01
 
 
+def test_figures_of_different_units_have_panels_of_their_own(tmp_path, monkeypatch):
+    axes = capture_axes(monkeypatch)
+    figures = {
+        "rada/gate_1": [0.1, 0.2],
+        "rada/kept_share": [0.5, 0.6],
+        "rada/gate_2": [0.2, 0.2],
+        "lrs": [0.01, 0.009],
+    }
+    filled(tmp_path, {**figures, "jras/lookup_ms": [2.0, 3.0], "jras/b0": [0.4, 0.3]}).plot()
+    panels = axes()
+    assert list(panels) == ["rada/gate", "rada/kept_share", "learning rate", "jras/lookup_ms", "jras/b0"]
+    assert [len(panel.lines) for panel in panels.values()] == [2, 1, 1, 1, 1]
+
+
+def test_healthy_ranges_are_bands_of_their_figure_alone(tmp_path, monkeypatch):
+    axes = capture_axes(monkeypatch)
+    figures = {"medcontext/disagreement": [0.3, 0.1], "medcontext/ramp": [0.3, 1.0]}
+    filled(tmp_path, figures, title="Dataset004_X, fold 0", healthy={"medcontext/disagreement": (0.02, 0.2)}).plot()
+    panels = axes()
+    (band,) = panels["medcontext/disagreement"].patches
+    assert (band.get_y(), band.get_height()) == pytest.approx((0.02, 0.18))
+    texts = [text.get_text() for text in panels["medcontext/disagreement"].get_legend().get_texts()]
+    assert texts == ["disagreement  0.1", "healthy: 0.02 to 0.2"]
+    assert not panels["medcontext/ramp"].patches
+    title = panels["medcontext/ramp"].figure.texts[0].get_text()
+    assert title == "Dataset004_X, fold 0, up to epoch 1 (legend: last value)"
+
+
 def test_scale_is_logarithmic_only_when_all_positive_and_wide(tmp_path, monkeypatch):
     axes = capture_axes(monkeypatch)
-    log = filled(tmp_path, {"wide/a": [1e-4, 0.5], "wide/b": [1.0, 1.0], "narrow": [1.0, 100.0], "zero": [0.0, 1000.0]})
+    log = filled(tmp_path, {"wide_1": [1e-4, 0.5], "wide_2": [1.0, 1.0], "narrow": [1.0, 100.0], "zero": [0.0, 1000.0]})
     log.plot()
     scales = {title: panel.get_yscale() for title, panel in axes().items()}
     assert scales == {"wide  (log scale)": "log", "narrow": "linear", "zero": "linear"}

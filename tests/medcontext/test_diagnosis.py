@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +119,14 @@ def test_without_a_teacher_there_is_no_figure_but_a_picture(make_trainer):
     assert trainer.epoch_figures() == {}
     result = diagnose(trainer, batch)
     assert result.teacher is None and math.isnan(result.gradient_ratio) and math.isnan(result.disagreement)
+
+
+def test_the_card_names_the_ranges_that_the_plot_draws():
+    card = (Path(__file__).parents[2] / "docs" / "methods" / "medcontext.md").read_text(encoding="utf-8")
+    for figure, limits in nnUNetTrainerMedContext.healthy_figures.items():
+        (row,) = [line for line in card.splitlines() if line.startswith(f"| `{figure.split('/')[1]}`")]
+        healthy = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", row.split("|")[2])}
+        assert set(limits) <= healthy, row
 
 
 def test_figures_only_where_there_is_a_masked_pass(make_trainer):

@@ -648,6 +648,7 @@ def test_a_run_frees_the_teacher_logs_every_figure_and_can_load_the_best_checkpo
         "medcontext/gradient_ratio",
     ):
         assert all(np.isfinite(float(row[name])) for row in rows), name
+    assert set(trainer.epoch_log.healthy) == set(trainer.healthy_figures) < set(rows[0])
     assert trainer.epoch_log.without_weight == {"loss/masked_supervised"}
     assert trainer.epoch_log.class_names == list(trainer.dataset_json["labels"])[1:]
     assert float(rows[1]["medcontext/momentum"]) == pytest.approx(1 - 1 / 6), "of the update after step 5"
