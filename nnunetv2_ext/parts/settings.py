@@ -1,8 +1,8 @@
 """Common settings that need more than core: every trainer offers them, whatever its method."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from nnunetv2_ext.core.settings import LOCAL_PATH, CommonSettings
 
@@ -22,3 +22,30 @@ class HouseSettings(CommonSettings):
         description="sgd: nnU-Net's, momentum 0.99; adamw: torch.optim.AdamW, which wants an initial_lr near 1e-3 and "
         "a weight_decay near 1e-2; none: the base trainer's",
     )
+    augmentation: Literal["base", "nnunet", "da5", "da5_ord0", "none"] = Field(
+        "base",
+        description="nnunet: nnUNetTrainer's; da5, da5_ord0: as nnUNetTrainerDA5 and ...DA5ord0; none: as "
+        "nnUNetTrainerNoDA; base: the base trainer's",
+    )
+    gin: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of training samples that go through a random convolution (GIN, arXiv 2111.12525); for "
+        "unseen contrasts, at a price at home",
+    )
+    gin_until: float = Field(
+        1.0, gt=0, le=1, description="share of the training's epochs in which gin is on. Source: ours"
+    )
+    gin_channels: Literal["auto", "separate", "joint"] = Field(
+        "auto",
+        description="separate: each channel has a random network of its own; joint: one for all; auto: joint for RGB "
+        "channels (rgb_to_0_1), else separate",
+    )
+    gin_layers: int = Field(4, ge=1, le=16, description="convolutions of the random network. Source: paper")
+    gin_hidden: int = Field(2, ge=1, le=64, description="channels between them. Source: paper")
+
+    @field_validator("augmentation", mode="before")
+    @classmethod
+    def _none_is_a_name_here(cls, value: Any) -> Any:
+        return "none" if value is None else value  # elsewhere it is read as "not set"

@@ -11,14 +11,19 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import distributed, nn
 
 from nnunetv2_ext.core.checkpoint import unwrap
+from nnunetv2_ext.core.randomness import make_repeatable
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.data.channels import hint_on_rgb
 from nnunetv2_ext.data.derive import notices
 from nnunetv2_ext.data.split import write_split_if_absent
 from nnunetv2_ext.data.store import CaseStore
 from nnunetv2_ext.data.subjects import divided, pairs_suggested, subjects_of_dataset
+from nnunetv2_ext.parts.augmentation import VARIANTS, variant_geometry
+from nnunetv2_ext.parts.random_convolution import RandomConvolution, insert
 from nnunetv2_ext.parts.settings import HouseSettings
 from nnunetv2_ext.parts.start import start_from
+
+RGB, CT = "RGBTo01Normalization", "CTNormalization"
 
 
 class MethodTrainer(ExtTrainer):
@@ -33,6 +38,7 @@ class MethodTrainer(ExtTrainer):
 
     case_store: CaseStore | None = None
 
+    _gin_probability: torch.Tensor | None = None  # shared with the loader's workers
     _takes_weights_of_checkpoint = False
     _started: list[int] | None = None  # versions of the weights after init_from was read
 
@@ -81,6 +87,59 @@ class MethodTrainer(ExtTrainer):
             else torch.optim.SGD(groups, **rest, momentum=0.99, nesterov=True)
         )
         return chosen, PolyLRScheduler(chosen, self.initial_lr, self.num_epochs)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        """nnU-Net's, or that of the setting ``augmentation``; without mirroring if ``mirroring`` says so."""
+        found = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        variant: str = self.settings.augmentation  # type: ignore[attr-defined]  # common_settings
+        if variant == "base":
+            return found
+        rotation, dummy_2d, initial_patch_size, mirror_axes = variant_geometry(self, variant)
+        if not self.settings.mirroring:
+            mirror_axes = self.inference_allowed_mirroring_axes = None
+        return rotation, dummy_2d, initial_patch_size, mirror_axes
+
+    def get_training_transforms(self, *args, **kwargs):
+        """nnU-Net's, or those of the setting ``augmentation``; with ``gin`` a random convolution behind them.
+
+        Raises:
+            ValueError: the pipeline has no place for it.
+        """
+        s: HouseSettings = self.settings  # type: ignore[assignment]  # common_settings
+        if s.augmentation == "base":
+            transforms = super().get_training_transforms(*args, **kwargs)
+        else:
+            transforms = VARIANTS[s.augmentation].get_training_transforms(*args, **kwargs)
+            if s.seed is not None:
+                make_repeatable(transforms)
+        if s.gin > 0:
+            schemes = self.configuration_manager.normalization_schemes
+            joint = s.gin_channels == "joint" or (s.gin_channels == "auto" and set(schemes) == {RGB})
+            self._gin_probability = torch.zeros(1).share_memory_()
+            self._set_gin()
+            one = RandomConvolution(self._gin_probability, "joint" if joint else "separate", s.gin_layers, s.gin_hidden)
+            insert(transforms, one)
+        return transforms
+
+    def _hint_on_gin(self) -> str | None:
+        ct = [
+            str(name)
+            for name, scheme in zip(
+                self.dataset_json["channel_names"].values(), self.configuration_manager.normalization_schemes
+            )
+            if scheme == CT
+        ]
+        if not ct or self.settings.gin == 0:  # type: ignore[attr-defined]  # common_settings
+            return None
+        return (
+            f"gin changes the intensities of {', '.join(ct)}, which have absolute units: compare with gin=0 before you "
+            "use this model"
+        )
+
+    def _set_gin(self) -> None:
+        if self._gin_probability is not None:
+            s: HouseSettings = self.settings  # type: ignore[assignment]  # common_settings
+            self._gin_probability.fill_(s.gin if self.current_epoch < s.gin_until * self.num_epochs else 0.0)
 
     def new_case_store(self, channels: Sequence[int] = (), fill: float = 0) -> CaseStore | None:
         """A store of arrays ``(*channels, X, Y, Z)`` of the preprocessed cases, beside the fold; first rank only.
@@ -136,7 +195,8 @@ class MethodTrainer(ExtTrainer):
                 "init_from and -pretrained_weights both say which weights to start from; give one of the two"
             )
         self._started = None
-        for notice in filter(None, (*notices(self.dataset_json), hint_on_rgb(self.dataset_json))):
+        said = (*notices(self.dataset_json), hint_on_rgb(self.dataset_json), self._hint_on_gin())
+        for notice in filter(None, said):
             self.print_to_log_file(f"NOTE: {notice}")
         if self.case_store is not None and self._is_resumed:
             self.case_store.rewind(self.global_step)
@@ -147,6 +207,7 @@ class MethodTrainer(ExtTrainer):
     def on_train_epoch_start(self) -> None:
         """nnU-Net's; the state of the cases is kept, to which checkpoint_before_nan.pth goes back."""
         super().on_train_epoch_start()
+        self._set_gin()
         if self.case_store is not None and not self.disable_checkpointing:
             self.case_store.flush(self.global_step)
 

@@ -1,0 +1,16 @@
+"""GIN as the rest of the house sees it."""
+
+from nnunetv2_ext.core.outside import Method, Promise, Trainer
+
+METHOD = Method(
+    name="gin",
+    summary="random convolutions of the input for scans of an unseen contrast (arXiv 2111.12525)",
+    trainers={
+        "nnUNetTrainerGIN": Trainer(
+            summary="plain nnU-Net whose training samples go through random convolutions",
+            off={"gin": 0},
+            promises={"": Promise(cpu=1.05, cuda=1.02, memory=1.02, predict=1.0)},
+        )
+    },
+    card="methods/gin.md",
+)
