@@ -61,7 +61,7 @@ def names_in(text: str) -> list[str]:
     """Names of methods and of their trainers in a text, in any case and hyphenation; not within a word (gradation)."""
     spellings = ["-?".join(name) for name in METHODS]
     classes = [name.removeprefix("nnUNetTrainer") for method in methods().values() for name in method.trainers]
-    found = re.findall(rf"(?<![a-z])(?i:{'|'.join(spellings)})(?![a-z])|(?<![A-Z])(?:{'|'.join(classes)})", text)
+    found = re.findall(rf"(?<![A-Za-z])(?i:{'|'.join(spellings)})(?![a-z])|(?<![A-Z])(?:{'|'.join(classes)})", text)
     return sorted(set(found))
 
 
