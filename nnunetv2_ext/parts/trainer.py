@@ -9,12 +9,13 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from torch import distributed, nn
 
 from nnunetv2_ext.core.checkpoint import unwrap
+from nnunetv2_ext.core.compat import pretrained_weights_file
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.data.split import write_split_if_absent
 from nnunetv2_ext.data.store import CaseStore
 from nnunetv2_ext.data.subjects import divided, pairs_suggested, subjects_of_dataset
 from nnunetv2_ext.parts.settings import HouseSettings
-from nnunetv2_ext.parts.start import start_from
+from nnunetv2_ext.parts.start import require_all_of, start_from
 
 
 class MethodTrainer(ExtTrainer):
@@ -36,9 +37,11 @@ class MethodTrainer(ExtTrainer):
         """nnU-Net's, then the weights of ``init_from``: before a method copies them, on every rank.
 
         Raises:
-            ValueError: the file cannot be used (see `parts.start.start_from`).
+            ValueError: the file cannot be used (see `parts.start.start_from`), or that of ``-pretrained_weights``.
         """
         super().initialize()
+        if given := pretrained_weights_file():
+            require_all_of(self.network, Path(given))
         file: str | None = self.settings.init_from  # type: ignore[attr-defined]  # common_settings
         if file is None or self._takes_weights_of_checkpoint:
             return

@@ -370,7 +370,7 @@ def test_ramp_values(step, value):
     ],
 )
 def test_a_schedule_outside_its_range_is_refused(schedule):
-    with pytest.raises(ValueError, match="must lie between 0 and 1|needs step >= 0"):
+    with pytest.raises(ValueError, match=r"must lie between 0 and 1|needs step >= 0"):
         schedule()
 
 
