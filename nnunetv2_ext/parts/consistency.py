@@ -1,8 +1,8 @@
 """Consistency between teacher and student predictions of the same patch, in the output segmentation space.
 
 The teacher saw the whole patch, the student a masked one. Targets are constants: no gradient reaches the teacher.
-All four kinds share one autograd function with a closed-form gradient, because plain autograd would keep two or three
-fp32 tensors of the size of the logits alive until the backward pass (1.76 GB each for 105 classes, B=2, 128^3).
+All four kinds share one autograd function with a closed-form gradient. Plain autograd would keep two or three fp32
+tensors of the size of the logits alive until the backward pass: 1.76 GB each for 105 classes, B=2, 128^3.
 """
 
 import math

@@ -34,8 +34,8 @@ def resolve_block(
     """Block size in voxels per axis, never longer than the patch, from the user's `mask_block` setting.
 
     Args:
-        settings_block: None for `default_block`, one edge for all axes, one edge per axis, or, for a 3-D patch with
-            `tube`, the two in-plane edges (axes 1 and 2).
+        settings_block: None for `default_block`, one edge for all axes, or one edge per axis. For a 3-D patch with
+            `tube` also the two in-plane edges (axes 1 and 2).
         patch_shape, strides: in voxels; the plan's (see `default_block`).
         tube: one in-plane pattern for all slices: a 3-D block then reaches through axis 0, whatever was given for it.
 

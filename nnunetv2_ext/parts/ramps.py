@@ -33,9 +33,9 @@ def ramp(step: int, total_steps: int, ramp_fraction: float) -> float:
 def momentum(step: int, total_steps: int, base: float = 0.996, final: float = 1.0) -> float:
     """Momentum m(t) of the update at global step t (0-based): min(m_cos(t), 1 - 1/(t + 1)).
 
-    m_cos rises on a half cosine from `base` to `final` over `total_steps` and stays there. The second term makes the
-    teacher the plain average of all students seen so far until the window of 1/(1 - base) steps is full, which is
-    Mean-Teacher practice; m(0) = 0 copies the student.
+    m_cos rises on a half cosine from `base` to `final` over `total_steps` and stays there. Until the window of
+    1/(1 - base) steps is full, the second term makes the teacher the plain average of all students seen so far. That is
+    Mean-Teacher practice. m(0) = 0 copies the student.
 
     The defaults are the released code's arguments; base 0.996 is a window of 250 steps = one nnU-Net epoch. The step
     counts on over epochs and resumes, up to num_epochs * num_iterations_per_epoch.
