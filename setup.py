@@ -8,6 +8,7 @@ tells nnU-Net where our trainers are. setuptools has no option for such files, h
 import base64
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -83,6 +84,13 @@ def package() -> tuple[str, dict[str, Any]]:
         sys.path.remove(str(ROOT))
 
 
+def addresses(methods: dict[str, Any]) -> dict[str, str]:
+    """What is known for certain: of nnU-Net, and of the papers that name their preprint."""
+    preprints = {name: re.search(r"arXiv:([\d.]+\d)", method.citation) for name, method in methods.items()}
+    papers = {f"Paper of {name}": f"https://arxiv.org/abs/{found[1]}" for name, found in preprints.items() if found}
+    return {"nnU-Net": "https://github.com/MIC-DKFZ/nnUNet", **papers}
+
+
 VERSION, METHODS = package()
 EXTRAS: dict[str, list[str]] = {
     "tensorboard": ["tensorboard"],
@@ -113,6 +121,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     author="The nnunetv2-ext contributors",
+    project_urls=addresses(METHODS),
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",

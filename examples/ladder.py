@@ -4,8 +4,8 @@
     python examples/ladder.py examples/ladders/medcontext.yaml -d 4 -c 3d_fullres -p small --steps 2000 --seeds 3 \\
         --output ladder_output
 
-Each run is an ordinary training of one fold in a results folder of its own (OUTPUT/RUN/nN_seedS), so it can be looked
-at, resumed and predicted with. A finished run is kept: calling the same command again continues where the last call
+Each run is an ordinary training of one fold in a results folder of its own, OUTPUT/RUN/nN_seedS. It can be looked at,
+resumed and predicted with. A finished run is kept: calling the same command again continues where the last call
 ended. Before the first run a few steps of each are timed, for an estimate of the whole and for --equal-time. At the end
 `nnUNetv2_ext compare` writes OUTPUT/comparison_nN: paired differences with intervals, Dice, HD95, NSD, pictures; the
 others are compared with the run that the file names as `reference` (of several, each further one has its own folder).

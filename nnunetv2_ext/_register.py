@@ -21,8 +21,8 @@ def register() -> None:
 
     Our folder goes first, because nnU-Net tries the folders in order and an import error in an earlier one ends its
     search; what the user had set follows unchanged. Calling it again changes nothing. Call it by hand in a kernel that
-    was running when the package was installed, after other code overwrote the variable, or where automatic registration
-    was switched off.
+    ran before the package was installed, or after other code overwrote the variable. Where automatic registration is
+    switched off it is needed as well.
     """
     others = [p for p in os.environ.get(EXT_VARIABLE, "").split(os.pathsep) if p.strip() and not _is_shim(p)]
     os.environ[EXT_VARIABLE] = os.pathsep.join([SHIM_FOLDER, *others])
@@ -42,8 +42,8 @@ def auto_register_enabled() -> bool:
 def installed_trainers() -> dict[str, str]:
     """Trainer names and the modules that define them, ``{"nnUNetTrainerX": "nnunetv2_ext.trainers.nnUNetTrainerX"}``.
 
-    Every file of the trainers package holds the one class that it is named after, so a listing is enough and no trainer
-    (and no optional dependency of one) is imported. Names that start with an underscore are helpers.
+    Every file of the trainers package holds the one class that it is named after, so a listing of files is enough. No
+    trainer and no optional dependency of one is imported. Names that start with an underscore are helpers.
     """
     from importlib.util import find_spec
     from pkgutil import iter_modules

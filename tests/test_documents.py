@@ -235,6 +235,18 @@ def test_the_citation_file_is_of_this_version() -> None:
     assert all(reference["title"] and reference["authors"] for reference in citation["references"])
 
 
+@pytest.mark.parametrize("method", [m for m in methods().values() if m.card], ids=lambda method: method.name)
+def test_what_a_trainer_asks_to_cite_is_what_its_card_and_the_citation_file_name(method) -> None:
+    [entry] = code_blocks(read(CHECKOUT / "docs" / method.card), "bibtex")
+    title = re.sub(r"[{}]", "", re.search(r"title\s*=\s*\{(.*)\},?\n", entry)[1])
+    preprint = re.search(r"arXiv:([\d.]+)", entry)
+    titles = [reference["title"] for reference in yaml.safe_load(read(CHECKOUT / "CITATION.cff"))["references"]]
+    assert title in titles
+    if method.name == "jras" and not method.citation:
+        pytest.xfail("its outside.py names no citation yet")
+    assert title in method.citation and (preprint is None or preprint[0] in method.citation)
+
+
 def test_the_picture_of_the_readme_is_small() -> None:
     [picture] = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", read(README))
     assert (CHECKOUT / picture).stat().st_size < 150_000

@@ -266,6 +266,14 @@ def test_each_platform_gets_exactly_one_faiss(wheel: Path, system: str, machine:
     assert "nnunetv2" in chosen and "pytest" not in chosen
 
 
+def test_metadata_hold_the_readme_and_known_addresses(wheel: Path) -> None:
+    metadata = Metadata.from_email(_read(wheel, ".dist-info/METADATA"), validate=False)
+    assert metadata.description.strip() == (CHECKOUT / "README.md").read_text(encoding="utf-8").strip()
+    assert metadata.description_content_type.startswith("text/markdown")
+    papers = {f"https://arxiv.org/abs/{number}" for number in ("2402.17725", "2604.11164")}
+    assert papers | {"https://github.com/MIC-DKFZ/nnUNet"} <= set(metadata.project_urls.values())
+
+
 def test_sdist_gives_the_same_wheel(built: Path, wheel: Path, tmp_path: Path) -> None:
     [sdist] = built.glob("*.tar.gz")
     shutil.unpack_archive(sdist, tmp_path)

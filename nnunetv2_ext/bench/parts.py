@@ -4,9 +4,9 @@ The step is cut at the beginning and end of calls that every trainer makes: a ne
 optimiser. Each stretch of time belongs to the innermost call that is running, the rest is ``other``. On CUDA the cuts
 are events on the stream, so nothing waits and the stretches are the GPU's; elsewhere they are clock readings.
 
-A trainer adds parts of its own by the class attribute ``bench_parts``, part to names of its methods or, with dots, of
-methods of objects below it: ``{"lookup": ("network.bank.lookup",), "contrastive": ("contrastive_terms",)}``. On such a
-path networks are taken without their torch.compile and DDP wrappers, and what this trainer does not have is left out.
+A trainer adds parts of its own by the class attribute ``bench_parts``. It maps a part to names of methods, of the
+trainer or, with dots, of objects below it: ``{"lookup": ("network.bank.lookup",), "contrastive": ("my_terms",)}``. On
+such a path networks are taken without their torch.compile and DDP wrappers. What a trainer does not have is left out.
 A method that compiled code calls is not compiled together with what is around it while the parts are measured.
 """
 

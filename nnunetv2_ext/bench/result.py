@@ -37,8 +37,8 @@ class Rounds:
     def measure(self, call: Callable[[], object], number: int, device: torch.device) -> None:
         """One more round: the mean over ``number`` calls run in one go.
 
-        One mean and no list: the calls of a round may differ on purpose (a masked pass in every second step), and
-        without a wait between them the CPU runs ahead of a GPU as it does in training.
+        Only the mean is kept, because the calls of a round may differ on purpose (a masked pass in every second step).
+        Nothing waits between them, so the CPU runs ahead of a GPU as it does in training.
         """
         wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
         wait()

@@ -84,11 +84,12 @@ def _requirement(requirement: Any, elsewhere: list[str], method: str) -> Iterato
         yield Finding(WARN, name, f"{' and '.join([name, *rivals])} overwrite each other's files", remedy)
     elif not requirement.specifier.contains(version, prereleases=True):
         yield Finding(WARN, name, f"{version} is installed; {method} needs {requirement.specifier}", remedy)
-    elif error := child_error("".join(f"import {module}\n" for module in sorted(_modules(name)))):
+    elif (tried := _child("".join(_IMPORT.format(module) for module in sorted(_modules(name)))))[1]:
         remedy = install.replace("install", "install --force-reinstall", 1)
-        yield Finding(WARN, name, f"{version} is installed and cannot be imported: {error}; {method} needs it", remedy)
+        detail = f"{version} is installed and cannot be imported: {tried[1]}; {method} needs it"
+        yield Finding(WARN, name, detail, remedy)
     else:
-        yield Finding(OK, name, f"{version}, for {method}")
+        yield Finding(OK, name, ", ".join([version, *tried[0], f"for {method}"]))
 
 
 def _version(name: str) -> str | None:
@@ -103,13 +104,26 @@ def _modules(name: str) -> set[str]:
     return {f.parts[0] for f in distribution(name).files or () if len(f.parts) == 2 and f.name == "__init__.py"}
 
 
+# a search library of two distributions, with GPUs and without (faiss), tells itself which of them it sees
+_IMPORT = """import {0}
+if hasattr({0}, "get_num_gpus"):
+    print("sees", {0}.get_num_gpus(), "GPU(s)")
+"""
+
+
 def child_error(code: str, *arguments: str) -> str:
-    """The last line that a new Python says when it runs ``code``; empty if all goes well.
+    """The last line that a new Python says when it runs ``code``; empty if all goes well."""
+    return _child(code, *arguments)[1]
+
+
+def _child(code: str, *arguments: str) -> tuple[list[str], str]:
+    """What a new Python prints when it runs ``code``, and its last line if that fails.
 
     In a process of its own: what is imported may do anything, and a clash of OpenMP libraries ends it.
     """
     command = [sys.executable, "-c", f"{code}\nprint('done')", *arguments]
     child = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if child.stdout.rstrip().endswith("done"):
-        return ""
-    return (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
+    said = child.stdout.splitlines()
+    if said[-1:] == ["done"]:
+        return said[:-1], ""
+    return [], (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]

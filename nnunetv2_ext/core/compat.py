@@ -33,6 +33,17 @@ def require_supported_nnunet() -> None:
         raise ValueError(f'{what}: nnunetv2-ext needs {SUPPORTED}. Run: pip install "nnunetv2{SUPPORTED}"')
 
 
+def pretrained_weights_file() -> str | None:
+    """The file of ``nnUNetv2_train -pretrained_weights`` that nnU-Net will load next, read from its waiting call.
+
+    nnU-Net tells its trainers nothing of the option and ends in an AssertionError where the file does not fit.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "maybe_load_checkpoint":
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("pretrained_weights_file")
+
+
 CLIP_NORM = 12.0  # nnUNetTrainer's
 
 

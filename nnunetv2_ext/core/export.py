@@ -39,8 +39,8 @@ def export_model(
 ) -> list[Path]:
     """Write ``model_folder`` (TRAINER__PLANS__CONFIGURATION) to ``output`` as a model of the stock nnUNetTrainer.
 
-    Of every fold the final checkpoint (the latest of a fold that is not finished) gets the chosen weights under
-    ``network_weights`` and the stock trainer's name, and loses this package's key and the optimiser's state. The
+    Of every fold the final checkpoint is taken, of an unfinished fold the latest. It gets the chosen weights under
+    ``network_weights`` and the stock trainer's name. It loses this package's key and the optimiser's state. The
     fold's progress picture and validation result go along if they belong to these weights. No file holds a path of the
     training machine, nor of a file that a setting names: a stock model has no block of settings, one of our trainers
     loses the keys marked LOCAL_PATH. Cases are named in the validation result only. The source is only read. The
@@ -58,8 +58,8 @@ def export_model(
         tell: gets a line if the validation result was left out, and what the edits have to say.
 
     Raises:
-        ValueError: no model folder, output exists, not one of our trainers, no such weights or edit, edits that exclude
-            each other, no best checkpoint, or a network that plain nnU-Net does not build.
+        ValueError: no model folder, not one of our trainers, no best checkpoint, output exists; no such weights or
+            edit, edits that exclude each other, or a network that plain nnU-Net does not build.
     """
     missing = [name for name in ("plans.json", "dataset.json") if not (model_folder / name).is_file()]
     files = _checkpoints(model_folder, best)

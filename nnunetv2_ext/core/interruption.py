@@ -1,4 +1,4 @@
-"""Ending a training early and cleanly: signals (SLURM preemption, Ctrl-C) and a file named ``stop``."""
+"""Ending a training early and cleanly: signals (SLURM preemption, Ctrl-C) and a file, ``stop`` or ``exit_training``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ALIAS = "exit_training"  # of the stop file, for job scripts that write this name
 
 
 class StopRequest:
@@ -18,12 +19,12 @@ class StopRequest:
     back on exit.
 
     Args:
-        stop_file: ``stop`` in the fold's folder; its presence asks for a stop. It is removed when obeyed, or ``--c``
-            would stop at once.
+        stop_file: ``stop`` in the fold's folder; its presence asks for a stop, and so does that of `ALIAS` beside it.
+            Both are removed when obeyed, or ``--c`` would stop at once.
     """
 
     def __init__(self, stop_file: Path) -> None:
-        self.stop_file = stop_file
+        self._stop_files = (stop_file, stop_file.with_name(ALIAS))
         self.signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -46,13 +47,20 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal came or the stop file exists."""
-        return self.signal is not None or self.stop_file.exists()
+        """Whether a signal came or a stop file exists."""
+        return self.signal is not None or any(file.exists() for file in self._stop_files)
 
     @property
     def reason(self) -> str:
         """What asked for the stop, for the log."""
-        return self.signal.name if self.signal is not None else f"the file {self.stop_file}"
+        if self.signal is not None:
+            return self.signal.name
+        return f"the file {next((file for file in self._stop_files if file.exists()), self._stop_files[0])}"
+
+    def remove_files(self) -> None:
+        """What was obeyed; also a stop file that a signal made needless."""
+        for file in self._stop_files:
+            file.unlink(missing_ok=True)
 
     @property
     def exit_code(self) -> int:

@@ -32,6 +32,7 @@ class EpochLog:
         class_names: Of the foreground classes or regions, in nnU-Net's order; for the plot's legend.
         title: Of the plot; the folder's name if empty.
         healthy: Ranges of figures that the plot draws as bands.
+        beside: nnU-Net's own loggers (Weights & Biases), which get the named figures too: `log(name, value, step)`.
 
     Raises:
         ValueError: `tensorboard` is asked for and not installed.
@@ -47,6 +48,7 @@ class EpochLog:
         class_names: Sequence[str] = (),
         title: str = "",
         healthy: Mapping[str, tuple[float, float]] | None = None,
+        beside: Sequence[Any] = (),
     ) -> None:
         self.folder = Path(folder)
         self.csv_path = self.folder / "epochs.csv"
@@ -57,6 +59,7 @@ class EpochLog:
         self.without_weight: Collection[str] = ()  # figures that the plot marks as terms of weight 0
         self.class_names = list(class_names)
         self.title, self.healthy = title, healthy
+        self._beside = tuple(beside)
         self._warn = warn
         self._rows: dict[int, Row] = {}
         self._started_at: dict[int, float] = {}
@@ -98,6 +101,7 @@ class EpochLog:
         """
         for name, value in figures.items() if self.enabled else ():
             self._put(name, value, step)
+            self._tell_others(name, value, step)
 
     def end_epoch(self, epoch: int) -> None:
         """Close the row of `epoch` (0-based) and rewrite `epochs.csv` as a whole, atomically."""
@@ -168,6 +172,19 @@ class EpochLog:
             self._refused.add(name)
             reason = "the name is taken" if name == "epoch" else f"not a number: {type(value).__name__}"
             self._warn(f"the figure '{name}' is left out of {self.csv_path.name} ({reason})")
+
+    def _tell_others(self, name: str, value: Any, step: int) -> None:
+        if (number := _as_number(value)) is None:
+            return
+        try:
+            for other in self._beside:
+                other.log(name, number, step)
+        except Exception as error:  # a service on the network
+            self._warn(
+                f"the methods' figures are not logged elsewhere any more ({type(error).__name__}: {error}); "
+                f"training goes on, and {self.csv_path.name} has them"
+            )
+            self._beside = ()
 
     def _write_events(self, figures: Mapping[str, float], step: int) -> None:
         if self._writer_class is None:

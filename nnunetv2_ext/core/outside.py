@@ -111,6 +111,7 @@ class Method:
     requires: tuple[str, ...] = ()
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # distributions by the name of the extra
     card: str = ""  # its page below docs/
+    citation: str = ""  # its paper, as in a list of references; a new training asks to cite it
 
 
 def methods() -> dict[str, Method]:

@@ -1,7 +1,7 @@
 """Settings of our trainers: every key with its type, bounds and meaning, and how keys are written (dotted, nested).
 
-nnU-Net's trainers take no further constructor arguments (an extra one raises KeyError in nnUNetTrainer.__init__), so
-values come from a file or the environment (core/sources.py) and are merged in core/resolve.py.
+nnU-Net's trainers take no further constructor arguments: nnUNetTrainer.__init__ raises KeyError on one. Values
+therefore come from a file or the environment (core/sources.py). They are merged in core/resolve.py.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class CommonSettings(Settings):
     keep_every: int | None = _resumable(
         None,
         ge=1,
-        description="epochs between two checkpoints that are kept (checkpoint_epoch_0050.pth); none: none is",
+        description="epochs between two checkpoints that are kept (checkpoint_epoch_0050.pth); none: nothing is kept",
     )
     seed: int | None = Field(
         None,

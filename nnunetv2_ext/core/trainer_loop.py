@@ -17,6 +17,7 @@ from nnunetv2_ext.core.hooks import MethodHooks
 from nnunetv2_ext.core.interruption import StopRequest
 from nnunetv2_ext.core.labelmaps import foreground_names
 from nnunetv2_ext.core.logs import EpochLog
+from nnunetv2_ext.core.outside import methods_of
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.core.trainer_checkpoints import CheckpointTrainer
 
@@ -29,7 +30,12 @@ class LoopTrainer(CheckpointTrainer):
     _stop: StopRequest | None = None
 
     def on_train_start(self) -> None:
-        """Start the epoch log after nnU-Net's own start."""
+        """Start the epoch log after nnU-Net's own start; a new training names the papers to cite, as nnU-Net does."""
+        papers = [method.citation for method in methods_of(type(self)) if method.citation]
+        if papers and self.local_rank == 0 and not self._is_resumed:
+            frame = "#" * 71
+            asked = f"Please cite, besides nnU-Net, when using {type(self).__name__}:"
+            self.print_to_log_file("\n".join(["", frame, asked, *papers, frame, ""]), add_timestamp=False)
         super().on_train_start()
         self.epoch_log = EpochLog(
             Path(self.output_folder),
@@ -39,6 +45,7 @@ class LoopTrainer(CheckpointTrainer):
             class_names=foreground_names(self.dataset_json, self.label_manager),
             title=self.picture_title,
             healthy={k: v for c in reversed(type(self).mro()) for k, v in vars(c).get("healthy_figures", {}).items()},
+            beside=self.logger.loggers,
         )
         if self._log_state is not None:
             # stopped during validation: the training part's figures are in the row of the epoch that is continued
@@ -210,7 +217,7 @@ class LoopTrainer(CheckpointTrainer):
         self._save_latest(self.current_epoch, state)
         if self.local_rank == 0:
             reason = self._stop.reason
-            self._stop.stop_file.unlink(missing_ok=True)
+            self._stop.remove_files()
             kept = (
                 "nothing was saved (--disable_checkpointing)"
                 if self.disable_checkpointing

@@ -26,9 +26,9 @@ _CHUNK = 2**20
 class CaseStore:
     """An array per case on the disk; each checkpoint finds the arrays as they were when it was written.
 
-    Changes go to a working copy. `flush` seals it as the version of a checkpoint that is about to be written, `saved`
-    drops the versions that no checkpoint needs any more, and `rewind` goes back to a checkpoint's. ``MethodTrainer``
-    calls them for its ``case_store``; a method calls `read`, `write` and `update` only.
+    Changes go to a working copy. `flush` seals it as the version of a checkpoint that is about to be written. `saved`
+    drops the versions that no checkpoint needs any more. `rewind` goes back to a checkpoint's. ``MethodTrainer`` calls
+    these three for its ``case_store``; a method calls `read`, `write` and `update` only.
 
     One process uses a store: the training one, never a worker of the loader; under DDP the first rank.
 

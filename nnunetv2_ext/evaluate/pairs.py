@@ -99,8 +99,8 @@ def listed(cases: Sequence[str]) -> str:
 def read(pair: Pair, from_file: Any, ignore_origin: bool = False) -> tuple[LabelMap, LabelMap, dict[str, Any]]:
     """Prediction and truth of a case, (X, Y, Z) in array order, (X, Y) of 2-D files, by one of nnU-Net's readers.
 
-    With them ``spacing`` (mm along these axes, ones where no file tells it), ``spacing_known`` (whether a file does)
-    and ``remark`` (what was not as it should be and was let pass). Shape and known spacings always have to agree.
+    With them ``spacing`` (mm along these axes, ones where no file tells it) and ``spacing_known`` (whether a file
+    does). ``remark`` says what was wrong and was let pass. Shape and known spacings always have to agree.
 
     nnU-Net's readers of TIFF and of pictures assume a spacing where the file has none. An assumed spacing is not
     compared, and the other file's is taken if that one tells it: nnU-Net writes CASE.json beside a 3-D TIFF prediction,

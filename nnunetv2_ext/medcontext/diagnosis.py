@@ -1,6 +1,6 @@
 """A look at one sample: what student and teacher see, and how strongly each term pulls.
 
-Everything runs on one sample, in eval mode and on the uncompiled networks, so it costs a fraction of a step per epoch
+Everything runs on one sample, in eval mode and on the uncompiled networks. A look costs a fraction of a step per epoch
 and changes nothing.
 """
 

@@ -19,4 +19,6 @@ METHOD = Method(
     },
     weights={"teacher": "MedContext's moving average"},
     card="methods/medcontext.md",
+    citation="Gani, H., Naseer, M., Khan, F. S., & Khan, S. (2024). MedContext: Learning Contextual Cues for Efficient "
+    "Volumetric Medical Segmentation. MICCAI 2024, LNCS 15012, 229-239. arXiv:2402.17725",
 )

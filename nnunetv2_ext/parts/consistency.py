@@ -1,14 +1,14 @@
 """Consistency between teacher and student predictions of the same patch, in the output segmentation space.
 
 The teacher saw the whole patch, the student a masked one. Targets are constants: no gradient reaches the teacher.
-All four kinds share one autograd function with a closed-form gradient, because plain autograd would keep two or three
-fp32 tensors of the size of the logits alive until the backward pass (1.76 GB each for 105 classes, B=2, 128^3).
+All four kinds share one autograd function with a closed-form gradient. Plain autograd would keep two or three fp32
+tensors of the size of the logits alive until the backward pass: 1.76 GB each for 105 classes, B=2, 128^3.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -55,8 +55,10 @@ def consistency_loss(
         0-dim tensor, differentiable once with respect to the student logits; 0 if no voxel is valid.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: unknown kind, or shapes that do not fit.
     """
+    if kind not in get_args(Consistency):
+        raise ValueError(f"unknown consistency {kind!r}: choose one of {', '.join(get_args(Consistency))}")
     if teacher_logits.shape != student_logits.shape or student_logits.ndim < 3:
         raise ValueError(
             f"teacher logits {tuple(teacher_logits.shape)} and student logits {tuple(student_logits.shape)} "
@@ -95,7 +97,12 @@ def disagreement(teacher_logits: torch.Tensor, student_logits: torch.Tensor, reg
 
     Classes: the most probable class differs. Regions: any region is on one side of 0.5 for one and not for the other.
     Logits are `(B, C, *S)`.
+
+    Raises:
+        ValueError: shapes that differ.
     """
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(f"shapes differ: teacher {tuple(teacher_logits.shape)}, student {tuple(student_logits.shape)}")
     if regions:
         return ((teacher_logits > 0) != (student_logits > 0)).any(dim=1).float().mean()
     return (teacher_logits.argmax(dim=1) != student_logits.argmax(dim=1)).float().mean()

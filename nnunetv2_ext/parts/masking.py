@@ -7,7 +7,7 @@ picture. Everything stays on the batch's device and nothing waits for it.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -34,8 +34,8 @@ def resolve_block(
     """Block size in voxels per axis, never longer than the patch, from the user's `mask_block` setting.
 
     Args:
-        settings_block: None for `default_block`, one edge for all axes, one edge per axis, or, for a 3-D patch with
-            `tube`, the two in-plane edges (axes 1 and 2).
+        settings_block: None for `default_block`, one edge for all axes, or one edge per axis. For a 3-D patch with
+            `tube` also the two in-plane edges (axes 1 and 2).
         patch_shape, strides: in voxels; the plan's (see `default_block`).
         tube: one in-plane pattern for all slices: a 3-D block then reaches through axis 0, whatever was given for it.
 
@@ -66,13 +66,22 @@ def cell_counts(
     """Number of cells in the mask's grid and how many of them are hidden in each sample; arguments as in `block_mask`.
 
     A patch with few cells may hide none, or all, at a ratio strictly between 0 and 1.
+
+    Raises:
+        ValueError: a ratio outside 0..1, an edge below 1, or an unknown rounding.
     """
+    if not 0.0 <= ratio <= 1.0:  # also refuses nan
+        raise ValueError(f"the mask ratio must lie between 0 and 1, not {ratio}")
+    if rounding not in get_args(Rounding):
+        raise ValueError(f"unknown rounding {rounding!r}: choose {' or '.join(get_args(Rounding))}")
     cells = math.prod(_grid(shape, block))
     return cells, round(ratio * cells) if rounding == "nearest" else int(ratio * cells)
 
 
 def _grid(shape: Sequence[int], block: Sequence[int]) -> list[int]:
-    return [-(-n // edge) for n, edge in zip(shape, block, strict=True)]
+    if len(shape) != len(block) or min(*shape, *block) < 1:
+        raise ValueError(f"block {list(block)} must have one edge of at least 1 per axis of the patch {list(shape)}")
+    return [-(-n // edge) for n, edge in zip(shape, block)]
 
 
 def block_mask(
@@ -100,6 +109,9 @@ def block_mask(
 
     Returns:
         bool tensor `(B, 1, *S)`, True = hidden.
+
+    Raises:
+        ValueError: as of `cell_counts`.
     """
     grid = _grid(shape, block)
     cells, hidden = cell_counts(shape, block, ratio, rounding)
@@ -144,13 +156,19 @@ def apply_mask(
         A new tensor like `x`; voxels that are not hidden are bit-identical.
 
     Raises:
-        ValueError: the mask's shape does not fit.
+        ValueError: the mask's shape or type, or the number of image channels does not fit; or an unknown fill.
     """
     if tuple(mask.shape) != (x.shape[0], 1, *x.shape[2:]):
         raise ValueError(f"mask {tuple(mask.shape)} does not fit the batch {tuple(x.shape)}: expected (B, 1, *S)")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"the mask must be bool (True = hidden), not {mask.dtype}")
+    if fill not in get_args(Fill):
+        raise ValueError(f"unknown fill {fill!r}: choose {', '.join(get_args(Fill))}")
+    images = x.shape[1] if num_image_channels is None else num_image_channels
+    if not 1 <= images <= x.shape[1]:
+        raise ValueError(f"num_image_channels must lie in 1..{x.shape[1]} (channels of the batch), not {images}")
     if fill == "zero":
         return x.masked_fill(mask, 0)
-    images = x.shape[1] if num_image_channels is None else num_image_channels
     image = x[:, :images]
     if fill == "noise":
         value = torch.randn(image.shape, dtype=x.dtype, device=x.device, generator=generator)

@@ -171,6 +171,23 @@ def start_from(network: nn.Module, path: Path) -> str:
     return text
 
 
+def require_all_of(network: nn.Module, path: Path) -> None:
+    """Raise ValueError, naming what works instead, if nnU-Net's ``-pretrained_weights`` could not load the file.
+
+    nnU-Net asks for every weight of the network but those of the segmentation layers.
+    """
+    theirs = read(path)["network_weights"]
+    for name, tensor in unwrap(network).state_dict().items():
+        if ".seg_layers." in name or (name in theirs and theirs[name].shape == tensor.shape):
+            continue
+        try:
+            start_from(network, path)  # its random weights are of no use any more
+            remedy = f"leave it out and set init_from={path}, which loads what fits"
+        except ValueError:
+            remedy = "use a checkpoint of the same network"
+        raise ValueError(f"-pretrained_weights {path} does not fit this network, first at {name}: {remedy}")
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The checkpoint; what people name instead of one is told apart."""
     if str(path).startswith(("http:/", "https:/")):

@@ -11,6 +11,7 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import distributed, nn
 
 from nnunetv2_ext.core.checkpoint import unwrap
+from nnunetv2_ext.core.compat import pretrained_weights_file
 from nnunetv2_ext.core.randomness import make_repeatable
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.data.channels import hint_on_rgb
@@ -21,7 +22,7 @@ from nnunetv2_ext.data.subjects import divided, pairs_suggested, subjects_of_dat
 from nnunetv2_ext.parts.augmentation import VARIANTS, variant_geometry
 from nnunetv2_ext.parts.random_convolution import RandomConvolution, insert
 from nnunetv2_ext.parts.settings import HouseSettings
-from nnunetv2_ext.parts.start import start_from
+from nnunetv2_ext.parts.start import require_all_of, start_from
 
 RGB, CT = "RGBTo01Normalization", "CTNormalization"
 
@@ -46,9 +47,11 @@ class MethodTrainer(ExtTrainer):
         """nnU-Net's, then the weights of ``init_from``: before a method copies them, on every rank.
 
         Raises:
-            ValueError: the file cannot be used (see `parts.start.start_from`).
+            ValueError: the file cannot be used (see `parts.start.start_from`), or that of ``-pretrained_weights``.
         """
         super().initialize()
+        if given := pretrained_weights_file():
+            require_all_of(self.network, Path(given))
         file: str | None = self.settings.init_from  # type: ignore[attr-defined]  # common_settings
         if file is None or self._takes_weights_of_checkpoint:
             return

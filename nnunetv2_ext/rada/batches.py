@@ -17,7 +17,7 @@ class ViewDataset:
     """An nnU-Net dataset whose labels carry their view map and, if wanted, propagated planes as further channels.
 
     Args:
-        dataset: nnU-Net's, of a configuration that is no cascade.
+        dataset: nnU-Net's, of a configuration that is not a cascade.
         planes: per case; cases without an entry have none.
         labelled: cases with any annotated voxel.
         ignore: the ignore label.

@@ -46,4 +46,6 @@ METHOD = Method(
     },
     requires=("open_clip_torch>=3", "safetensors"),  # 3 is the first with require_pretrained and local-dir: models
     card="methods/rada.md",
+    citation="Zeng, Xie, Zhu, Zhang, Hu, Yao, Li, Lu, & Lu (2026). RADA: Region-Aware Dual-encoder Auxiliary learning "
+    "for Barely-supervised Medical Image Segmentation. arXiv:2604.11164",
 )

@@ -17,8 +17,8 @@ from nnunetv2_ext.core.settings import LOCAL_PATH, RESUMABLE, STRUCTURAL, Settin
 class RADASettings(Settings):
     """Settings of `nnUNetTrainerRADA`, given as `rada.NAME`.
 
-    For network k: total = (1 - n lambda) L_sup + lambda (sum of L_u over the n other networks) + `mu_align` L_align,
-    lambda(t) = `lambda_max` exp(-5 (1 - t)^2), t = finished share of the training.
+    For network k: total = (1 - n lambda) L_sup + lambda (sum of L_u over the n other networks) + `mu_align` L_align.
+    With t the finished share of the training, lambda(t) = `lambda_max` exp(-5 (1 - t)^2).
     """
 
     RENAMED: ClassVar[Mapping[str, str]] = {"clip_norm": "clip_norm"}  # the common key

@@ -19,22 +19,15 @@ from nnunetv2_ext.parts import pseudo_labels
 from nnunetv2_ext.parts.epoch_means import EpochMeans
 from nnunetv2_ext.parts.pseudo_labels import Lesson
 from nnunetv2_ext.rada import targets
-from nnunetv2_ext.rada.annotation.cases import cache_root
 from nnunetv2_ext.rada.export import export_network
-from nnunetv2_ext.rada.network import MemberOutput, RADANet, build_rada_network
+from nnunetv2_ext.rada.network import MemberOutput, build_rada_network
 from nnunetv2_ext.rada.panel import draw_panel, sample_views
 from nnunetv2_ext.rada.propagation.propagate import NONE, voxel_weights
-from nnunetv2_ext.rada.semantics.bank import draw_own, mean_vectors, vectors_of
-from nnunetv2_ext.rada.semantics.clip_encoder import load_encoder
-from nnunetv2_ext.rada.semantics.clip_model import ClipSource
-from nnunetv2_ext.rada.semantics.embed import CaseEmbeddings, embed_cases
-from nnunetv2_ext.rada.semantics.prompts import class_prompts
 from nnunetv2_ext.rada.settings import RADASettings
-from nnunetv2_ext.rada.sparse_training import SparseTraining
-from nnunetv2_ext.rada.views import axes_in
+from nnunetv2_ext.rada.vector_training import VectorTraining
 
 
-class RADATraining(SparseTraining):
+class RADATraining(VectorTraining):
     """The networks and the passes of a step: one without gradient, in which they label the batch, then one each.
 
     With class vectors (`rada.semantics`) and propagated planes (`rada.registration`) if wanted.
@@ -50,15 +43,6 @@ class RADATraining(SparseTraining):
     }
 
     _figures: EpochMeans
-    _own_vectors: dict[str, tuple[Tensor, Tensor]] | None = None  # of the training cases, for semantics=clip
-    _weights_identity: dict[str, str] | None = None  # of the CLIP that made them; from the checkpoint when continuing
-    _own: tuple[Tensor, Tensor, Tensor] | None = None  # of this step's samples: vectors, valid, which are used
-
-    @property
-    def rada_network(self) -> RADANet:
-        """The network, which nothing wraps."""
-        assert isinstance(self.network, RADANet)
-        return self.network
 
     @property
     def training_share(self) -> float:
@@ -120,44 +104,10 @@ class RADATraining(SparseTraining):
         """Of all networks, if the setting says so."""
         self.rada_network.deep_supervision = enabled and self.rada.deep_supervision == "pool"
 
-    def get_tr_and_val_datasets(self) -> Any:
-        """nnU-Net's with planes; CLIP's vectors come now, before any worker is started and any weight has moved."""
-        datasets = super().get_tr_and_val_datasets()
-        if self.rada.semantics == "clip":
-            embeddings = self._embed()
-            self._own_vectors = embeddings.with_background()
-            if not (self._is_resumed and self.rada_network.bank.is_filled):  # the checkpoint brings its own
-                mean = mean_vectors(*(torch.stack(parts) for parts in zip(*self._own_vectors.values())))
-                self.rada_network.set_bank(mean.to(self.device), embeddings.text.to(self.device))
-        return datasets
-
-    def _embed(self) -> CaseEmbeddings:
-        settings, cases, log = self.rada, self.training_sources(), self.print_to_log_file
-        if not cases:
-            raise ValueError(
-                f"no training case of fold {self.fold} has an annotated plane, so there is no slice to show to CLIP: "
-                "annotate whole slices, or set rada.semantics=learned or off"
-            )
-        channels = self.dataset_json.get("channel_names") or self.dataset_json.get("modality")
-        source = ClipSource(settings.clip_model, str(settings.clip_weights), settings.alpha_weights)
-        self._weights_identity = source.identity(self._weights_identity)
-        masks = "read by Alpha-CLIP" if settings.alpha_weights else "CLIP without Alpha-CLIP's weights cannot see them"
-        log(f"rada.region: {settings.region_shown} (masks: {masks}).")
-        return embed_cases(
-            cases,
-            class_prompts(self.dataset_json["labels"], channels, settings.prompts, settings.image_channel, log),
-            lambda: load_encoder(source, self.device, log),
-            cache_root(self.preprocessed_dataset_folder_base),
-            {**self.preprocessed.key(), **self._weights_identity, "channel": settings.image_channel},
-            settings.region_shown,
-            log,
-        )
-
     def on_train_start(self) -> None:
-        """nnU-Net's, then what the networks need to know of the data."""
+        """nnU-Net's, then the deep supervision of all networks."""
         super().on_train_start()
         self.set_deep_supervision_enabled(True)
-        self.rada_network.bank.set_views([axes_in(mask) for mask in self.masks])
         if len(self.masks) > 1 and self.rada.lambda_max == 0:
             self.print_to_log_file(
                 "rada.lambda_max=0: the networks do not teach each other, and unlabelled patches teach nothing; "
@@ -171,10 +121,7 @@ class RADATraining(SparseTraining):
         The first network teaches from its own training pass where that says the same: one forward less. They replace
         the supervised pass, nnU-Net's last one. All networks of a step are conditioned alike.
         """
-        if self._own_vectors is not None:
-            vectors, valid = vectors_of(self._own_vectors, batch.keys, self.device)
-            use = draw_own(valid.flatten(1).any(1), self.rada.own_embedding_p, self.generator)
-            self._own = vectors, valid, use
+        self.draw_vectors(batch)
         mine, count = [], len(self.masks)
         weight = pseudo_labels.teacher_weight(self.training_share, self.rada.lambda_max) if count > 1 else 0.0
         # the unlabelled samples; where there are none all, of which the voxels nobody annotated count
@@ -274,8 +221,7 @@ class RADATraining(SparseTraining):
 
     def forward_member(self, k: int, batch: Batch) -> MemberOutput:
         """Network k on the whole batch, with gradient, conditioned on the samples' own vectors or the bank's."""
-        vectors = None if self._own is None else self.rada_network.conditioning(k, *self._own)
-        return self.rada_network.forward_member(k, batch.data, vectors)
+        return self.rada_network.forward_member(k, batch.data, self.vectors(k))
 
     def _supervised_loss(self, k: int, output: MemberOutput, target: Tensor) -> Tensor:
         label = targets.supervised_target(target, self.masks[k], self.ignore_label)
@@ -316,10 +262,8 @@ class RADATraining(SparseTraining):
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def train_step(self, batch: dict) -> dict:
-        """Reports as ``loss`` the mean of the networks' supervised terms; gates stay within their bound."""
+        """Reports as ``loss`` the mean of the networks' supervised terms."""
         figures = super().train_step(batch)
-        for head in self.rada_network.heads:
-            head.bound_gate()
         supervised = [value for name, value in figures.items() if name.startswith("supervised")]
         return figures | {"loss": sum(supervised) / len(supervised)}
 
@@ -352,16 +296,15 @@ class RADATraining(SparseTraining):
 
     # ---- checkpoint --------------------------------------------------------------------------------------------------
     def method_state(self) -> dict[str, Any]:
-        """Figures of an unfinished epoch, and which CLIP made the vectors: its files may lie elsewhere by then."""
-        mine = {"figures": self._figures.state_dict(), "clip": self._weights_identity}
-        return super().method_state() | {"rada": mine}
+        """Figures of an unfinished epoch."""
+        states = super().method_state()
+        return states | {"rada": states["rada"] | {"figures": self._figures.state_dict()}}
 
     def load_method_state(self, states: dict[str, Any]) -> None:
         """Counterpart of `method_state`."""
         super().load_method_state(states)
         if "rada" in states:
             self._figures.load_state_dict(states["rada"]["figures"], self.device)
-            self._weights_identity = states["rada"].get("clip")
 
     @classmethod
     def export_weights(cls, checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:

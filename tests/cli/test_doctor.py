@@ -130,6 +130,11 @@ def test_what_a_method_needs_and_has_is_shown_with_its_version(needs) -> None:
     assert needs("toy_dep>=1.2; sys_platform == 'nowhere'") == []
 
 
+def test_what_can_use_gpus_says_how_many_it_sees(needs) -> None:
+    needs.install("toy_dep", "1.5", "toy_dep", "def get_num_gpus():\n    return 3\n")
+    assert needs("toy_dep") == [Finding(OK, "toy_dep", "1.5, sees 3 GPU(s), for toy")]
+
+
 def test_what_is_missing_or_too_old_warns_with_the_command(needs) -> None:
     needs.install("toy_dep", "1.5", "toy_dep")
     missing, old = needs("toy_other[more]>=3; python_version > '3'", "toy_dep>=2")

@@ -349,6 +349,17 @@ def test_a_method_names_what_can_be_taken_out_of_its_models(signed, tmp_path, ed
     assert read(signed / "fold_0" / "checkpoint_final.pth")["name"] == "Ada"
 
 
+@pytest.mark.parametrize("edits", [[], ["unsign"]])
+def test_no_case_that_was_trained_on_is_named_in_the_export(make_trainer, signed, tmp_path, edits):
+    """Case ids are patients."""
+    folder = save_model(make_trainer(nnUNetTrainerMedContext, "train_cases=[ann_1950]", results=tmp_path / "few"))
+    checkpoint = folder / "fold_0" / "checkpoint_final.pth"
+    torch.save(read(checkpoint) | {"name": "Ada"}, checkpoint)
+    export_model(folder, tmp_path / "out", edits=edits)
+    for source, named in ((folder, True), (tmp_path / "out", False)):
+        assert any(b"ann_1950" in p.read_bytes() for p in source.rglob("*") if p.is_file()) == named
+
+
 @pytest.mark.parametrize(
     ("weights", "edits", "message"),
     [

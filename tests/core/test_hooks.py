@@ -103,6 +103,40 @@ def test_a_training_module_is_stepped_zeroed_and_clipped_as_one_with_the_network
     assert equal(dict(trainer.network.state_dict()), dict(network.state_dict()))
 
 
+def test_under_amp_a_training_module_is_unscaled_clipped_and_skipped_with_the_network(make_trainer, fixed_batches):
+    plain = trained(make_trainer, fixed_batches, 3, settings="seed=4 clip_norm=0.01")
+    scaled = make_trainer(WithHead, "seed=4 clip_norm=0.01", "2d")
+    scaled.initialize()
+    scaled.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for batch in fixed_batches(scaled, 3):
+        scaled.train_step(batch)
+    # a power of two leaves the digits alone, so a gradient that stayed scaled or unclipped would show
+    assert equal(head(scaled), head(plain))
+    assert equal(dict(scaled.network.state_dict()), dict(plain.network.state_dict()))
+    before = head(scaled), {name: value.clone() for name, value in scaled.network.state_dict().items()}
+    scaled.training_modules["head"].weight.register_hook(lambda gradient: gradient * math.inf)
+    (batch,) = fixed_batches(scaled, 1)
+    scaled.train_step(batch)
+    assert equal(head(scaled), before[0]) and equal(dict(scaled.network.state_dict()), before[1])
+    assert scaled.grad_scaler.get_scale() == 2.0**9
+
+
+def test_a_compiled_training_module_learns_the_same_and_keeps_its_names(make_trainer, fixed_batches, monkeypatch):
+    plain = trained(make_trainer, fixed_batches, 2)
+    real, compiled = torch.compile, []
+
+    def by_dynamo_alone(model: Any, **options: Any) -> Any:  # generating code would take a minute
+        compiled.append(getattr(model, "__self__", model))
+        return real(model, **{**options, "backend": "eager"})
+
+    monkeypatch.setattr(torch, "compile", by_dynamo_alone)
+    monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: True)
+    trainer = trained(make_trainer, fixed_batches, 2)
+    assert trainer.training_modules["head"] in compiled
+    assert trainer.training_modules["head"]._compiled_call_impl is not None
+    assert equal(head(trainer), head(plain))
+
+
 def test_a_training_module_is_not_in_the_network_and_follows_its_mode(make_trainer, fixed_batches, tmp_path):
     trainer = trained(make_trainer, fixed_batches, 1)
     trainer.save_checkpoint(str(tmp_path / "checkpoint_latest.pth"))

@@ -47,6 +47,15 @@ def test_the_stop_file_is_a_request_with_exit_code_0(tmp_path):
         assert stop.requested and stop.exit_code == 0 and str(tmp_path / "stop") in stop.reason
 
 
+def test_exit_training_is_another_name_of_the_stop_file(tmp_path):
+    with StopRequest(tmp_path / "stop") as stop:
+        (tmp_path / "exit_training").touch()
+        assert stop.requested and stop.exit_code == 0 and stop.reason == f"the file {tmp_path / 'exit_training'}"
+        (tmp_path / "stop").touch()
+        stop.remove_files()
+        assert not stop.requested and not list(tmp_path.iterdir())
+
+
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt), StopRequest(tmp_path / "stop"):
         os.kill(os.getpid(), signal.SIGINT)
@@ -147,12 +156,15 @@ def test_dead_loader_workers_are_taken_for_a_stop_only_if_one_was_requested(make
     assert (Path(trainer.output_folder) / "checkpoint_latest.pth").is_file()
 
 
-def test_without_checkpointing_a_stop_writes_nothing_and_says_so(make_trainer, no_pictures):
+@pytest.mark.parametrize("name", ["stop", "exit_training"])
+def test_without_checkpointing_a_stop_writes_nothing_and_says_so(make_trainer, no_pictures, name):
     trainer = make_trainer(ExtTrainer, configuration="2d")
     trainer.disable_checkpointing = True
-    on_step(trainer, 1, (Path(trainer.output_folder) / "stop").touch)
+    file = Path(trainer.output_folder) / name
+    on_step(trainer, 1, file.touch)
     with pytest.raises(SystemExit):
         trainer.run_training()
+    assert not file.exists() and f"Stopped by the file {file}" in Path(trainer.log_file).read_text()
     assert not list(Path(trainer.output_folder).glob("*.pth"))
     assert "nothing was saved (--disable_checkpointing)" in Path(trainer.log_file).read_text()
 

@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nnunetv2_ext.core import files, randomness
 from nnunetv2_ext.core import trainer as trainer_module
+from nnunetv2_ext.core.outside import methods
 from nnunetv2_ext.core.settings import STRUCTURAL
 from nnunetv2_ext.core.step import LossPass, Term
 from nnunetv2_ext.core.trainer import ExtTrainer
@@ -497,3 +498,68 @@ def test_a_method_finds_its_settings_in_the_plans_of_a_model_folder_only() -> No
     for without in ({}, {"nnunetv2_ext": {"num_epochs": 3}}):
         with pytest.raises(ValueError, match=r"no block 'nnunetv2_ext' with the settings of 'medcontext'.*plans\.json"):
             method_settings_in(without, "medcontext", MedContextSettings)
+
+
+class Wandb:
+    """As much of the wandb module as nnU-Net uses."""
+
+    def __init__(self) -> None:
+        self.config: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {}
+        self.step, self.logged, self.fails = 0, {}, False
+
+    def init(self, **options: Any) -> Wandb:
+        return self
+
+    def log(self, figures: dict[str, Any], step: int) -> None:
+        if self.fails and "loss/supervised" in figures:
+            raise ConnectionError("no route to host")
+        self.logged.setdefault(step, {}).update(figures)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    fake = Wandb()
+    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.wandb", fake)
+    monkeypatch.setenv("nnUNet_wandb_enabled", "1")
+    return fake
+
+
+def test_weights_and_biases_gets_every_named_figure_that_the_table_has(make_trainer, no_pictures, wandb):
+    trainer = make_trainer(nnUNetTrainerMedContext, "num_iterations_per_epoch=1", configuration="2d")
+    trainer.run_training()
+    with (Path(trainer.output_folder) / "epochs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    ours = {name for name in rows[0] if name.partition("/")[0] in ("loss", "medcontext")} | {"grad_norm"}
+    assert {"loss/supervised", "loss/consistency", "medcontext/momentum"} <= ours and len(rows) == 2
+    for epoch, row in enumerate(rows):
+        told = wandb.logged[epoch]
+        assert {name: told[name] for name in ours} == {name: float(row[name]) for name in ours}
+        assert "train_losses" in told, "nnU-Net's own are there as before"
+
+
+def test_weights_and_biases_that_fails_with_our_figures_stops_no_training(make_trainer, no_pictures, wandb, capsys):
+    wandb.fails = True
+    trainer = make_trainer(ExtTrainer, "num_iterations_per_epoch=1", configuration="2d")
+    trainer.run_training()
+    assert trainer.current_epoch == 2
+    assert capsys.readouterr().out.count("not logged elsewhere any more (ConnectionError: no route to host)") == 1
+
+
+def test_a_new_training_asks_once_to_cite_the_papers_of_its_methods(make_trainer, no_pictures, capsys, tmp_path):
+    asked = "Please cite, besides nnU-Net, when using nnUNetTrainerMedContext:\n"
+    asked += f"{methods()['medcontext'].citation}\n####"
+    trainer = make_trainer(nnUNetTrainerMedContext, "num_epochs=1 num_iterations_per_epoch=1", configuration="2d")
+    trainer.run_training()
+    assert capsys.readouterr().out.count(asked) == 1
+    assert Path(trainer.log_file).read_text().count(asked) == 1
+    again = make_trainer(nnUNetTrainerMedContext, "num_epochs=2 num_iterations_per_epoch=1", "2d", continued=True)
+    again.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    again.run_training()
+    assert again.current_epoch == 2 and "besides nnU-Net" not in capsys.readouterr().out
+    second = make_trainer(nnUNetTrainerMedContext, configuration="2d", results=tmp_path / "second")
+    second.local_rank = 1
+    second.on_train_start()
+    plain = make_trainer(ExtTrainer, configuration="2d", results=tmp_path / "plain")
+    plain.on_train_start()
+    assert "besides nnU-Net" not in capsys.readouterr().out

@@ -13,7 +13,7 @@ from torch import nn
 from nnunetv2_ext.parts import consistency
 from nnunetv2_ext.parts.consistency import consistency_loss, disagreement, valid_mask
 from nnunetv2_ext.parts.masking import apply_mask, block_mask
-from nnunetv2_ext.parts.ramps import momentum, ramp
+from nnunetv2_ext.parts.ramps import gaussian_ramp, momentum, ramp
 from nnunetv2_ext.parts.teacher import EMATeacher
 
 KINDS = ["prob_mse", "kl", "relative_logits", "logits_over_norm"]
@@ -337,6 +337,7 @@ def test_numeric_valid_masks_are_read_as_zero_and_one():
         ((3, 4), (3, 4), None, "kl", "same shape"),
         ((1, 3, 4, 4), (1, 3, 4, 4), (1, 3, 4, 4), "kl", "valid mask"),
         ((1, 3, 4, 4), (1, 3, 4, 4), (1, 1, 2, 2), "kl", "valid mask"),
+        ((1, 3, 4, 4), (1, 3, 4, 4), None, "mse", "unknown consistency"),
     ],
 )
 def test_bad_arguments_are_refused(teacher, student, valid, kind, message):
@@ -351,6 +352,31 @@ def test_bad_arguments_are_refused(teacher, student, valid, kind, message):
 )
 def test_ramp_values(step, value):
     assert ramp(step, 250_000, 0.01) == pytest.approx(value, rel=1e-12)  # T_r = 2500
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda: gaussian_ramp(1.1),
+        lambda: gaussian_ramp(math.nan),
+        lambda: ramp(-1, 100, 0.5),
+        lambda: ramp(0, 0, 0.5),
+        lambda: ramp(0, 100, -0.5),
+        lambda: ramp(0, 100, 1.5),
+        lambda: momentum(-2, 100),
+        lambda: momentum(0, 0),
+        lambda: momentum(5, 100, base=1.5),
+        lambda: momentum(5, 100, final=-1.0),
+    ],
+)
+def test_a_schedule_outside_its_range_is_refused(schedule):
+    with pytest.raises(ValueError, match=r"must lie between 0 and 1|needs step >= 0"):
+        schedule()
+
+
+def test_disagreement_of_other_shapes_is_refused():
+    with pytest.raises(ValueError, match="shapes differ"):
+        disagreement(torch.zeros(1, 2, 4, 4), torch.zeros(3, 2, 4, 4))
 
 
 def test_ramp_is_off_at_zero_and_rises_otherwise():

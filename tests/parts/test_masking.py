@@ -174,6 +174,23 @@ def test_blocks_that_cannot_be_meant_are_refused(block, patch, tube, message):
         resolve_block(block, patch, [[1] * len(patch)], tube)
 
 
+@pytest.mark.parametrize(
+    ("block", "ratio", "rounding", "message"),
+    [
+        ((4, 4), -0.1, "nearest", "between 0 and 1"),
+        ((4, 4), 1.1, "nearest", "between 0 and 1"),
+        ((4, 4), math.nan, "nearest", "between 0 and 1"),
+        ((4, 4), 0.4, "ceil", "unknown rounding"),
+        ((0, 4), 0.4, "nearest", "at least 1"),
+        ((-4, -4), 0.4, "nearest", "at least 1"),
+        ((4,), 0.4, "nearest", "per axis"),
+    ],
+)
+def test_masks_that_cannot_be_meant_are_refused(block, ratio, rounding, message):
+    with pytest.raises(ValueError, match=message):
+        block_mask(2, (8, 8), block, ratio, rounding=rounding)
+
+
 def batch_and_mask(shape=(6, 8, 8), channels=4):
     x = torch.randn(2, channels, *shape, generator=generator(5))
     return x, block_mask(2, shape, (2,) * len(shape), 0.4, generator(6))
@@ -231,6 +248,10 @@ def test_noise_repeats_with_the_generators_state():
     [
         (torch.zeros(2, 1, 4, 4), torch.zeros(1, 1, 4, 4, dtype=torch.bool), "zero", 1, "does not fit"),
         (torch.zeros(2, 2, 4, 4), torch.zeros(2, 2, 4, 4, dtype=torch.bool), "zero", 1, "does not fit"),
+        (torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4), "zero", 1, "bool"),
+        (torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4, dtype=torch.bool), "mean", 1, "unknown fill 'mean'"),
+        (torch.zeros(2, 2, 4, 4), torch.zeros(2, 1, 4, 4, dtype=torch.bool), "minimum", 3, r"1\.\.2"),
+        (torch.zeros(2, 2, 4, 4), torch.zeros(2, 1, 4, 4, dtype=torch.bool), "minimum", -1, r"1\.\.2"),
     ],
 )
 def test_bad_arguments_of_applying_are_refused(x, mask, fill, images, message):

@@ -11,10 +11,12 @@ import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunetv2_ext.core.checkpoint import read
 from nnunetv2_ext.core.export import export_model
 from nnunetv2_ext.parts.start import start_from, stock_tensors, within_plan
 from nnunetv2_ext.trainers.nnUNetTrainerExt import nnUNetTrainerExt
@@ -314,6 +316,24 @@ def test_pretrained_weights_beside_it_are_refused(make_trainer, plain):
     alone.initialize()
     load_pretrained_weights(alone.network, str(file))
     alone.on_train_start()
+
+
+def test_pretrained_weights_that_do_not_fit_name_what_does(make_trainer, plain):
+    """nnU-Net alone ends in an AssertionError."""
+    _, file = plain
+    with pytest.raises(ValueError, match=rf"-pretrained_weights {file} .* set (init_from={file}), which") as refused:
+        maybe_load_checkpoint(make_trainer(nnUNetTrainerJRAS, SMALL_JRAS, "2d"), False, False, str(file))
+    remedy = re.search(r"set (init_from=.*), which", str(refused.value))[1]
+    maybe_load_checkpoint(make_trainer(nnUNetTrainerJRAS, f"{SMALL_JRAS} {remedy}", "2d"), False, False)
+    with pytest.raises(ValueError, match=r"first at encoder\..*: use a checkpoint of the same network") as refused:
+        maybe_load_checkpoint(make_trainer(nnUNetTrainerExt), False, False, str(file))  # 3-D
+    assert "init_from" not in str(refused.value)
+    with pytest.raises(ValueError, match="does not exist"):
+        maybe_load_checkpoint(make_trainer(nnUNetTrainerExt), False, False, "nowhere.pth")
+    fits = make_trainer(nnUNetTrainerExt, "", "2d")
+    maybe_load_checkpoint(fits, False, False, str(file))
+    theirs = read(file)["network_weights"]
+    assert all(torch.equal(v, theirs[k]) for k, v in fits.network.state_dict().items() if ".seg_layers." not in k)
 
 
 def test_the_folder_of_the_training_itself_is_refused(make_trainer, plain, tmp_path):

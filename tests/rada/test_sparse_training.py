@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,18 @@ def test_with_planes_on_fewer_axes_the_views_follow_and_training_works(make_rada
     assert trainer.masks == masks and said in log_of(trainer)
     trainer.on_train_epoch_start()
     assert np.isfinite(float(trainer.train_step(next(trainer.dataloader_train))["loss"]))
+
+
+def test_the_cards_semi_supervised_command_takes_unlabelled_volumes(make_trainer, sparse_tiny):
+    card = (Path(__file__).parents[2] / "docs/methods/rada.md").read_text(encoding="utf-8")
+    [settings] = re.findall(r'^ +nnUNet_ext_settings="(.*?)" nnUNetv2_train .*# semi-supervised$', card, re.MULTILINE)
+    trainer = make_trainer(nnUNetTrainerRADA, settings, dataset=sparse_tiny)
+    trainer.on_train_start()
+    assert re.search(r"each batch 2 patches of \d+ labelled cases and 2 of \d+ unlabelled cases", log_of(trainer))
+    batch = next(trainer.dataloader_train)
+    assert sum(key in trainer.labelled_cases for key in batch["keys"]) == 2 and len(batch["keys"]) == 4
+    trainer.on_train_epoch_start()
+    assert np.isfinite(float(trainer.train_step(batch)["loss"]))
 
 
 @pytest.mark.parametrize(

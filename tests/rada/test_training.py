@@ -63,7 +63,7 @@ def test_clip_fills_the_bank_from_training_cases_alone(make_rada, tiny_clip, spa
 
 def test_a_second_training_reads_the_vectors_from_disk(make_rada, tiny_clip, monkeypatch, tmp_path):
     first = started(make_rada(clip_settings(tiny_clip)))
-    monkeypatch.setattr("nnunetv2_ext.rada.training.load_encoder", None)  # calling it would fail
+    monkeypatch.setattr("nnunetv2_ext.rada.vector_training.load_encoder", None)  # calling it would fail
     second = started(make_rada(clip_settings(tiny_clip), results=tmp_path / "second"))
     assert torch.equal(first.rada_network.bank.image, second.rada_network.bank.image)
     assert "0 of them computed now" in log_of(second)
@@ -329,7 +329,7 @@ def test_continuing_takes_the_bank_of_the_checkpoint_and_needs_no_weights(make_r
     with pytest.raises(ValueError, match=r"other CLIP weights \(rada.clip_weights: sha256:\w+ became sha256"):
         continued(here)
     here.unlink()
-    monkeypatch.setattr("nnunetv2_ext.rada.training.cache_root", lambda folder: tmp_path / "no cache")
+    monkeypatch.setattr("nnunetv2_ext.rada.vector_training.cache_root", lambda folder: tmp_path / "no cache")
     with pytest.raises(ValueError, match=r"rada.clip_weights: there is no file .*here.safetensors"):
         continued(here)
     assert same(continued(there))  # computed anew

@@ -77,9 +77,9 @@ def find_planes(label: Array, ignore: int) -> Planes:
     """Slices of (X, Y, Z) `label` with a share of at least `THRESHOLD` voxels that are not `ignore`.
 
     -1 counts as annotated: nnU-Net writes it only where the label was background and the image is zero. A slice without
-    any truly labelled voxel is no plane. Nor is a slice that reaches the threshold only by the planes of the other axes
-    that cross it (small volumes with many thick slabs): what those leave free must reach it too. A dense label has
-    planes everywhere.
+    any truly labelled voxel is not a plane. Nor is a slice that reaches the threshold only by the planes of the other
+    axes that cross it (small volumes with many thick slabs): what those leave free must reach the threshold too. A
+    dense label has planes everywhere.
 
     Raises:
         ValueError: `label` is not 3-D.

@@ -44,8 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-split-subjects", action="store_true", help="divide subjects between training and test")
     parser.add_argument("--thicken-only", action="store_true", help="copy a sparse dataset and thicken its planes")
-    parser.add_argument("-p", metavar="PLANS", help="plans of the source dataset that tell the target spacing")
-    parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="of them (default: %(default)s)")
+    parser.add_argument("-p", metavar="PLANS", help="plans of the source dataset, which tell the target spacing")
+    parser.add_argument(
+        "-c", default="3d_fullres", metavar="CONFIGURATION", help="configuration of these plans (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

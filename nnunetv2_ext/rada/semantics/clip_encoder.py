@@ -77,7 +77,7 @@ class RegionEncoder:
         The encoder itself sees the whole image. A token weighs as much as the mask covers its patch.
 
         Raises:
-            ValueError: a mask is empty, or the image encoder is no open_clip ViT.
+            ValueError: a mask is empty, or the image encoder is not an open_clip ViT.
         """
         if not self.has_tokens:
             raise ValueError("rada.region=pool needs an open_clip ViT, which gives patch tokens; use rada.region=crop")

@@ -92,9 +92,7 @@ def load_clip(source: ClipSource, log: Log = print) -> tuple[nn.Module, Any]:
     name = source.located or source.model
     weights = None if source.located else _require_weights(open_clip, source, log)
     if weights is None and source.weights not in ("openai", name):
-        raise ValueError(
-            f"{_MODEL}={source.model} brings its own weights, so {_WEIGHTS}={source.weights} is of no use: leave it out"
-        )
+        raise ValueError(f"{_MODEL}={source.model} brings its own weights: leave out {_WEIGHTS}={source.weights}")
     model = _create(open_clip, name, weights)
     log(f"CLIP: {name} with {'its own weights' if weights is None else f'the weights {weights}'}.")
     if weights == "openai":

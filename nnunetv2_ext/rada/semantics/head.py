@@ -55,8 +55,9 @@ class Adapter(nn.Module):
 class SemanticHead(nn.Module):
     """Adds `gate` times a semantic map to the logits.
 
-    z(c) = ReLU(W [A_text(u(c)), A_image(r(c))]), g = Conv(mean(ReLU(norm(bottleneck)))); a controller turns [g, z(c)]
-    into the weights of a head 8-8-1 for each foreground class, applied to an 8-channel map of the last decoder feature.
+    z(c) = ReLU(W [A_text(u(c)), A_image(r(c))]), g = Conv(mean(ReLU(norm(bottleneck)))). A controller turns [g, z(c)]
+    into the weights of a head 8-8-1 for each foreground class. The head reads an 8-channel map of the last decoder
+    feature.
     Binary: into an 8-vector added to that map, which one layer turns into both classes' logits.
 
     The gate starts at 0: the logits are then exactly those given, and the gate already gets a gradient. `bound_gate`

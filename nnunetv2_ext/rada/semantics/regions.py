@@ -90,8 +90,9 @@ def _inputs(source: CaseSource, number: int, size: int, region: Region) -> Itera
 
 
 def _jobs(case: SparseCase, planes: Sequence[Sequence[int]], name: str, number: int) -> list[_Job]:
-    """Each class on each plane, and the background of the plane with the most foreground, whose surroundings are the
-    ones to be told apart from it.
+    """Each class on each plane, and the background of the plane with the most foreground.
+
+    The surroundings of that foreground are what is to be told apart from it.
     """
     if not any(map(len, planes)):
         raise ValueError("it has no annotated plane")
