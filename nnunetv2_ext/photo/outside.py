@@ -25,4 +25,6 @@ METHOD = Method(
     },
     extras={"photo": ("segmentation-models-pytorch>=0.5", "safetensors")},
     card="methods/photo.md",
+    citation="Boulaabi, M., Ben Aicha Gader, T., Kacem Echi, A., & Mbarek, S. (2024). Advanced Segmentation of Diabetic "
+    "Retinopathy Lesions Using DeepLabv3+. AICCSA 2024. arXiv:2504.17306",
 )
