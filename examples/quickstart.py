@@ -1,14 +1,16 @@
-"""From nothing to a segmentation: data, plan, training with MedContext, prediction of unseen cases, Dice, one picture.
+"""From nothing to a comparison: data, plan, plain nnU-Net and MedContext, prediction of unseen cases, Dice, a picture.
 
-    python examples/quickstart.py                              # synthetic scans; about 3 minutes on 2 CPU cores
+    python examples/quickstart.py                              # synthetic scans; under 5 minutes on 2 CPU cores
     python examples/quickstart.py --dataset .../Dataset004_X   # your data in nnU-Net's raw format; it is only read
+    python examples/quickstart.py --dataset 4 --small-plans-only   # reduced plans for a planned dataset, nothing else
 
 Everything lands in one folder (--output); your data are planned and preprocessed again there. Cases are held out as
 unseen: those of imagesTs with a label in labelsTs, else the validation cases of fold 0 of the dataset's
 splits_final.json in nnUNet_preprocessed, else the last fifth by name. The steps are nnU-Net's own commands, printed as
 they are run, so that each can be repeated by hand. What is simplified: a training of a minute or two instead of 1000
-epochs of 250 steps, one fold instead of five, and, without a CUDA GPU, a small network (plans `nnUNetPlans_small`,
-written beside the default ones) that learns from your data at a learning rate of 0.05 instead of 0.01.
+epochs of 250 steps, one training each, one fold instead of five, and, without a CUDA GPU, a small network (plans
+`nnUNetPlans_small`, written beside the default ones) that learns from your data at a learning rate of 0.05 instead of
+0.01.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 try:
     from nnunetv2_ext.phantom import write_phantom_dataset
@@ -38,6 +41,7 @@ from quickstart_data import (
 )
 from quickstart_steps import (
     LOG_NAME,
+    CaseLines,
     EpochLines,
     Steps,
     choose_device,
@@ -46,10 +50,12 @@ from quickstart_steps import (
     prepare_output,
     reduce_plans,
     report,
+    write_small_plans,
 )
 
+PLAIN = "nnUNetTrainerExt"  # plain nnU-Net, bit for bit, with our settings of length and seed
 REQUIRED_DICE = 0.8  # mean over classes and unseen phantom cases: less means that the model did not learn
-# epochs, steps per epoch: chosen so that everything ends within 4 minutes on 2 CPU cores
+# epochs, steps per epoch: chosen so that everything ends within 5 minutes on 2 CPU cores
 LENGTH = {"cpu": (8, 30), "mps": (8, 30), "cuda": (20, 50)}
 
 
@@ -60,6 +66,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dataset", type=Path, metavar="FOLDER", help="nnU-Net raw dataset; default: a phantom is made"
+    )
+    parser.add_argument(
+        "--small-plans-only",
+        action="store_true",
+        help="write the reduced plans of --dataset (its id, name or folder) beside its plans in nnUNet_preprocessed, "
+        "and end",
     )
     parser.add_argument("--output", type=Path, default=Path("quickstart_output"), help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder of an earlier run")
@@ -83,6 +95,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(parsed, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if parsed.small_plans_only and parsed.dataset is None:
+        parser.error("--small-plans-only needs --dataset: the id, name or folder of a planned dataset")
     return parsed
 
 
@@ -91,6 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     start = time.monotonic()
     try:
+        if options.small_plans_only:
+            write_small_plans(options.dataset, options.overwrite)
+            return 0
         dice = run(options)
     except (QuickstartError, ValueError) as error:
         print(f"\nquickstart stopped: {error}", file=sys.stderr)
@@ -123,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> float:
-    """All steps; returns the mean Dice on unseen cases."""
+    """All steps; returns the mean Dice of the method on unseen cases."""
     device = choose_device(options.device)
     output = options.output.resolve()
     splits: list[dict[str, list[str]]] = []
@@ -155,7 +172,8 @@ def run(options: argparse.Namespace) -> float:
     print("In your own shell, the commands below need these three variables:")
     for name, folder in folders.items():
         print(f"    export {name}={shlex.quote(folder)}")
-    steps = Steps(output / LOG_NAME, environment)
+    trainers = list(dict.fromkeys((PLAIN, options.trainer)))
+    steps = Steps(output / LOG_NAME, environment, total=2 + 3 * len(trainers))
 
     steps.announce("Data")
     raw = output / "nnUNet_raw"
@@ -183,7 +201,7 @@ def run(options: argparse.Namespace) -> float:
     )
     plans_name, plans_path = "nnUNetPlans", output / "nnUNet_preprocessed" / dataset.name / "nnUNetPlans.json"
     if device != "cuda":
-        plans = reduce_plans(json.loads(plans_path.read_text(encoding="utf-8")), configuration)
+        plans = reduce_plans(json.loads(plans_path.read_text(encoding="utf-8")), [configuration])
         plans_name = plans["plans_name"]
         plans_path = plans_path.with_name(f"{plans_name}.json")
         plans_path.write_text(json.dumps(plans, indent=2), encoding="utf-8")
@@ -202,48 +220,78 @@ def run(options: argparse.Namespace) -> float:
     length = f"seed=0 num_epochs={epochs} num_iterations_per_epoch={iterations} num_val_iterations_per_epoch=4"
     if options.dataset is not None and device != "cuda":
         length += " initial_lr=0.05"  # nnU-Net's 0.01 needs thousands of steps on real data (docs/results.md)
-    model = ["-tr", options.trainer, "-p", plans_name, "-device", device]
-    steps.run(
-        f"Train {epochs} epochs of {iterations} steps",
-        ["nnUNetv2_train", number, configuration, fold, *model],
-        watch=EpochLines(epochs),
-        nnUNet_ext_settings=length,
-        **({"nnUNet_n_proc_DA": "0"} if device == "cpu" else {}),
-    )
-    predictions = output / "predictions"
-    folders_in_out = ["-i", str(dataset / "imagesTs"), "-o", str(predictions)]
-    steps.run(
-        "Predict the unseen cases",
-        ["nnUNetv2_predict", "-d", number, "-c", configuration, "-f", fold, *model, *folders_in_out],
-    )
-    summary_path = output / "dice.json"
-    references = ["-djfile", str(dataset / "dataset.json"), "-pfile", str(plans_path)]
-    steps.run(
-        "Evaluate",
-        ["nnUNetv2_evaluate_folder", str(dataset / "labelsTs"), str(predictions), *references, "-o", str(summary_path)],
-    )
+    summaries: dict[str, dict[str, Any]] = {}
+    for trainer in trainers:
+        model = ["-tr", trainer, "-p", plans_name, "-device", device]
+        what = "plain nnU-Net" if trainer == PLAIN else trainer.removeprefix("nnUNetTrainer")
+        steps.run(
+            f"Train {what}: {epochs} epochs of {iterations} steps",
+            ["nnUNetv2_train", number, configuration, fold, *model],
+            watch=EpochLines(epochs),
+            nnUNet_ext_settings=length,
+            **({"nnUNet_n_proc_DA": "0"} if device == "cpu" else {}),
+        )
+        predictions, summary = output / "predictions" / trainer, output / f"dice_{trainer}.json"
+        folders_in_out = ["-i", str(dataset / "imagesTs"), "-o", str(predictions)]
+        steps.run(
+            f"Predict the unseen cases with {what}",
+            ["nnUNetv2_predict", "-d", number, "-c", configuration, "-f", fold, *model, *folders_in_out],
+            watch=CaseLines(),
+        )
+        references = ["-djfile", str(dataset / "dataset.json"), "-pfile", str(plans_path), "-o", str(summary)]
+        steps.run(
+            f"Evaluate {what}",
+            ["nnUNetv2_evaluate_folder", str(dataset / "labelsTs"), str(predictions), *references],
+        )
+        summaries[trainer] = json.loads(summary.read_text(encoding="utf-8"))
 
-    summary = json.loads(summary_path.read_text(encoding="utf-8"))
-    dice = report(summary, description)
-    draw_case(dataset, summary["metric_per_case"][0], output / "overlay.png")
-    print("\nWhere everything is:")
-    for name, path in {
-        "picture": output / "overlay.png",
-        "Dice per case": summary_path,
-        "predictions": predictions,
-        "model": output / "nnUNet_results" / dataset.name / f"{options.trainer}__{plans_name}__{configuration}",
-        "log": output / LOG_NAME,
-    }.items():
-        print(f"    {name:<14} {path}")
-    print("\nWhat to type next:")
-    print("    nnUNetv2_ext doctor                               # is this machine ready for a real training?")
-    print(f"    nnUNetv2_ext settings {options.trainer}   # all settings, with their meaning")
-    if options.dataset is None:
-        print(f"    python {shlex.quote(sys.argv[0])} --dataset FOLDER --output OUTPUT   # the same on your data")
-    print(f"    nnUNetv2_train {number} {configuration} 0 -tr {options.trainer}   # the full training, on a GPU")
-    if device != "cuda":
-        print(f"    # without one: -device {device} -p {plans_name} -tr ..., with the three variables above")
+    dice = report(summaries, description)
+    first = {trainer: summary["metric_per_case"][0] for trainer, summary in summaries.items()}
+    draw_case(dataset, first, output / "overlay.png")
+    results = output / "nnUNet_results" / dataset.name
+    model_folder = results / f"{options.trainer}__{plans_name}__{configuration}"
+    print("\nPictures:")
+    print(f"    {output / 'overlay.png'}   an unseen case: image, truth, prediction of each")
+    for path in sorted((model_folder / f"fold_{fold}").glob("panel_epoch_*.png")):
+        print(f"    {path}   what the method does in training")
+    for trainer in trainers:
+        curves = results / f"{trainer}__{plans_name}__{configuration}" / f"fold_{fold}" / "progress_ext.png"
+        print(f"    {curves}   learning curves")
+    print("Files:")
+    print(f"    {output / 'predictions'}, {output}/dice_TRAINER.json, log {output / LOG_NAME}, models in {results}")
+    print_next_steps(options, number, configuration, fold, plans_name, device, model_folder)
     return dice
+
+
+def print_next_steps(
+    options: argparse.Namespace,
+    number: str,
+    configuration: str,
+    fold: str,
+    plans_name: str,
+    device: str,
+    model_folder: Path,
+) -> None:
+    """What a person would want to do now, as commands."""
+    pair = f"{PLAIN} {options.trainer}"
+    reduced = plans_name != "nnUNetPlans"
+    print("\nWhat to do next (with the three variables above):")
+    print("    # is this machine ready for a real training?")
+    print("    nnUNetv2_ext doctor")
+    print("    # these two trainings case by case, with intervals and pictures")
+    print(f"    nnUNetv2_ext compare -d {number} -c {configuration} -p {plans_name} -f {fold} -tr {pair}")
+    print("    # what can be set, with its meaning")
+    print(f"    nnUNetv2_ext settings {options.trainer}")
+    if options.dataset is None:
+        print("    # the same on your data, which are only read")
+        print(f"    python {shlex.quote(sys.argv[0])} --dataset FOLDER --output OUTPUT")
+    print("    # the full trainings, on a GPU: all folds of the method and of its control")
+    training = f"nnUNetv2_train {number} {configuration} $f -tr $tr"
+    print(f"    for f in 0 1 2 3 4; do for tr in {pair}; do {training}; done; done")
+    if reduced:
+        print(f"    # without a GPU: -p {plans_name} -device {device}, which trains the small network")
+    print("    # a model folder that plain nnU-Net predicts with, without this package")
+    print(f"    nnUNetv2_ext export {shlex.quote(str(model_folder))} OUTPUT_FOLDER")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,26 +24,31 @@ from quickstart_data import QuickstartError, read_description
 
 from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice
 from nnunetv2_ext.core.orientation import directions_of, view_across
+from nnunetv2_ext.data.find import PREPROCESSED, find_dataset
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 LOG_NAME = "quickstart.log"
+HEARTBEAT = 15.0  # seconds
 SMALL_FEATURES = (16, 32, 64, 128)
 SMALL_PATCH_VOXELS = {2: 128 * 128, 3: 32 * 40 * 32}
 
 
 class Steps:
-    """Runs commands one after the other: says what, writes all output to the log, keeps one live line on a terminal."""
+    """Runs commands one after the other: says what, writes all output to the log, and shows that they go on.
 
-    def __init__(self, log: Path, environment: dict[str, str]) -> None:
+    A terminal has one live line; other output has a line every `HEARTBEAT` seconds.
+    """
+
+    def __init__(self, log: Path, environment: dict[str, str], total: int) -> None:
         self.log = log
         self.environment = environment
-        self.number = 0
+        self.number, self.total = 0, total
 
     def announce(self, title: str) -> None:
         self.number += 1
-        print(f"\n[{self.number}] {title}", flush=True)
+        print(f"\n[{self.number} of {self.total}] {title}", flush=True)
 
     def run(
         self, title: str, command: list[str], watch: Callable[[str], str | None] | None = None, **settings: str
@@ -58,6 +63,7 @@ class Steps:
         if watch is not None:
             print(f"    log: {self.log}", flush=True)
         start, tail = time.monotonic(), deque[str](maxlen=20)
+        told = start
         environment = {**self.environment, **settings}
         arguments = [find_command(command[0]), *command[1:]]
         with (
@@ -82,9 +88,15 @@ class Steps:
                     if news is not None:
                         live_line("")
                         print(f"    {news}", flush=True)
+                        told = time.monotonic()
                     if line.strip():
                         tail.append(line.rstrip())
-                        live_line(f"{time.monotonic() - start:4.0f} s  {line.strip()}")
+                        now = time.monotonic()
+                        text = f"{now - start:4.0f} s  {line.strip()}"
+                        live_line(text)
+                        if now - told > HEARTBEAT and not sys.stdout.isatty():
+                            print(f"    {text[:100]}", flush=True)
+                            told = now
             except BaseException:  # Ctrl-C reaches us first: do not leave a training behind
                 process.terminate()
                 raise
@@ -129,6 +141,21 @@ class EpochLines:
         left = sum(self._seconds) / len(self._seconds) * (self.epochs - done) / 60
         rest = "" if done >= self.epochs else f", about {left:.1f} minutes left"
         return f"epoch {done} of {self.epochs}: pseudo Dice {dice}, {self._seconds[-1]:.0f} s{rest}"
+
+
+class CaseLines:
+    """Reads nnU-Net's prediction output and gives one line for each case."""
+
+    def __init__(self) -> None:
+        self._total, self._done = "?", 0
+
+    def __call__(self, line: str) -> str | None:
+        if match := re.search(r"There are (\d+) cases", line):
+            self._total = match[1]
+        elif match := re.match(r"\s*Predicting (\S+):\s*$", line):
+            self._done += 1
+            return f"case {self._done} of {self._total}: {match[1]}"
+        return None
 
 
 def live_line(text: str) -> None:
@@ -185,14 +212,20 @@ def prepare_output(folder: Path, overwrite: bool, dataset: Path | None) -> None:
         ) from error
 
 
-def reduce_plans(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+def reduce_plans(plans: dict[str, Any], configurations: Sequence[str]) -> dict[str, Any]:
     """A copy of nnU-Net's plans: at most four stages of 16-128 features, one convolution each, small patch, batch of 2.
 
     Same preprocessed data (`data_identifier` is kept), other name, so that it is chosen with `-p`. See nnU-Net's
-    documentation/explanation_plans_files.md on editing plans by hand.
+    documentation/explanation_plans_files.md on editing plans by hand. Other configurations are left out.
     """
     plans = json.loads(json.dumps(plans))
-    settings = plans["configurations"][configuration]
+    reduced = {name: plans["configurations"][name] for name in configurations}
+    for settings in reduced.values():
+        _reduce(settings)
+    return {**plans, "plans_name": f"{plans['plans_name']}_small", "configurations": reduced}
+
+
+def _reduce(settings: dict[str, Any]) -> None:
     network = settings["architecture"]["arch_kwargs"]
     stages = min(len(SMALL_FEATURES), network["n_stages"])
     network["n_stages"] = stages
@@ -207,7 +240,39 @@ def reduce_plans(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     scale = min(1.0, (SMALL_PATCH_VOXELS[len(patch)] / math.prod(patch)) ** (1 / len(patch)))
     settings["patch_size"] = [max(s, round(p * scale / s) * s) for p, s in zip(patch, total_stride)]
     settings["batch_size"] = 2
-    return {**plans, "plans_name": f"{plans['plans_name']}_small", "configurations": {configuration: settings}}
+
+
+def write_small_plans(dataset: Path, overwrite: bool) -> Path:
+    """Write `nnUNetPlans_small.json` beside the plans of a dataset in nnUNet_preprocessed, and say how to use it.
+
+    All configurations with a network of their own are reduced, so not those of a cascade.
+
+    Raises:
+        ValueError: the dataset is not in nnUNet_preprocessed.
+        QuickstartError: it is not planned, or there are other plans of this name and `overwrite` is not set.
+    """
+    name = dataset.resolve().name if dataset.is_dir() else str(dataset)
+    folder = find_dataset(name, PREPROCESSED)
+    source = folder / "nnUNetPlans.json"
+    number = int(folder.name[7:10])
+    if not source.is_file():
+        raise QuickstartError(f"{source} is missing: run  nnUNetv2_plan_and_preprocess -d {number}")
+    plans = json.loads(source.read_text(encoding="utf-8"))
+    # a cascade's configuration inherits its network
+    names = [name for name, settings in plans["configurations"].items() if "architecture" in settings]
+    small = reduce_plans(plans, names)
+    path = folder / f"{small['plans_name']}.json"
+    text = json.dumps(small, indent=2)
+    if path.is_file() and path.read_text(encoding="utf-8") != text and not overwrite:
+        raise QuickstartError(f"{path} exists and holds other plans: replace it with --overwrite")
+    path.write_text(text, encoding="utf-8")
+    print(path)
+    for name in names:
+        settings = small["configurations"][name]
+        features = settings["architecture"]["arch_kwargs"]["features_per_stage"]
+        print(f"    {name}: patch {settings['patch_size']}, batch {settings['batch_size']}, features {features}")
+    print(f"    nnUNetv2_train {number} {names[-1]} 0 -p {small['plans_name']} -tr nnUNetTrainerExt")
+    return path
 
 
 def reader_for(dataset: Path, file: Path) -> BaseReaderWriter:
@@ -251,42 +316,60 @@ def metric_names(description: dict[str, Any]) -> dict[str, str]:
     return {str(tuple(v) if isinstance(v, list) else v): name for name, v in description["labels"].items()}
 
 
-def draw_case(dataset: Path, result: dict[str, Any], output: Path) -> None:
-    """One picture of a case of summary.json: rows are three orthogonal slices; columns are image, truth, prediction."""
+def draw_case(dataset: Path, results: dict[str, dict[str, Any]], output: Path) -> None:
+    """One picture of a case: rows are three orthogonal slices; columns are image, truth and each trainer's prediction.
+
+    `results` are by trainer its entry of the case in summary.json.
+    """
     description = read_description(dataset)
     ending = description["file_ending"]
-    case = Path(result["prediction_file"]).name[: -len(ending)]
-    dice = np.nanmean([metrics["Dice"] for metrics in result["metrics"].values()])
+    reference = Path(next(iter(results.values()))["reference_file"])
+    case = reference.name[: -len(ending)]
     first_channel = dataset / "imagesTs" / f"{case}_0000{ending}"
     reader = reader_for(dataset, first_channel)
     image, properties = reader.read_images([str(first_channel)])
-    truth, _ = reader.read_seg(result["reference_file"])
-    predicted, _ = reader.read_seg(result["prediction_file"])
-    image, truth, predicted = image[0], truth[0], predicted[0]
+    image, truth = image[0], reader.read_seg(str(reference))[0][0]
+    labels = {"truth": truth}
+    for trainer, result in results.items():
+        dice = np.nanmean([metrics["Dice"] for metrics in result["metrics"].values()])
+        labels[f"{trainer}\nmean Dice {dice:.3f}"] = reader.read_seg(result["prediction_file"])[0][0]
     spacing, directions, classes = properties["spacing"], directions_of(properties), class_names(description)
     planes = [axis for axis in range(3) if min(image.shape[a] for a in range(3) if a != axis) > 1]
-    figure = Figure(figsize=(9, 0.9 + 3 * len(planes)), layout="constrained")
-    grid = figure.subplots(len(planes), 3, squeeze=False)
-    for row, axis in zip(grid, planes):
-        view, index = view_across(axis, directions), fullest_slice(truth, axis)
-        cut = [view.cut(array, index) for array in (image, truth, predicted)]
+    views = [view_across(axis, directions) for axis in planes]
+    heights = [view.height(image.shape, spacing, 2.8) for view in views]
+    columns = 1 + len(labels)
+    figure = Figure(figsize=(3 * columns, sum(heights) + 1.2), layout="constrained")
+    grid = figure.subplots(len(planes), columns, squeeze=False, height_ratios=heights)
+    for row, view in zip(grid, views):
+        index = fullest_slice(truth, view.axis)
         options = {"spacing": view.spacing(spacing), "letters": view.letters}
-        for axes, label, name in zip(row, (None, cut[1], cut[2]), ("image", "truth", "prediction")):
-            draw_slice(axes, cut[0], label, classes, title=name, **options)
+        scan = view.cut(image, index)
+        draw_slice(row[0], scan, title="image", **options)
         row[0].set_ylabel(view.caption(index))
-    figure.suptitle(f"{case}: not seen in training, mean Dice {dice:.2f}", fontsize=12)
+        for axes, (name, label) in zip(row[1:], labels.items()):
+            draw_slice(axes, scan, view.cut(label, index), classes, title=name, **options)
+    figure.suptitle(f"{dataset.name}, {case}: not seen in training", fontsize=12)
     add_legend(figure, classes)
     figure.savefig(output, dpi=110)
 
 
-def report(summary: dict[str, Any], description: dict[str, Any]) -> float:
-    """Print Dice per class and return the mean over classes."""
-    names = metric_names(description)
-    print(f"\nDice on {len(summary['metric_per_case'])} unseen case(s):")
-    for key, metrics in summary["mean"].items():
-        print(f"    {names.get(key, key):<24} {metrics['Dice']:.3f}")
-    mean = float(summary["foreground_mean"]["Dice"])
-    print(f"    {'mean':<24} {mean:.3f}", flush=True)
-    if not any(metrics["Dice"] > 0 for metrics in summary["mean"].values()):
-        print("    the network has not left the background yet: raise --iterations", flush=True)
-    return mean
+def report(summaries: dict[str, dict[str, Any]], description: dict[str, Any]) -> float:
+    """Print Dice per class and trainer and return the mean over classes of the last one.
+
+    `summaries` are nnU-Net's summary.json by trainer.
+    """
+    names, last = metric_names(description), list(summaries.values())[-1]
+    rows = {names.get(key, key): [s["mean"][key]["Dice"] for s in summaries.values()] for key in last["mean"]}
+    rows["mean"] = [s["foreground_mean"]["Dice"] for s in summaries.values()]
+    width = max(24, *map(len, rows))
+    cells = [max(8, len(trainer)) for trainer in summaries]
+    print(f"\nDice on {len(last['metric_per_case'])} unseen case(s), the same number of steps each:")
+    print(f"    {'':<{width}}" + "".join(f"  {name:>{n}}" for name, n in zip(summaries, cells)))
+    for name, values in rows.items():
+        print(f"    {name:<{width}}" + "".join(f"  {value:>{n}.3f}" for value, n in zip(values, cells)))
+    if len(summaries) > 1:
+        print("    One short training each and few cases: a difference of this size says nothing about the method.")
+    for trainer, summary in summaries.items():
+        if not any(metrics["Dice"] > 0 for metrics in summary["mean"].values()):
+            print(f"    {trainer} has not left the background yet: raise --iterations", flush=True)
+    return float(last["foreground_mean"]["Dice"])

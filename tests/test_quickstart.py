@@ -2,12 +2,14 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from nnunetv2_ext.phantom import write_phantom_dataset
 
@@ -48,14 +50,14 @@ def _names(folder):
 
 def _python(steps, monkeypatch, tmp_path, code):
     monkeypatch.setattr(steps, "find_command", lambda name: sys.executable)
-    steps.Steps(tmp_path / "log", {"KEPT": "1"}).run("Title", ["python", "-c", code], ADDED="2")
+    steps.Steps(tmp_path / "log", {"KEPT": "1"}, 7).run("Title", ["python", "-c", code], ADDED="2")
 
 
 def test_command_gets_its_environment_and_is_logged(steps, monkeypatch, tmp_path, capsys):
     _python(steps, monkeypatch, tmp_path, "import os; print(os.environ['KEPT'] + os.environ['ADDED'])")
     assert "12" in (tmp_path / "log").read_text().splitlines()
     shown = capsys.readouterr().out
-    assert "[1] Title" in shown and "ADDED=2 python -c" in shown and "\n12\n" not in shown
+    assert "[1 of 7] Title" in shown and "ADDED=2 python -c" in shown and "\n12\n" not in shown
 
 
 def test_failing_command_shows_its_last_20_lines_and_the_log(steps, monkeypatch, tmp_path):
@@ -89,7 +91,7 @@ for epoch, dice in enumerate(("[0.0, 0.5]", "[np.float32(0.25), np.float64(nan)]
     print("2026-11-20 18:00:00.1: Epoch time: 90.0 s ")
 """
     monkeypatch.setattr(steps, "find_command", lambda name: sys.executable)
-    steps.Steps(tmp_path / "log", {}).run("Train", ["python", "-c", code], watch=steps.EpochLines(3))
+    steps.Steps(tmp_path / "log", {}, 1).run("Train", ["python", "-c", code], watch=steps.EpochLines(3))
     shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert f"log: {tmp_path / 'log'}" in shown
     assert [line for line in shown if line.startswith("epoch ")] == [
@@ -97,6 +99,20 @@ for epoch, dice in enumerate(("[0.0, 0.5]", "[np.float32(0.25), np.float64(nan)]
         "epoch 2 of 3: pseudo Dice 0.250, 90 s, about 1.5 minutes left",
         "epoch 3 of 3: pseudo Dice none (no foreground drawn), 90 s",
     ]
+
+
+def test_a_prediction_shows_each_case(steps):
+    watch = steps.CaseLines()
+    lines = ("There are 2 cases in the source folder\n", "\n", "Predicting phantom_015:\n", "done\n", "Predicting b:\n")
+    assert [text for line in lines if (text := watch(line))] == ["case 1 of 2: phantom_015", "case 2 of 2: b"]
+
+
+def test_a_step_without_news_of_its_own_shows_that_it_goes_on(steps, monkeypatch, tmp_path, capsys):
+    for seconds, lines in ((1000.0, []), (-1.0, ["one", "two"])):
+        monkeypatch.setattr(steps, "HEARTBEAT", seconds)
+        _python(steps, monkeypatch, tmp_path, "print('one'); print('two')")
+        shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [words[-1] for words in shown if words[1:2] == ["s"]] == lines
 
 
 # --- the output folder
@@ -299,7 +315,7 @@ def _plans(dimensions=3, stages=6, patch=(128, 128, 128), strides=None):
 )
 def test_reduced_plans_fit_their_strides_and_reuse_the_data(steps, plans, patch):
     original = json.dumps(plans)
-    small = steps.reduce_plans(plans, "x")
+    small = steps.reduce_plans(plans, ["x"])
     assert json.dumps(plans) == original
     settings = small["configurations"]["x"]
     network = settings["architecture"]["arch_kwargs"]
@@ -312,6 +328,53 @@ def test_reduced_plans_fit_their_strides_and_reuse_the_data(steps, plans, patch)
     assert set(lengths.values()) == {network["n_stages"]}
 
 
+@pytest.fixture
+def planned(monkeypatch, tmp_path):
+    """nnUNet_preprocessed with a planned dataset 7."""
+    folder = tmp_path / "preprocessed" / "Dataset007_X"
+    folder.mkdir(parents=True)
+    (folder / "nnUNetPlans.json").write_text(json.dumps(_plans()))
+    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["7", "Dataset007_X", "a folder"])
+def test_small_plans_only_writes_them_beside_the_plans_and_runs_nothing_else(quickstart, planned, tmp_path, name):
+    plans = json.loads((planned / "nnUNetPlans.json").read_text())
+    plans["configurations"] = {"3d_fullres": plans["configurations"]["x"], "3d_cascade_fullres": {"inherits_from": "x"}}
+    (planned / "nnUNetPlans.json").write_text(json.dumps(plans))
+    raw = tmp_path / "raw" / "Dataset007_X"
+    raw.mkdir(parents=True)
+    before = _names(tmp_path)
+    given = str(raw) if name == "a folder" else name
+    assert quickstart.main(["--dataset", given, "--small-plans-only"]) == 0
+    assert set(_names(tmp_path)) - set(before) == {"preprocessed/Dataset007_X/nnUNetPlans_small.json"}
+    small = json.loads((planned / "nnUNetPlans_small.json").read_text())
+    assert small["plans_name"] == "nnUNetPlans_small" and list(small["configurations"]) == ["3d_fullres"]
+    assert small["configurations"]["3d_fullres"]["patch_size"] == [32, 32, 32]
+    assert not Path("quickstart_output").exists()
+
+
+def test_small_plans_replace_others_on_request_only(quickstart, planned, capsys):
+    file = planned / "nnUNetPlans_small.json"
+    command = ["--dataset", "7", "--small-plans-only"]
+    file.write_text("mine")
+    assert quickstart.main(command) == 1
+    assert "holds other plans: replace it with --overwrite" in capsys.readouterr().err and file.read_text() == "mine"
+    assert quickstart.main([*command, "--overwrite"]) == 0 and file.read_text() != "mine"
+    assert quickstart.main(command) == 0, "its own plans again"
+
+
+def test_small_plans_of_what_is_not_planned_are_refused(quickstart, planned, capsys):
+    assert quickstart.main(["--dataset", "8", "--small-plans-only"]) == 1
+    assert "there is no dataset 8" in capsys.readouterr().err
+    (planned / "nnUNetPlans.json").unlink()
+    assert quickstart.main(["--dataset", "7", "--small-plans-only"]) == 1
+    assert "nnUNetv2_plan_and_preprocess -d 7" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        quickstart.main(["--small-plans-only"])
+
+
 def test_names_of_classes_and_regions(steps):
     classes = {"labels": {"background": 0, "liver": 1, "ignore": 2}}
     assert steps.class_names(classes) == {0: "background", 1: "liver", 2: "ignore"}
@@ -320,42 +383,71 @@ def test_names_of_classes_and_regions(steps):
     assert steps.metric_names(regions)["(1, 2)"] == "whole" and steps.metric_names(classes)["1"] == "liver"
 
 
-def test_picture_of_a_case(steps, tmp_path):
+def test_picture_of_a_case(steps, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
     from matplotlib.image import imread
 
     dataset = write_phantom_dataset(tmp_path, 3, num_train=1, num_test=1, spacing=(1, 1, 2), **TINY)
     truth = dataset / "labelsTs" / "phantom_001.nii.gz"
     metrics = {"1": {"Dice": 1.0}, "2": {"Dice": float("nan")}}
     result = {"reference_file": str(truth), "prediction_file": str(truth), "metrics": metrics}
-    steps.draw_case(dataset, result, tmp_path / "overlay.png")
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **how: figures.append(self) or save(self, *args, **how))
+    steps.draw_case(dataset, {"Plain": result, "Method": result}, tmp_path / "overlay.png")
     picture = imread(tmp_path / "overlay.png")[..., :3]
     coloured = (picture.max(-1) - picture.min(-1) > 0.2).mean(axis=0)
-    third = len(coloured) // 3
+    quarter = len(coloured) // 4
     legend = (picture.max(-1) - picture.min(-1) > 0.2)[-60:].mean()
     assert legend > 0
-    # only truth and prediction are coloured, and here alike
-    panels = [coloured[k * third + 30 : (k + 1) * third - 30].sum() for k in range(3)]
+    # only truth and predictions are coloured, and here alike
+    panels = [coloured[k * quarter + 30 : (k + 1) * quarter - 30].sum() for k in range(4)]
     assert panels[0] < panels[1] / 3
-    assert panels[1] == pytest.approx(panels[2], rel=0.3)
+    assert panels[1] == pytest.approx(panels[2], rel=0.3) and panels[1] == pytest.approx(panels[3], rel=0.3)
+    (figure,) = figures
+    assert figure.get_suptitle() == "Dataset003_Phantom, phantom_001: not seen in training"
+    assert [axes.get_title() for axes in figure.axes[:4]] == [
+        "image",
+        "truth",
+        "Plain\nmean Dice 1.000",
+        "Method\nmean Dice 1.000",
+    ]
+    assert [axes.get_ylabel().split(",")[0] for axes in figure.axes[::4]] == ["axial", "coronal", "sagittal"]
+    # the phantom's file says: the first row is the front
+    scan = sitk.GetArrayFromImage(
+        sitk.ReadImage(str(truth).replace("labelsTs", "imagesTs").replace(".nii", "_0000.nii"))
+    )
+    index = int(figure.axes[0].get_ylabel().split()[-1])
+    assert np.allclose(figure.axes[0].images[0].get_array(), scan[index])
 
 
-def test_report_prints_every_class_and_returns_the_mean(steps, capsys):
-    summary = {
-        "metric_per_case": [{}, {}],
-        "mean": {"1": {"Dice": 0.9}, "2": {"Dice": 0.5}},
-        "foreground_mean": {"Dice": 0.7},
+def test_report_prints_every_class_of_both_and_returns_the_mean_of_the_method(steps, capsys):
+    cases = [{}, {}]
+    plain = {"1": {"Dice": 0.8}, "2": {"Dice": 0.25}}
+    ours = {"1": {"Dice": 0.9}, "2": {"Dice": 0.5}}
+    summaries = {
+        "Plain": {"metric_per_case": cases, "mean": plain, "foreground_mean": {"Dice": 0.525}},
+        "nnUNetTrainerX": {"metric_per_case": cases, "mean": ours, "foreground_mean": {"Dice": 0.7}},
     }
-    assert steps.report(summary, {"labels": {"background": 0, "liver": 1, "spleen": 2}}) == 0.7
+    assert steps.report(summaries, {"labels": {"background": 0, "liver": 1, "spleen": 2}}) == 0.7
     shown = capsys.readouterr().out
-    assert "2 unseen" in shown and "liver" in shown and "0.500" in shown
+    rows = [line.split() for line in shown.splitlines()]
+    assert "2 unseen" in shown and ["Plain", "nnUNetTrainerX"] in rows
+    assert (
+        ["liver", "0.800", "0.900"] in rows
+        and ["spleen", "0.250", "0.500"] in rows
+        and ["mean", "0.525", "0.700"] in rows
+    )
+    assert "says nothing about the method" in shown
 
 
 @pytest.mark.parametrize(("dice", "hint"), [((0.0, float("nan")), True), ((0.0, 0.01), False)])
 def test_a_network_that_predicts_background_only_is_called_that(steps, capsys, dice, hint):
     mean = {str(label): {"Dice": value} for label, value in enumerate(dice, 1)}
     summary = {"metric_per_case": [{}], "mean": mean, "foreground_mean": {"Dice": 0.0}}
-    steps.report(summary, {"labels": {"background": 0, "liver": 1, "spleen": 2}})
-    assert ("has not left the background yet: raise --iterations" in capsys.readouterr().out) == hint
+    steps.report({"TrainerX": summary}, {"labels": {"background": 0, "liver": 1, "spleen": 2}})
+    expected = "TrainerX has not left the background yet: raise --iterations"
+    assert (expected in capsys.readouterr().out) == hint
 
 
 # --- the script
@@ -453,8 +545,18 @@ def test_reduced_run_through_the_real_commands(tmp_path):
     )
     assert "the model did not learn" in done.stderr, done.stdout + done.stderr
     assert done.returncode == 1
-    assert (output / "overlay.png").is_file() and (output / "predictions" / "phantom_005.nii.gz").is_file()
-    assert "epoch 1 of 1: pseudo Dice" in done.stdout, done.stdout
-    assert "nnUNetPlans_small" in done.stdout and "-tr nnUNetTrainerMedContext" in done.stdout
-    assert json.loads((output / "dice.json").read_text())["foreground_mean"]["Dice"] < 0.8
+    for trainer in ("nnUNetTrainerExt", "nnUNetTrainerMedContext"):
+        assert (output / "predictions" / trainer / "phantom_005.nii.gz").is_file()
+        assert json.loads((output / f"dice_{trainer}.json").read_text())["foreground_mean"]["Dice"] < 0.8
+        assert f"-tr {trainer}" in done.stdout
+    assert (output / "overlay.png").is_file()
+    assert "epoch 1 of 1: pseudo Dice" in done.stdout and "case 1 of 1: phantom_005" in done.stdout, done.stdout
+    assert "[8 of 8]" in done.stdout and "nnUNetPlans_small" in done.stdout
+    panels = list(output.rglob("panel_epoch_*.png"))
+    assert panels and all(str(panel) in done.stdout for panel in panels)
+    # what it proposes can be typed
+    environment = {f"nnUNet_{kind}": str(output / f"nnUNet_{kind}") for kind in ("raw", "preprocessed", "results")}
+    (command,) = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("nnUNetv2_ext compare")]
+    command[0] = str(Path(sys.executable).with_name("nnUNetv2_ext"))
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, **environment}, timeout=120)
     assert not (EXAMPLES / "nnUNet_raw").exists()
