@@ -15,6 +15,9 @@ from typing import Any, Literal
 
 import nnunetv2_ext
 
+# What a command is for, in the order of the overview
+STORIES = ("prepare data", "train", "judge", "hand on and look inside")
+
 # What a trainer may refuse, and the contract suite (tests/contract) then expects a refusal of
 Property = Literal["2d", "3d", "resenc", "regions", "ignore", "cascade", "ddp"]
 
@@ -56,11 +59,12 @@ class Command:
     """A subcommand of ``nnUNetv2_ext``.
 
     Its module has ``add_arguments(parser) -> None`` and ``run(args) -> int``, the exit status; an ``EPILOG`` stands
-    below its help.
+    below its help. Its `story` is one of `STORIES`.
     """
 
     module: str
     summary: str  # one line for the overview
+    story: str
     formerly: str | None = None  # an old name, which still works and says so
 
 
@@ -80,6 +84,22 @@ class ExportEdit:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """What ``nnUNetv2_ext advise`` says of one dataset.
+
+    A reason is a rule that can be read up or a figure that was measured, with its data; never a gain that was not
+    measured. Text is of one line each.
+    """
+
+    kind: Literal["fix", "run", "skip"]  # before any training; worth running; not worth running
+    run: str  # what to do, use or leave
+    reason: str
+    commands: tuple[str, ...] = ()  # for a shell, as one types them
+    control: str = ""  # what to run beside it, which could explain a gain away
+    not_when: str = ""  # where the advice does not hold
+
+
+@dataclass(frozen=True)
 class Method:
     """One method.
 
@@ -96,6 +116,8 @@ class Method:
     requires: tuple[str, ...] = ()
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # distributions by the name of the extra
     card: str = ""  # its page below docs/
+    # "module:function": takes data.facts.DatasetFacts and returns a list of Advice, empty where it has nothing to say
+    advice: str = ""
 
 
 def methods() -> dict[str, Method]:

@@ -19,4 +19,5 @@ METHOD = Method(
     },
     weights={"teacher": "MedContext's moving average"},
     card="methods/medcontext.md",
+    advice="nnunetv2_ext.medcontext.advice:advice",
 )

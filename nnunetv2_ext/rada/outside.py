@@ -29,10 +29,12 @@ METHOD = Method(
         "sparsify": Command(
             "nnunetv2_ext.rada.commands.sparsify",
             "make a dense dataset sparse for nnUNetTrainerRADA, or thicken own planes",
+            "prepare data",
         ),
         "check-planes": Command(
             "nnunetv2_ext.rada.commands.check_planes",
             "show which annotated planes a preprocessed sparse dataset has",
+            "prepare data",
             formerly="check",
         ),
     },
@@ -46,4 +48,5 @@ METHOD = Method(
     },
     requires=("open_clip_torch>=3", "safetensors"),  # 3 is the first with require_pretrained and local-dir: models
     card="methods/rada.md",
+    advice="nnunetv2_ext.rada.advice:advice",
 )
