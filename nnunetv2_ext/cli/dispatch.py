@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from nnunetv2_ext import __version__
 from nnunetv2_ext.core.outside import STORIES, Command, methods
+from nnunetv2_ext.core.processes import require_numbers
 
 # in the order of the overview, by story
 HOUSE = {
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     args = parser.parse_args(rest)
     try:
+        if name != "doctor":  # which says so among its findings
+            require_numbers()
         return int(module.run(args))
     except BrokenPipeError:  # whoever read the output has ended, as `| head` does
         return 1

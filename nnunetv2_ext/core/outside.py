@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import nnunetv2_ext
 
@@ -83,6 +83,22 @@ class ExportEdit:
     notice: str = ""  # what whoever gets the model has to know, printed at the end
 
 
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+
+
+class Finding(NamedTuple):
+    """One line of what ``nnUNetv2_ext doctor`` found.
+
+    ``status`` is OK, WARN (works, not as well as it could) or FAIL (a command will fail).
+    ``remedy`` is what to type or change; empty if nothing is wrong.
+    """
+
+    status: str
+    subject: str
+    detail: str
+    remedy: str = ""
+
+
 @dataclass(frozen=True)
 class Advice:
     """What ``nnUNetv2_ext advise`` says of one dataset.
@@ -118,6 +134,8 @@ class Method:
     card: str = ""  # its page below docs/
     # "module:function": takes data.facts.DatasetFacts and returns a list of Advice, empty where it has nothing to say
     advice: str = ""
+    # "module:function": returns a list of Finding for doctor, of what the method needs besides `requires`
+    doctor: str = ""
 
 
 def methods() -> dict[str, Method]:

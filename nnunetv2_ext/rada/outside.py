@@ -49,4 +49,5 @@ METHOD = Method(
     requires=("open_clip_torch>=3", "safetensors"),  # 3 is the first with require_pretrained and local-dir: models
     card="methods/rada.md",
     advice="nnunetv2_ext.rada.advice:advice",
+    doctor="nnunetv2_ext.rada.installation:findings",
 )
