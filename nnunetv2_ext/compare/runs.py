@@ -3,17 +3,12 @@
 import json
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nnunetv2_ext import installed_trainers
-from nnunetv2_ext.core.outside import load_trainer
-from nnunetv2_ext.core.settings import renamed_keys
 from nnunetv2_ext.data.find import Model
 from nnunetv2_ext.evaluate.pairs import case_files, listed
 
@@ -89,7 +84,7 @@ def read_fold(model: Model, fold: str, ending: str) -> FoldRun:
             raise ValueError(f"{validation}: {listed(changed)} and summary.json do not agree")
     except ValueError as error:
         raise ValueError(f"{error}: {train} --val") from error
-    return FoldRun(folder, fold, validation, cases, _settings(folder, model.trainer), facts, dice)
+    return FoldRun(folder, fold, validation, cases, _settings(folder), facts, dice)
 
 
 def _read_dice(summary: Path, ending: str) -> dict[str, dict[str, float]]:
@@ -110,25 +105,12 @@ def _progress(folder: Path, planned: str) -> str:
     return f"the log ends in epoch {int(epochs[-1]) + 1} of {planned}" if epochs else "its log has no epoch"
 
 
-def _settings(folder: Path, trainer: str) -> dict[str, Any]:
-    """Of a training of ours, by dotted key; a key that was renamed since has its name of today."""
+def _settings(folder: Path) -> dict[str, Any]:
     file = folder / SETTINGS_FILE
     try:
-        found = dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
+        return dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"{file} cannot be read as YAML ({' '.join(str(error).split())})") from error
-    renamed = _renamed_keys(trainer) if found else {}
-    return {renamed.get(key, key): value for key, value in found.items() if renamed.get(key) not in found}
-
-
-@cache
-def _renamed_keys(trainer: str) -> dict[str, str]:
-    """Old key to key of today, as the trainer's settings say; {} of a trainer that is not installed here."""
-    if trainer not in installed_trainers():
-        return {}
-    with suppress(ImportError):  # what its method needs is not there
-        return renamed_keys(load_trainer(trainer).settings_model())
-    return {}
 
 
 def _facts(folder: Path) -> dict[str, str]:
