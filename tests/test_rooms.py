@@ -18,7 +18,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGE, TRAINERS = CHECKOUT / "nnunetv2_ext", CHECKOUT / "trainers"
 METHODS = sorted(methods())
 FLOOR = ["core", "data", "parts"]  # each may import what stands before it
-TOOLS = ["evaluate", "compare", "bench", "phantom", "cli"]
+TOOLS = ["evaluate", "compare", "bench", "advice", "phantom", "cli"]
 ROOMS = {
     **{room: {*FLOOR[: n + 1]} for n, room in enumerate(FLOOR)},
     **{method: {*FLOOR, method} for method in METHODS},
@@ -109,7 +109,7 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
         assert not foreign, f"{name} imports {', '.join(sorted(foreign))}"
 
 
-@pytest.mark.parametrize("room", ["core", "evaluate", "compare", "bench", "cli"])
+@pytest.mark.parametrize("room", ["core", "evaluate", "compare", "bench", "advice", "cli"])
 def test_a_tool_names_no_method(room: str) -> None:
     for file in sources(room):
         name = file.relative_to(CHECKOUT).as_posix()

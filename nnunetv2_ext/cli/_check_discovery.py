@@ -15,8 +15,10 @@ from nnunetv2_ext._register import EXT_VARIABLE, OPT_OUT_VARIABLE, SHIM_FOLDER, 
 from nnunetv2_ext.cli._check_software import child_error, nnunet_folder
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 from nnunetv2_ext.core.outside import load_trainer
+from nnunetv2_ext.core.processes import NUMBERS, unusable
 
 BY_HAND = f"export {EXT_VARIABLE}={SHIM_FOLDER}   (or, in Python: import nnunetv2_ext; nnunetv2_ext.register())"
+REINSTALL = "reinstall nnunetv2-ext: pip install --force-reinstall --no-deps ."
 # imports all modules of a folder, as nnU-Net's search does
 _SEARCH = """\
 import sys
@@ -68,8 +70,10 @@ def trainers() -> Iterator[Finding]:
     """Look up each of our trainers with nnU-Net's own function, as train and predict do, and pickle it."""
     names = installed_trainers()
     if not names:
-        remedy = "reinstall nnunetv2-ext: pip install --force-reinstall --no-deps ."
-        yield Finding(FAIL, "trainers", "none is installed", remedy)
+        yield Finding(FAIL, "trainers", "none is installed", REINSTALL)
+    if wrong := [name for name in NUMBERS if unusable(name)]:
+        yield Finding(FAIL, "trainers", f"not looked for, because of {' and '.join(wrong)}", "see Machine, below")
+        return
     for name, module in names.items():
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -78,14 +82,16 @@ def trainers() -> Iterator[Finding]:
                 found = recursive_find_trainer_class_by_name(name)
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            yield Finding(FAIL, name, f"nnU-Net cannot use it: {type(error).__name__}: {reason[0]}", BY_HAND)
+            there = any(_same(p, SHIM_FOLDER) for p in _entries())
+            remedy = "repair what this line or one above names" if there else BY_HAND
+            yield Finding(FAIL, name, f"nnU-Net cannot use it: {type(error).__name__}: {reason[0]}", remedy)
             continue
         if found.__module__ != module:
             # its file cannot be asked for: nnU-Net has already dropped that module; stale_copies() names it
             detail = f"nnU-Net uses another class of this name, of module {found.__module__}"
             yield Finding(FAIL, name, detail, "remove the copy that is named below")
         elif pickle.loads(pickle.dumps(found)) is not found:
-            yield Finding(FAIL, name, "does not pickle: worker processes cannot receive it", BY_HAND)
+            yield Finding(FAIL, name, "does not pickle: worker processes cannot receive it", REINSTALL)
         else:
             yield Finding(OK, name, "found by nnU-Net, pickles")
 
@@ -112,6 +118,8 @@ def settings() -> Iterator[Finding]:
     text = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
     if not text:
         yield Finding(OK, ENVIRONMENT_VARIABLE, "not set: trainings take their defaults")
+        return
+    if any(map(unusable, NUMBERS)):  # a finding of the section on the machine; no trainer can be imported
         return
     remedy = f"unset {ENVIRONMENT_VARIABLE}   (if it belongs to an earlier experiment)"
     try:

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding, judged
+from nnunetv2_ext.core.processes import NUMBERS, unusable, usable_cpus
 
 GIB = 2**30
 LITTLE_RAM = 16 * GIB  # nnU-Net states 32 GB for training; below half of that background workers are killed
 # measured order of magnitude for 3d patches: a worker holds a few cases' crops and imports torch
 LITTLE_RAM_PER_WORKER = 2 * GIB
+FEW_WORKERS = 2
+NNUNET_EXPORT_PROCESSES = 8  # nnunetv2/configuration.py, where the variable is not set
 LITTLE_SHM = 2 * GIB  # containers get 64 MiB unless told otherwise; batches of 3d patches travel through it
 
 NNUNET_FOLDERS = {
@@ -44,8 +47,10 @@ def devices() -> Iterator[Finding]:
 def memory() -> Iterator[Finding]:
     total, available = ram()
     text = f"{total / GIB:.1f} GiB, {available / GIB:.1f} GiB of it free"
-    lack = "nnU-Net asks for 32 GiB" if total < LITTLE_RAM else ""
-    yield judged("RAM", text, lack, "export nnUNet_n_proc_DA=2 (fewer workers)")
+    workers = os.environ.get("nnUNet_n_proc_DA", "").strip()
+    few = workers.isdecimal() and int(workers) <= FEW_WORKERS
+    lack = "nnU-Net asks for 32 GiB" if total < LITTLE_RAM and not few else ""
+    yield judged("RAM", text, lack, f"export nnUNet_n_proc_DA={FEW_WORKERS} (fewer workers)")
 
 
 def ram() -> tuple[int, int]:
@@ -73,16 +78,22 @@ def shared_memory() -> Iterator[Finding]:
 
 
 def workers() -> Iterator[Finding]:
-    """CPUs, and how many augmentation processes nnU-Net will start on them."""
+    """CPUs, and how many processes nnU-Net will start on them for augmentation and for exporting segmentations."""
     usable, present = usable_cpus(), os.cpu_count() or 1
     yield Finding(OK, "CPUs", f"{usable} usable" + (f" of {present}" if usable != present else ""))
-    name = "nnUNet_n_proc_DA"
-    value = os.environ.get(name)
-    if value is not None and not value.strip().isdecimal():
-        yield Finding(FAIL, name, f"is {value!r}; it must be a whole number >= 0", f"export {name}={usable}")
-        return
+    wrong = {name: text for name in NUMBERS if (text := unusable(name))}
+    for name, text in wrong.items():
+        yield Finding(FAIL, name, f"{text}, and nnU-Net does not start", f"export {name}={usable}")
+    if not wrong:  # nnU-Net reads both when it is imported
+        yield from _augmentation(usable)
+        yield from _export(usable)
+
+
+def _augmentation(usable: int) -> Iterator[Finding]:
     from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+    name = "nnUNet_n_proc_DA"
+    value = os.environ.get(name)
     number, affordable = get_allowed_n_proc_DA(), max(1, ram()[0] // LITTLE_RAM_PER_WORKER)
     source = "not set" if value is None else value
     text = f"{source}: {number} worker processes for training and {max(1, number // 2)} for validation, per GPU"
@@ -90,16 +101,21 @@ def workers() -> Iterator[Finding]:
         text = "0: data are loaded in the main process (slow; right for debugging), but planning fails with it"
         yield Finding(WARN, name, text, f"export {name}=1 for nnUNetv2_plan_and_preprocess")
     elif number > usable:
-        yield Finding(WARN, name, f"{text}, on {usable} CPUs", f"export {name}={usable}")
+        yield Finding(WARN, name, f"{text}, on {usable} CPUs", f"export {name}={min(usable, affordable)}")
     elif number > affordable:
         yield Finding(WARN, name, f"{text}: many for this RAM", f"export {name}={affordable}")
     else:
         yield Finding(OK, name, text)
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use: a scheduler such as SLURM gives fewer than ``os.cpu_count()`` says."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _export(usable: int) -> Iterator[Finding]:
+    """Too many processes that write segmentations cost more than they bring: 656 s against 86 s for five cases."""
+    name = "nnUNet_def_n_proc"
+    value = os.environ.get(name)
+    number = int(value) if value is not None else NNUNET_EXPORT_PROCESSES
+    text = f"{'not set' if value is None else value}: {number} processes export and score the validation cases"
+    lack = f"on two CPUs five cases took 656 s with 8 processes, 86 s with 2; here are {usable} CPUs"
+    yield judged(name, text, lack if number > usable else "", f"export {name}={usable}")
 
 
 def nnunet_folders() -> Iterator[Finding]:
@@ -118,7 +134,9 @@ def nnunet_folders() -> Iterator[Finding]:
         elif not _is_writable(value):
             # raw data may well lie on a read-only share
             status = WARN if variable == "nnUNet_raw" else FAIL
-            yield Finding(status, variable, f"{value} is not writable", f"chmod u+w {value}, or another folder")
+            yield Finding(
+                status, variable, f"{value} is not writable", f"chmod u+w {shlex.quote(value)}, or another folder"
+            )
         else:
             yield Finding(OK, variable, f"{value}, {shutil.disk_usage(value).free / GIB:.0f} GiB free")
 

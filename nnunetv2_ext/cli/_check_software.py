@@ -12,7 +12,10 @@ from typing import Any
 
 from nnunetv2_ext.cli._finding import FAIL, OK, WARN, Finding
 from nnunetv2_ext.core.compat import SUPPORTED, nnunet_version, require_supported_nnunet
-from nnunetv2_ext.core.outside import methods
+from nnunetv2_ext.core.outside import load, methods
+from nnunetv2_ext.core.processes import NUMBERS, unusable
+
+_RESENC = {"M": 8, "L": 22, "XL": 38}  # sizes of the plans, and GiB of GPUs sold with 9-11, 24 and 40 GB
 
 
 def python() -> Iterator[Finding]:
@@ -57,6 +60,31 @@ def torch() -> Iterator[Finding]:
         return
     build = f"CUDA {torch_.version.cuda}" if torch_.version.cuda else "no CUDA in this build"
     yield Finding(OK, "torch", f"{torch_.__version__}, {build}")
+
+
+def planners() -> Iterator[Finding]:
+    """Residual encoder planners, which nnU-Net's documentation recommends, and the one that fits the GPU."""
+    if any(map(unusable, NUMBERS)):  # a finding of the section on the machine; nnU-Net cannot be imported
+        return
+    try:
+        import torch as torch_
+        from nnunetv2.experiment_planning.experiment_planners.residual_unets import residual_encoder_unet_planners as of
+    except Exception as error:
+        detail = f"nnU-Net's cannot be imported: {type(error).__name__}: {error}"
+        yield Finding(WARN, "ResEnc planners", detail, "pip install --upgrade dynamic-network-architectures")
+        return
+    there = [size for size in _RESENC if hasattr(of, f"nnUNetPlannerResEnc{size}")]
+    free = torch_.cuda.get_device_properties(0).total_memory / 2**30 if torch_.cuda.is_available() else 0.0
+    size = max((s for s in there if _RESENC[s] <= free), key=_RESENC.__getitem__, default="M")
+    detail = f"{', '.join(there)}; for this machine: nnUNetv2_plan_and_preprocess -pl nnUNetPlannerResEnc{size}"
+    yield Finding(OK, "ResEnc planners", detail)
+
+
+def of_methods() -> Iterator[Finding]:
+    """What the methods say themselves."""
+    for method in methods().values():
+        if method.doctor:
+            yield from load(method.doctor)()
 
 
 def requirements() -> Iterator[Finding]:

@@ -1,20 +1,8 @@
-"""One line of what ``nnUNetv2_ext doctor`` found."""
+"""What ``nnUNetv2_ext doctor`` found, as `core.outside.Finding`."""
 
-from typing import NamedTuple
+from nnunetv2_ext.core.outside import FAIL, OK, WARN, Finding
 
-OK, WARN, FAIL = "OK", "WARN", "FAIL"
-
-
-class Finding(NamedTuple):
-    """``status`` is OK, WARN (works, not as well as it could) or FAIL (a command will fail).
-
-    ``remedy`` is what to type or change; empty if nothing is wrong.
-    """
-
-    status: str
-    subject: str
-    detail: str
-    remedy: str = ""
+__all__ = ["FAIL", "OK", "WARN", "Finding", "judged"]
 
 
 def judged(subject: str, detail: str, lack: str, remedy: str) -> Finding:

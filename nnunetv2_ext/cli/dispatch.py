@@ -13,21 +13,32 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from nnunetv2_ext import __version__
-from nnunetv2_ext.core.outside import Command, methods
+from nnunetv2_ext.core.outside import STORIES, Command, methods
+from nnunetv2_ext.core.processes import require_numbers
 
-# in the order of the overview
+# in the order of the overview, by story
 HOUSE = {
-    name: Command(f"nnunetv2_ext.cli.{name.replace('-', '_')}", summary)
-    for name, summary in {
-        "doctor": "check this installation and say how to fix what is wrong",
-        "settings": "list every setting of a trainer: type, default, meaning",
-        "export": "write a model folder that plain nnU-Net can predict with",
-        "bench": "measure what trainers cost against plain nnUNetTrainer: step, prediction, memory",
-        "evaluate": "score predictions: Dice, HD95 and NSD in mm, per structure and case",
-        "plan-network": "write plans with another network, for any trainer; no new preprocessing",
-        "compare": "compare finished trainings: paired differences with intervals, plots, worst cases",
-        "fix-fingerprint": "take CT intensities from annotated voxels only, in a dataset with an ignore label",
+    name: Command(f"nnunetv2_ext.cli.{name.replace('-', '_')}", summary, story)
+    for story, commands in {
+        "prepare data": {
+            "doctor": "check this installation and say how to fix what is wrong",
+            "advise": "look at a dataset and say what to run on it, what not, and which control beside it",
+            "fix-fingerprint": "take CT intensities from annotated voxels only, in a dataset with an ignore label",
+        },
+        "train": {
+            "settings": "list every setting of a trainer: type, default, meaning",
+            "plan-network": "write plans with another network, for any trainer; no new preprocessing",
+            "bench": "measure what trainers cost against plain nnUNetTrainer: step, prediction, memory",
+        },
+        "judge": {
+            "evaluate": "score predictions: Dice, HD95 and NSD in mm, per structure and case",
+            "compare": "compare finished trainings: paired differences with intervals, plots, worst cases",
+        },
+        "hand on and look inside": {
+            "export": "write a model folder that plain nnU-Net can predict with",
+        },
     }.items()
+    for name, summary in commands.items()
 }
 
 
@@ -38,15 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     the overview is printed.
     """
     typed, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    of_methods = {f"{m.name}: {m.summary}": m.commands for m in methods().values() if m.commands}
-    groups: dict[str, Mapping[str, Command]] = {"every trainer": HOUSE, **of_methods}
+    known = HOUSE | {name: command for method in methods().values() for name, command in method.commands.items()}
     if typed in ("-h", "--help"):
-        print(_overview(groups))
+        print(_overview(known))
         return 0
     if typed == "--version":
         print(f"nnunetv2-ext {__version__}")
         return 0
-    known = {name: command for group in groups.values() for name, command in group.items()}
     name = next((new for new, command in known.items() if typed == command.formerly), typed)
     if name not in known:
         near = difflib.get_close_matches(typed, [*known, "--help", "--version"], n=1, cutoff=0.5)
@@ -66,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     args = parser.parse_args(rest)
     try:
+        if name != "doctor":  # which says so among its findings
+            require_numbers()
         return int(module.run(args))
     except BrokenPipeError:  # whoever read the output has ended, as `| head` does
         return 1
@@ -74,11 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _overview(groups: Mapping[str, Mapping[str, Command]]) -> str:
+def _overview(known: Mapping[str, Command]) -> str:
     lines = ["usage: nnUNetv2_ext COMMAND ...", "       nnUNetv2_ext COMMAND --help", "       nnUNetv2_ext --version"]
-    for title, commands in groups.items():
-        lines += ["", textwrap.fill(title, 110)]
-        for name, command in commands.items():
-            row = f"  {name:<17} {command.summary}"
-            lines.append(textwrap.fill(row, 110, subsequent_indent=" " * 20, break_on_hyphens=False))
+    for story in STORIES:
+        lines += ["", story]
+        for name, command in known.items():
+            if command.story == story:
+                row = f"  {name:<17} {command.summary}"
+                lines.append(textwrap.fill(row, 110, subsequent_indent=" " * 20, break_on_hyphens=False))
+    trainers = ", ".join(name for method in methods().values() for name in method.trainers)
+    lines += ["", textwrap.fill(f"trainers: nnUNetTrainerExt, {trainers}", 110, subsequent_indent=" " * 10)]
     return "\n".join(lines)

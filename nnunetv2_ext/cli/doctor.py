@@ -18,7 +18,14 @@ EPILOG = "Exit status: 0 if nothing is marked FAIL, else 1."
 SUBJECT_WIDTH = 28  # of the column with what was checked; the longest trainer names fit
 
 SECTIONS: dict[str, tuple[Check, ...]] = {
-    "Software": (software.python, software.nnunet, software.torch, software.requirements),
+    "Software": (
+        software.python,
+        software.nnunet,
+        software.torch,
+        software.planners,
+        software.requirements,
+        software.of_methods,
+    ),
     "Trainers": (discovery.startup, discovery.folders, discovery.trainers, discovery.stale_copies),
     "Machine": (machine.devices, machine.memory, machine.shared_memory, machine.workers),
     "Folders": (machine.nnunet_folders,),

@@ -1,10 +1,14 @@
 """The things that are compared: arms, each of repeated trainings, each of finished folds."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from nnunetv2_ext import installed_trainers
 from nnunetv2_ext.compare.runs import TRAINING_FACTS, FoldRun, read_fold
+from nnunetv2_ext.core.outside import load_trainer
 from nnunetv2_ext.data.find import Model
 from nnunetv2_ext.evaluate.pairs import case_files, listed
 
@@ -137,18 +141,36 @@ def require_comparable(arms: Sequence[Arm], split: Mapping[str, Sequence[str]] |
 def differing_facts(arms: Sequence[Arm]) -> dict[str, list[str]]:
     """What differs between the arms' trainings: setting to its value(s) in each arm that has it, ``-`` elsewhere.
 
-    Without seeds, what only concerns logging, and settings that one kind of trainer has and all its arms agree on.
+    Without seeds, what only concerns logging, and settings that one kind of trainer has and all its arms agree on. A
+    key that was renamed since one of the trainings has its name of today.
     """
     found: dict[str, dict[str, set[str]]] = {}
+    # asked for only where trainings of one trainer, or blocks of settings, differ in keys: the trainer is imported
+    by_trainer = {(arm.trainer, frozenset(run.settings)) for arm in arms for run in arm.runs()}
+    keys = {key for _, some in by_trainer for key in some}
+    renames = len(by_trainer) > len({name for name, _ in by_trainer})
+    renames |= len({key.rpartition(".")[2] for key in keys}) < len(keys)
     for arm in arms:
+        renamed = _renamed_keys(arm.trainer) if renames and arm.trainer else {}
         for run in arm.runs():
             values = {"trainer": arm.trainer or "?", **run.facts}
-            values |= {k: str(v) for k, v in run.settings.items() if k not in (*_SILENT, *TRAINING_FACTS)}
+            today = {renamed.get(k, k): v for k, v in run.settings.items() if renamed.get(k) not in run.settings}
+            values |= {k: str(v) for k, v in today.items() if k not in (*_SILENT, *TRAINING_FACTS)}
             values |= {} if run.fold == "test" else {"train_cases": run.train_cases}
             for key, value in values.items():
                 found.setdefault(key, {}).setdefault(arm.name, set()).add(value)
     table = {key: {name: " / ".join(sorted(some)) for name, some in by_arm.items()} for key, by_arm in found.items()}
     return {key: [t.get(arm.name, "-") for arm in arms] for key, t in table.items() if len(set(t.values())) > 1}
+
+
+@cache
+def _renamed_keys(trainer: str) -> dict[str, str]:
+    """Old key to key of today, as the trainer's settings say; {} of a trainer that is not installed here."""
+    from nnunetv2_ext.core.settings import renamed_keys
+
+    with suppress(ImportError):  # what its method needs is not there
+        return renamed_keys(load_trainer(trainer).settings_model()) if trainer in installed_trainers() else {}
+    return {}
 
 
 def require_same_training_cases(arms: Sequence[Arm], allowed: bool = False) -> list[str]:

@@ -173,10 +173,10 @@ def _source(request: Request, folders: Sequence[Path]) -> tuple[dict[str, Any], 
     return first, make_source(request, labels, first, ".nii.gz"), notes
 
 
-def _stock(variable: str, *parts: str) -> Path | None:
-    """A file or folder below one of nnU-Net's, None if it is not at hand."""
-    path = Path(os.environ.get(variable) or ".", *parts)
-    return path if os.environ.get(variable) and path.exists() else None
+def _stock(variable: str, dataset: str, name: str) -> Path | None:
+    """A file or folder of the dataset in one of nnU-Net's folders, None if it is not at hand."""
+    folder = find.dataset_if_there(dataset, variable)
+    return folder / name if folder and (folder / name).exists() else None
 
 
 def subjects_of(
@@ -208,8 +208,8 @@ def truth_folder(request: Request, dataset: str) -> Path:
         if not request.truth.is_dir():
             raise ValueError(f"--truth {request.truth} does not exist")
         return request.truth
-    base = os.environ.get(find.PREPROCESSED)
     if (folder := _stock(find.PREPROCESSED, dataset, "gt_segmentations")) is None:
+        base = os.environ.get(find.PREPROCESSED)
         where = f"in {Path(base, dataset)}" if base else "because nnUNet_preprocessed is not set"
         raise ValueError(f"the true segmentations were not found {where}; give their folder with --truth")
     return folder

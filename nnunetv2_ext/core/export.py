@@ -16,6 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, first_difference, read
 from nnunetv2_ext.core.files import atomic_torch_save, atomic_write_text, read_json, require_writable
 from nnunetv2_ext.core.outside import ExportEdit, load, methods_of
+from nnunetv2_ext.core.quiet import quiet
 from nnunetv2_ext.core.settings import PLANS_KEY, without_local_paths
 from nnunetv2_ext.core.stock import stock_network
 from nnunetv2_ext.core.trainer import ExtTrainer
@@ -237,7 +238,8 @@ def _copy_results(checkpoint: Path, target: Path) -> None:
 def _trainer_of(checkpoint: dict[str, Any], source: Path) -> type[ExtTrainer]:
     name = checkpoint.get("trainer_name", "an unnamed trainer")
     try:
-        trainer = recursive_find_trainer_class_by_name(name)
+        with quiet():
+            trainer = recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:  # nnU-Net's for a name it does not find
         raise ValueError(
             f"{source} was trained with {name}, which nnU-Net does not find here: install the package it comes from "

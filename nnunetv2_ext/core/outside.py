@@ -11,9 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import nnunetv2_ext
+
+# What a command is for, in the order of the overview
+STORIES = ("prepare data", "train", "judge", "hand on and look inside")
 
 # What a trainer may refuse, and the contract suite (tests/contract) then expects a refusal of
 Property = Literal["2d", "3d", "resenc", "regions", "ignore", "cascade", "ddp", "export"]
@@ -56,11 +59,12 @@ class Command:
     """A subcommand of ``nnUNetv2_ext``.
 
     Its module has ``add_arguments(parser) -> None`` and ``run(args) -> int``, the exit status; an ``EPILOG`` stands
-    below its help.
+    below its help. Its `story` is one of `STORIES`.
     """
 
     module: str
     summary: str  # one line for the overview
+    story: str
     formerly: str | None = None  # an old name, which still works and says so
 
 
@@ -77,6 +81,38 @@ class ExportEdit:
     keeps_trainer: bool = False  # the result is still a model of its trainer, which needs this package; else stock
     same_predictions: bool = False  # it predicts as before, so its validation result goes along
     notice: str = ""  # what whoever gets the model has to know, printed at the end
+
+
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+
+
+class Finding(NamedTuple):
+    """One line of what ``nnUNetv2_ext doctor`` found.
+
+    ``status`` is OK, WARN (works, not as well as it could) or FAIL (a command will fail).
+    ``remedy`` is what to type or change; empty if nothing is wrong.
+    """
+
+    status: str
+    subject: str
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What ``nnUNetv2_ext advise`` says of one dataset.
+
+    A reason is a rule that can be read up or a figure that was measured, with its data; never a gain that was not
+    measured. Text is of one line each.
+    """
+
+    kind: Literal["fix", "run", "skip"]  # before any training; worth running; not worth running
+    run: str  # what to do, use or leave
+    reason: str
+    commands: tuple[str, ...] = ()  # for a shell, as one types them
+    control: str = ""  # what to run beside it, which could explain a gain away
+    not_when: str = ""  # where the advice does not hold
 
 
 @dataclass(frozen=True)
@@ -112,6 +148,10 @@ class Method:
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # distributions by the name of the extra
     card: str = ""  # its page below docs/
     citation: str = ""  # its paper, as in a list of references; a new training asks to cite it
+    # "module:function": takes data.facts.DatasetFacts and returns a list of Advice, empty where it has nothing to say
+    advice: str = ""
+    # "module:function": returns a list of Finding for doctor, of what the method needs besides `requires`
+    doctor: str = ""
 
 
 def methods() -> dict[str, Method]:

@@ -1,10 +1,16 @@
 """What the channel names of a dataset make of colour images."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _COLOURS = (("r", "g", "b"), ("red", "green", "blue"))
 SCALED = "rgb_to_0_1"  # nnU-Net's name for channels that are divided by 255
+
+
+def are_colours(names: Iterable[str]) -> bool:
+    """Whether channels of these names are the colours of a photograph."""
+    plain = tuple(str(name).casefold() for name in names)
+    return plain in _COLOURS or (len(plain) == 3 and all(name.startswith("rgb") for name in plain))
 
 
 def hint_on_rgb(dataset_json: Mapping[str, Any]) -> str | None:
@@ -14,9 +20,7 @@ def hint_on_rgb(dataset_json: Mapping[str, Any]) -> str | None:
     """
     channels = dataset_json.get("channel_names") or dataset_json.get("modality") or {}
     names = [str(name) for name in channels.values()] if isinstance(channels, Mapping) else []
-    plain = tuple(name.lower() for name in names)
-    colours = plain in _COLOURS or (len(plain) == 3 and all(name.startswith("rgb") for name in plain))
-    if not colours or all(name == SCALED for name in plain):
+    if not are_colours(names) or all(name == SCALED for name in names):
         return None
     return (
         f"the channels {', '.join(names)} look like an RGB image, but nnU-Net z-scores each image by itself; to scale "

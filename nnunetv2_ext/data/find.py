@@ -8,6 +8,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from nnunetv2_ext.core.files import read_json
 
 RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"
 _SHOWN = 8  # names in a message
@@ -45,17 +48,49 @@ def find_dataset(dataset: int | str, *variables: str, holding: str = "", instead
     return find_below(there, dataset, instead, holding)
 
 
+def dataset_if_there(dataset: int | str, *variables: str) -> Path | None:
+    """`find_dataset` without an error for what is not there: None.
+
+    Raises:
+        ValueError: several datasets have this id.
+    """
+    there = [root for root in _set_folders(variables) if matching(root, dataset)]
+    return find_below(there[:1], dataset, "") if there else None
+
+
 def find_below(roots: Sequence[Path], dataset: int | str, instead: str, holding: str = "") -> Path:
     """`find_dataset` in folders of one's own, at least one."""
     for root in roots:
-        matching = [p for p in _matching(root, dataset) if not holding or (p / holding).is_file()]
-        if len(matching) > 1:
-            names = ", ".join(p.name for p in matching)
+        found = [p for p in matching(root, dataset) if not holding or (p / holding).is_file()]
+        if len(found) > 1:
+            names = ", ".join(p.name for p in found)
             raise ValueError(f"dataset {dataset} is ambiguous in {root}: {names}; give the full name")
-        if matching:
-            return matching[0]
+        if found:
+            return found[0]
     places = " and ".join(f"{root} ({_datasets_in(root)})" for root in roots)
     raise ValueError(f"there is no dataset {dataset} in {places}; {instead}")
+
+
+def plans_files_in(base: Path) -> list[Path]:
+    """All plans of a preprocessed dataset."""
+    contents = {file: read_json(file) for file in sorted(base.glob("*.json"))}
+    return [file for file, content in contents.items() if isinstance(content, dict) and "plans_name" in content]
+
+
+def read_plans(base: Path, name: str, remedy: str) -> dict[str, Any]:
+    """The plans of this name of a preprocessed dataset.
+
+    Raises:
+        ValueError: there are none, or the file is damaged; says which there are, and `remedy`.
+    """
+    file = base / f"{name}.json"
+    if not file.is_file():
+        names = ", ".join(plans.stem for plans in plans_files_in(base)) or "none"
+        raise ValueError(f"there are no plans {name} in {base} (-p takes {names}): {remedy}")
+    plans = read_json(file)
+    if not (isinstance(plans, dict) and isinstance(plans.get("configurations"), dict)):
+        raise ValueError(f"{file} does not hold nnU-Net's plans (it has no configurations): {remedy}")
+    return plans
 
 
 def find_dataset_json(dataset: int | str) -> Path:
@@ -66,15 +101,15 @@ def find_dataset_json(dataset: int | str) -> Path:
 
 def datasets_of_id(number: int) -> list[str]:
     """Names of all datasets with this id among raw data, preprocessed data and results, sorted."""
-    return sorted({p.name for root in _set_folders((RAW, PREPROCESSED, RESULTS)) for p in _matching(root, number)})
+    return sorted({p.name for root in _set_folders((RAW, PREPROCESSED, RESULTS)) for p in matching(root, number)})
 
 
 def _set_folders(variables: Sequence[str]) -> list[Path]:
     return [Path(value) for variable in variables if (value := os.environ.get(variable))]
 
 
-def _matching(root: Path, dataset: int | str) -> list[Path]:
-    """Folders of this id (``Dataset004_...``) or name."""
+def matching(root: Path, dataset: int | str) -> list[Path]:
+    """Folders of this id (``Dataset004_...``) or name in one of nnU-Net's folders, sorted."""
     name = str(dataset).strip()
     if name.isdecimal():
         prefix = f"Dataset{int(name):03d}"
@@ -158,7 +193,7 @@ def find_in(folder: Path, dataset: int | str, plans: str, configuration: str) ->
         raise ValueError(f"--run: the folder {folder} does not exist")
     fold = folder.name.removeprefix("fold_") if folder.name.startswith("fold_") else None
     model = as_model(folder.parent if fold else folder)
-    there = [model] if model else [one for below in _matching(folder, dataset) for one in models_of(below)]
+    there = [model] if model else [one for below in matching(folder, dataset) for one in models_of(below)]
     fitting = [one for one in there if (one.plans, one.configuration) == (plans, configuration)]
     if len(fitting) == 1:
         return fitting[0], fold if model else None

@@ -16,8 +16,7 @@ from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
 from nnunetv2_ext.core.files import atomic_write_text, read_json
 from nnunetv2_ext.core.progress import progress_bar
-from nnunetv2_ext.data.find import PREPROCESSED, nnunet_folder
-from nnunetv2_ext.data.preprocessed import plans_files_in
+from nnunetv2_ext.data.find import PREPROCESSED, nnunet_folder, plans_files_in
 from nnunetv2_ext.data.raw import RawDataset, open_raw
 
 PROPERTIES = "foreground_intensity_properties_per_channel"

@@ -10,7 +10,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_ext.core.files import read_json
-from nnunetv2_ext.data.find import PREPROCESSED, find_dataset
+from nnunetv2_ext.data.find import PREPROCESSED, find_dataset, read_plans
 from nnunetv2_ext.data.raw import require_consecutive_labels
 
 _WRITTEN = (".b2nd", "_seg.b2nd", ".npz", ".pkl")  # by preprocessing; .npy files are unpacked in trainings
@@ -115,11 +115,6 @@ def file_stamp(file: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def plans_files_in(base: Path) -> list[Path]:
-    """All plans of a preprocessed dataset."""
-    return [file for file in sorted(base.glob("*.json")) if "plans_name" in read_json(file)]
-
-
 def open_preprocessed(
     dataset: int | str, configuration: str, plans_name: str = "nnUNetPlans", files: bool = True
 ) -> Preprocessed:
@@ -130,11 +125,7 @@ def open_preprocessed(
     """
     base = find_dataset(dataset, PREPROCESSED)
     remedy = f"run nnUNetv2_plan_and_preprocess -d {dataset} -c {configuration}"
-    file = base / f"{plans_name}.json"
-    if not file.is_file():
-        names = [plans.stem for plans in plans_files_in(base)]
-        raise ValueError(f"there are no plans {plans_name} in {base} (-p takes {', '.join(names) or 'none'}): {remedy}")
-    plans = PlansManager(read_json(file))
+    plans = PlansManager(read_plans(base, plans_name, remedy))
     if configuration not in plans.available_configurations:
         raise ValueError(
             f"the plans {plans_name} have no configuration {configuration!r}: -c takes "

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +20,9 @@ from nnunetv2.utilities.utils import (
     get_identifiers_from_splitted_dataset_folder,
 )
 
-from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.data.case import Volume, find_reader, read_image, read_label_map, require_same_grid
-from nnunetv2_ext.data.find import PREPROCESSED, RAW, datasets_of_id, find_dataset
+from nnunetv2_ext.data.find import PREPROCESSED, RAW, dataset_if_there, datasets_of_id, find_dataset, read_plans
 
 Array = npt.NDArray[Any]
 
@@ -142,45 +141,63 @@ def _listed(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def open_raw(dataset: int | str) -> RawDataset:
-    """The dataset with this id or name in nnUNet_raw; every labelled case has its files.
+def open_raw(dataset: int | str, complete: bool = True) -> RawDataset:
+    """The dataset with this id or name in nnUNet_raw.
+
+    Args:
+        dataset: id or name.
+        complete: Every labelled case must have its files; otherwise `problems` says what is missing.
 
     Raises:
-        ValueError: there is none, its dataset.json is missing or incomplete, labels are not consecutive, or a file of a
-            case is missing.
+        ValueError: there is none, its dataset.json is missing or incomplete; or one of `problems`.
     """
     folder = find_dataset(dataset, RAW)
     try:
         content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         files = _listed(folder, content)
-        first, ending, labels = next(iter(files.values()))["images"][0], content["file_ending"], content["labels"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
+        ending, _ = content["file_ending"], content["labels"]
+        first = next((entry["images"][0] for entry in files.values()), None)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
             f"{folder} is not a complete raw dataset ({type(error).__name__}: {error}); it needs dataset.json, "
             "imagesTr and labelsTr"
         ) from error
-    require_consecutive_labels(labels, folder.name)
-    _require_files(folder, files, ending, listed="dataset" in content)
+    if first is None:
+        raise ValueError(
+            f"{folder / 'imagesTr'} has no image that ends in {ending}: add the images, or correct 'file_ending' in "
+            "dataset.json"
+        )
     reader = find_reader(ending, content.get("overwrite_image_reader_writer"), Path(first))
-    return RawDataset(folder, content, files, reader)
+    raw = RawDataset(folder, content, files, reader)
+    if complete and (problem := next(problems(raw), None)):
+        raise ValueError(problem)
+    return raw
 
 
-def _require_files(folder: Path, files: dict[str, dict[str, Any]], ending: str, listed: bool) -> None:
-    """Raise ValueError for a case that lacks a file: nnU-Net forgets a label whose image is missing."""
-    for case, entry in files.items():
+def problems(raw: RawDataset) -> Iterator[str]:
+    """Why nnU-Net could not be trained on the files as they are: labels that are not consecutive, missing files.
+
+    nnU-Net forgets a label whose image is missing.
+    """
+    try:
+        require_consecutive_labels(raw.json["labels"], raw.name)
+    except ValueError as error:
+        yield str(error)
+    for case, entry in raw.files.items():
         missing = [str(file) for file in (*entry["images"], entry["label"]) if not Path(file).is_file()]
         if missing:
-            raise ValueError(f"case {case} of {folder.name}: {missing[0]} is missing; add the file, or remove the case")
-        if not str(entry["label"]).endswith(ending):
-            raise ValueError(
-                f"case {case} of {folder.name}: the label {entry['label']} does not end in {ending}, under which "
+            yield f"case {case} of {raw.name}: {missing[0]} is missing; add the file, or remove the case"
+        elif not str(entry["label"]).endswith(raw.ending):
+            yield (
+                f"case {case} of {raw.name}: the label {entry['label']} does not end in {raw.ending}, under which "
                 "nnU-Net copies it: convert the label, or correct 'file_ending' in dataset.json"
             )
-    labels = () if listed or not (folder / "labelsTr").is_dir() else (folder / "labelsTr").iterdir()
-    cases = {p.name.removesuffix(ending) for p in labels if p.name.endswith(ending) and not p.name.startswith(".")}
-    for case in sorted(cases - set(files)):
-        raise ValueError(
-            f"case {case} of {folder.name} has a label, but no image {case}_0000{ending} in imagesTr: add the image, "
+    folder = raw.folder / "labelsTr"
+    labels = folder.iterdir() if folder.is_dir() and "dataset" not in raw.json else ()
+    cases = {p.name.removesuffix(raw.ending) for p in labels if p.name.endswith(raw.ending) and p.name[0] != "."}
+    for case in sorted(cases - set(raw.files)):
+        yield (
+            f"case {case} of {raw.name} has a label, but no image {case}_0000{raw.ending} in imagesTr: add the image, "
             "or move the label away"
         )
 
@@ -269,17 +286,17 @@ def planned_spacing(dataset_name: str, plans_name: str, configuration: str) -> t
     Raises:
         ValueError: the plans lack the configuration, or it is 2-D.
     """
-    file = Path(os.environ.get(PREPROCESSED, "")) / dataset_name / f"{plans_name}.json"
-    if not os.environ.get(PREPROCESSED) or not file.is_file():
+    base = dataset_if_there(dataset_name, PREPROCESSED)
+    if base is None or not (base / f"{plans_name}.json").is_file():
         return None
-    plans = read_json(file)
+    plans = read_plans(base, plans_name, f"run nnUNetv2_plan_experiment -d {dataset_name}")
     known = plans["configurations"]
     block = known.get(configuration) or {}
     while "spacing" not in block and "inherits_from" in block:
         block = known.get(block["inherits_from"]) or {}
     if len(block.get("spacing", ())) != 3:
         raise ValueError(
-            f"{file.name} of {dataset_name} has no 3-D configuration {configuration!r} (it has {', '.join(known)})"
+            f"{plans_name} of {dataset_name} has no 3-D configuration {configuration!r} (it has {', '.join(known)})"
         )
     return tuple(float(block["spacing"][i]) for i in plans["transpose_backward"])
 

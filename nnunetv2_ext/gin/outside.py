@@ -13,6 +13,7 @@ METHOD = Method(
         )
     },
     card="methods/gin.md",
+    advice="nnunetv2_ext.gin.advice:advice",
     citation="Ouyang, C., Chen, C., Li, S., Li, Z., Qin, C., Bai, W., & Rueckert, D. (2023). Causality-Inspired "
     "Single-Source Domain Generalization for Medical Image Segmentation. IEEE TMI 42(4), 1095-1106. arXiv:2111.12525",
 )

@@ -1,17 +1,20 @@
 """What a trained J-RAS model retrieves for an image of a file, for ``nnUNetv2_ext guides``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunetv2_ext.core.checkpoint import read, unwrap
+from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read, unwrap
 from nnunetv2_ext.core.labelmaps import logits_to_labels, target_to_labels
+from nnunetv2_ext.core.quiet import quiet
 from nnunetv2_ext.data.case import Volume, read_image, read_label_map, require_same_grid
 from nnunetv2_ext.data.find import find_checkpoint
-from nnunetv2_ext.jras.build import corner_around, cut_patch
+from nnunetv2_ext.data.subjects import subjects_of_dataset
+from nnunetv2_ext.jras.build import corner_around, cut_patch, group_ids
 from nnunetv2_ext.jras.network import JRASNetwork
 from nnunetv2_ext.jras.panel import GuideView, view_of_patch
 
@@ -28,9 +31,31 @@ def load_model(model_folder: Path, fold: str, checkpoint: str, device: torch.dev
         raise ValueError(f"{file} has no guide bank: it was not trained with J-RAS, or with jras.retriever=none")
     if not len(weights["bank.keys"]):
         raise ValueError(f"the guide bank of {file} is empty: it was stripped; use the model it was exported from")
-    predictor = nnUNetPredictor(use_mirroring=False, device=device, verbose=False, allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), checkpoint)
+    with quiet():
+        predictor = nnUNetPredictor(
+            use_mirroring=False, perform_everything_on_device=device.type == "cuda", device=device, allow_tqdm=False
+        )
+        predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), checkpoint)
     return predictor
+
+
+def known_case(file: Path, dataset_json: Mapping[str, Any], image: Path) -> str | None:
+    """The case that an image file is named after, if guides of a checkpoint are of its subject; else None.
+
+    A checkpoint that was exported does not tell.
+    """
+    checkpoint = read(file)
+    extension = checkpoint.get(EXTENSION_KEY) or {}
+    state = extension.get("methods", {}).get("jras", {})
+    if "group_key" not in state:
+        return None
+    case = image.name.removesuffix(dataset_json["file_ending"]).removesuffix("_0000")
+    try:
+        subjects = subjects_of_dataset(dataset_json, [case], extension.get("settings", {}).get("group_regex"))
+    except ValueError:  # a name of another kind, in which the expression finds no subject
+        subjects = None
+    number = group_ids([case], state["group_key"], subjects)
+    return case if bool(torch.isin(number, checkpoint["network_weights"]["bank.groups"].cpu()).any()) else None
 
 
 def look_at_image(predictor: nnUNetPredictor, images: Sequence[Path], label: Path | None = None) -> GuideView:

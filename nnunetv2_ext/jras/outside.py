@@ -38,6 +38,7 @@ METHOD = Method(
         "guides": Command(
             "nnunetv2_ext.jras.commands.guides",
             "show what a J-RAS model retrieves for an image, and with which weights",
+            "hand on and look inside",
         )
     },
     export_edits={
@@ -58,4 +59,5 @@ METHOD = Method(
     # faiss-gpu before 1.14.3 is for Python <= 3.10
     requires=(f"faiss-gpu>=1.14.3; {_LINUX_X86_64}", f"faiss-cpu; {_ELSEWHERE}"),
     card="methods/jras.md",
+    advice="nnunetv2_ext.jras.advice:advice",
 )

@@ -21,4 +21,5 @@ METHOD = Method(
     card="methods/medcontext.md",
     citation="Gani, H., Naseer, M., Khan, F. S., & Khan, S. (2024). MedContext: Learning Contextual Cues for Efficient "
     "Volumetric Medical Segmentation. MICCAI 2024, LNCS 15012, 229-239. arXiv:2402.17725",
+    advice="nnunetv2_ext.medcontext.advice:advice",
 )

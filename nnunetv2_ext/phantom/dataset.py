@@ -9,6 +9,7 @@ import numpy.typing as npt
 import SimpleITK as sitk
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
+from nnunetv2_ext.data.find import matching
 from nnunetv2_ext.phantom.image import MIN_VOXELS, check_arguments, make_phantom
 
 _CONTRASTS = ("T1", "T2")  # the order of the channels
@@ -66,7 +67,7 @@ def write_phantom_dataset(
         raise ValueError(f"channels must be 1 (T1) or 2 (T1 and T2), got {channels}")
     check_arguments(seed, shape, spacing, num_organs, _CONTRASTS[0], bias_field=bias_field, noise=noise)
     folder = Path(raw) / f"Dataset{dataset_id:03d}_{name}"
-    if taken := sorted(Path(raw).glob(f"Dataset{dataset_id:03d}_*")):
+    if taken := matching(Path(raw), dataset_id):
         raise ValueError(f"{taken[0]} exists and is not overwritten: remove it or choose another dataset id")
 
     for sub in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):

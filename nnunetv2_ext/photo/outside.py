@@ -13,9 +13,15 @@ METHOD = Method(
         )
     },
     commands={
-        "enhance": Command("nnunetv2_ext.photo.commands.enhance", "CLAHE and a blank surround for colour photographs"),
-        "split-labels": Command("nnunetv2_ext.photo.commands.split_labels", "write one binary dataset a label"),
-        "merge-labels": Command("nnunetv2_ext.photo.commands.merge_labels", "put binary predictions together again"),
+        "enhance": Command(
+            "nnunetv2_ext.photo.commands.enhance", "CLAHE and a blank surround for colour photographs", "prepare data"
+        ),
+        "split-labels": Command(
+            "nnunetv2_ext.photo.commands.split_labels", "write one binary dataset a label", "prepare data"
+        ),
+        "merge-labels": Command(
+            "nnunetv2_ext.photo.commands.merge_labels", "put binary predictions together again", "judge"
+        ),
     },
     networks={
         "smp": Network(
@@ -25,6 +31,7 @@ METHOD = Method(
     },
     extras={"photo": ("segmentation-models-pytorch>=0.5", "safetensors")},
     card="methods/photo.md",
+    advice="nnunetv2_ext.photo.advice:advice",
     citation="Boulaabi, M., Ben Aicha Gader, T., Kacem Echi, A., & Mbarek, S. (2024). Advanced Segmentation of Diabetic "
     "Retinopathy Lesions Using DeepLabv3+. AICCSA 2024. arXiv:2504.17306",
 )

@@ -29,10 +29,12 @@ METHOD = Method(
         "sparsify": Command(
             "nnunetv2_ext.rada.commands.sparsify",
             "make a dense dataset sparse for nnUNetTrainerRADA, or thicken own planes",
+            "prepare data",
         ),
         "check-planes": Command(
             "nnunetv2_ext.rada.commands.check_planes",
             "show which annotated planes a preprocessed sparse dataset has",
+            "prepare data",
             formerly="check",
         ),
     },
@@ -48,4 +50,6 @@ METHOD = Method(
     card="methods/rada.md",
     citation="Zeng, Xie, Zhu, Zhang, Hu, Yao, Li, Lu, & Lu (2026). RADA: Region-Aware Dual-encoder Auxiliary learning "
     "for Barely-supervised Medical Image Segmentation. arXiv:2604.11164",
+    advice="nnunetv2_ext.rada.advice:advice",
+    doctor="nnunetv2_ext.rada.installation:findings",
 )

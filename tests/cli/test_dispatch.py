@@ -8,7 +8,7 @@ import pytest
 
 from nnunetv2_ext import __version__
 from nnunetv2_ext.cli import dispatch
-from nnunetv2_ext.core.outside import Command, methods
+from nnunetv2_ext.core.outside import STORIES, Command, methods
 
 COMMANDS = dispatch.HOUSE | {name: command for m in methods().values() for name, command in m.commands.items()}
 
@@ -31,8 +31,8 @@ def echo(monkeypatch: pytest.MonkeyPatch) -> None:
     module.add_arguments, module.run = add_arguments, run
     module.EPILOG = "Example:\n  echo hello\n"
     monkeypatch.setitem(sys.modules, "echo_command", module)
-    monkeypatch.setitem(dispatch.HOUSE, "echo", Command("echo_command", "print a text", formerly="say"))
-    monkeypatch.setitem(dispatch.HOUSE, "absent", Command("no_such_module", "never imported"))
+    monkeypatch.setitem(dispatch.HOUSE, "echo", Command("echo_command", "print a text", "train", formerly="say"))
+    monkeypatch.setitem(dispatch.HOUSE, "absent", Command("no_such_module", "never imported", "judge"))
 
 
 def test_a_command_gets_its_arguments_and_gives_the_exit_status(echo, capsys) -> None:
@@ -51,6 +51,8 @@ def test_help_lists_every_command_without_importing_any(echo, arguments: list[st
     out = capsys.readouterr().out
     assert all(name in out for name in (*COMMANDS, "echo", "never imported"))
     assert len(out.splitlines()) > len(COMMANDS) and max(map(len, out.splitlines())) <= 110
+    assert [line for line in out.splitlines() if line in STORIES] == list(STORIES)
+    assert out.index("\njudge\n") < out.index("never imported") < out.index("\nhand on")
 
 
 def test_a_disk_that_cannot_be_written_is_one_line(echo, monkeypatch, capsys) -> None:
@@ -102,6 +104,10 @@ def test_an_old_name_works_and_says_so_in_one_line(echo, capsys) -> None:
 
 def test_check_planes_was_called_check() -> None:
     assert COMMANDS["check-planes"].formerly == "check"
+
+
+def test_every_command_belongs_to_a_story() -> None:
+    assert {command.story for command in COMMANDS.values()} == set(STORIES)
 
 
 def test_no_name_is_taken_twice() -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -243,9 +245,41 @@ def test_a_trainer_that_nnunet_cannot_find_fails_with_the_remedy(monkeypatch: py
     assert finding.status == FAIL and "Could not find" in finding.detail and SHIM_FOLDER in finding.remedy
 
 
+def test_a_trainer_that_does_not_import_is_not_a_matter_of_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunetv2.utilities import find_objects
+
+    def fail(name: str) -> None:
+        raise ImportError("libfaiss.so: cannot open")
+
+    monkeypatch.setenv(EXT_VARIABLE, SHIM_FOLDER)
+    monkeypatch.setattr(find_objects, "recursive_find_trainer_class_by_name", fail)
+    found = list(_check_discovery.trainers())
+    assert all(f.status == FAIL and "libfaiss.so" in f.detail and EXT_VARIABLE not in f.remedy for f in found)
+
+
 def test_no_installed_trainer_at_all_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_check_discovery, "installed_trainers", dict)
     assert _statuses(_check_discovery.trainers()) == [FAIL]
+
+
+def test_planners_of_residual_encoders_and_the_one_for_this_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    for gib, size in ((None, "M"), (6, "M"), (12, "M"), (23.6, "L"), (80, "XL")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gib=gib: gib is not None)
+        memory = types.SimpleNamespace(total_memory=(gib or 0) * GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, memory=memory: memory)
+        [finding] = _check_software.planners()
+        assert finding.status == OK and finding.detail.endswith(f"-pl nnUNetPlannerResEnc{size}")
+
+
+def test_methods_say_themselves_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("needy")
+    module.findings = lambda: [Finding(WARN, "coffee", "is out", "buy some")]
+    monkeypatch.setitem(sys.modules, "needy", module)
+    needy, content = Method("needy", "a method", doctor="needy:findings"), Method("content", "another")
+    monkeypatch.setattr(_check_software, "methods", lambda: {"needy": needy, "content": content})
+    assert list(_check_software.of_methods()) == [Finding(WARN, "coffee", "is out", "buy some")]
 
 
 # -- machine --------------------------------------------------------------------------------------------------------
@@ -289,7 +323,9 @@ def test_worker_setting_is_explained(monkeypatch: pytest.MonkeyPatch, value: str
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(_check_machine, "usable_cpus", lambda: 4)
     monkeypatch.setattr(_check_machine, "ram", lambda: (64 * GIB, 32 * GIB))
-    cpus, finding = _check_machine.workers()
+    monkeypatch.setenv("nnUNet_def_n_proc", "4")
+    cpus, finding, *export = _check_machine.workers()
+    assert [f.status for f in export] == ([] if expected == FAIL else [OK])
     assert cpus.detail == "4 usable of 16"
     assert finding.status == expected and word in finding.detail
     assert bool(finding.remedy) == (expected != OK)
@@ -300,8 +336,73 @@ def test_many_workers_for_the_memory_warn(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(_check_machine, "usable_cpus", lambda: 16)
     monkeypatch.setattr(_check_machine, "ram", lambda: (16 * GIB, 8 * GIB))
-    _, finding = _check_machine.workers()
+    _, finding, _ = _check_machine.workers()
     assert finding.status == WARN and finding.remedy == "export nnUNet_n_proc_DA=8"
+    monkeypatch.setenv("nnUNet_n_proc_DA", "20")
+    assert list(_check_machine.workers())[1].remedy == "export nnUNet_n_proc_DA=8"  # not 16, which would warn again
+    monkeypatch.setenv("nnUNet_n_proc_DA", "8")
+    assert list(_check_machine.workers())[1].status == OK
+
+
+def test_the_remedy_for_little_memory_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_check_machine, "ram", lambda: (8 * GIB, 4 * GIB))
+    monkeypatch.delenv("nnUNet_n_proc_DA", raising=False)
+    [finding] = _check_machine.memory()
+    name, _, value = finding.remedy.split()[1].partition("=")
+    monkeypatch.setenv(name, value)
+    assert _statuses(_check_machine.memory()) == [OK]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "remedy"),
+    [
+        (None, WARN, "export nnUNet_def_n_proc=2"),  # nnU-Net's 8
+        ("2", OK, ""),
+        ("3", WARN, "export nnUNet_def_n_proc=2"),
+        ("0", FAIL, "export nnUNet_def_n_proc=2"),
+        ("two", FAIL, "export nnUNet_def_n_proc=2"),
+    ],
+)
+def test_processes_that_export_segmentations(monkeypatch, value: str | None, expected: str, remedy: str) -> None:
+    monkeypatch.setattr(_check_machine, "usable_cpus", lambda: 2)
+    monkeypatch.delenv("nnUNet_n_proc_DA", raising=False)
+    if value is None:
+        monkeypatch.delenv("nnUNet_def_n_proc", raising=False)
+    else:
+        monkeypatch.setenv("nnUNet_def_n_proc", value)
+    finding = next(f for f in _check_machine.workers() if f.subject == "nnUNet_def_n_proc")
+    assert (finding.status, finding.remedy) == (expected, remedy)
+    assert ("656 s" in finding.detail) == (expected == WARN)
+
+
+def test_nnunets_default_number_of_processes_is_the_one_stated(monkeypatch) -> None:
+    code = "import nnunetv2.configuration as c; print(c.default_num_processes)"
+    environment = {k: v for k, v in os.environ.items() if k != "nnUNet_def_n_proc"}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert int(process.stdout) == _check_machine.NNUNET_EXPORT_PROCESSES
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_n_proc_DA", "nnUNet_def_n_proc"])
+def test_one_wrong_number_has_one_remedy(monkeypatch, variable: str) -> None:
+    """nnU-Net reads both when it is imported: then no trainer is found, and no setting can be tried."""
+    monkeypatch.setenv(variable, "many")
+    monkeypatch.setenv("nnUNet_ext_settings", "num_epochs=5")
+    [about] = _check_discovery.trainers()
+    assert about.status == FAIL and variable in about.detail and about.remedy == "see Machine, below"
+    assert list(_check_discovery.settings()) == [] and list(_check_software.planners()) == []
+    failed = [f for f in _check_machine.workers() if f.status == FAIL]
+    assert [f.subject for f in failed] == [variable]
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_n_proc_DA", "nnUNet_def_n_proc"])
+def test_every_other_command_names_the_wrong_number(monkeypatch, variable: str, capsys) -> None:
+    monkeypatch.setenv(variable, "many")
+    assert main(["settings"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"nnUNetv2_ext settings: {variable} is 'many'; it must be a whole number")
+    assert error.count("\n") == 1
+    monkeypatch.setenv(variable, error.split(f"export {variable}=")[1].split(",")[0])
+    assert main(["settings"]) == 0
 
 
 def test_nnunet_folders_unset_missing_wrong_and_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -159,6 +159,17 @@ def test_differing_settings(world) -> None:
 # --- one training is not two
 
 
+def test_a_key_that_was_renamed_is_not_a_difference(world) -> None:
+    old, new = {"jras.group_regex": "^(p)", "seed": 1}, {"group_regex": "^(p)", "seed": 2}
+    world.train("nnUNetTrainerJRAS", settings=old)
+    world.train("nnUNetTrainerJRAS", settings=new, results="other")
+    arms = [arm(world, "nnUNetTrainerJRAS", results=(r,), name=r) for r in ("results", "other")]
+    assert differing_facts(arms) == {}
+    world.train("nnUNetTrainerJRAS", settings=new | {"group_regex": "^(q)"}, results="third")
+    arms = [arm(world, "nnUNetTrainerJRAS", results=(r,), name=r) for r in ("results", "third")]
+    assert differing_facts(arms) == {"group_regex": ["^(p)", "^(q)"]}
+
+
 @pytest.mark.parametrize("spelled", ["results", "results/", "./results/../results", "link"])
 def test_the_same_folder_in_other_words_is_given_twice(spelled: str, world) -> None:
     model = world.train("nnUNetTrainer")

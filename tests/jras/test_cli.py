@@ -48,8 +48,16 @@ def test_guides_draws_a_picture_and_prints_the_weights(model, tiny, tmp_path, ca
     assert ext_main(["guides", str(model), str(image_of(tiny)), "-o", str(tmp_path / "p.png"), "-l", str(label)]) == 0
     assert (tmp_path / "p.png").stat().st_size > 5000
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["guide", "weight", "cosine"]  # not where nnU-Net found the trainer
     table = [line for line in lines if len(line) == 3 and (line[0].isdigit() or line[0] == "none")]
     assert len(table) == 5 and sum(float(line[1]) for line in table) == pytest.approx(1, abs=0.01)
+
+
+def test_guides_warns_for_a_case_of_the_bank(model, tiny, tmp_path, capsys):
+    [*_, trained] = sorted((tiny.raw / tiny.name / "imagesTr").glob("*_0000.nii.gz"))
+    assert ext_main(["guides", str(model), str(trained), "-o", str(tmp_path / "p.png")]) == 0
+    case = trained.name.removesuffix("_0000.nii.gz")
+    assert capsys.readouterr().out.startswith(f"WARNING: {case}, or another case of its subject, is in the guide bank")
 
 
 def test_guides_refuses_what_it_cannot_show(model, tiny, tmp_path, capsys):
@@ -81,11 +89,12 @@ def logits(folder: Path, data: torch.Tensor) -> np.ndarray:
     return predictor.predict_sliding_window_return_logits(data).float().numpy()
 
 
-def test_the_exported_model_is_plain_and_predicts_like_the_stripped_one(model, tmp_path):
+def test_the_exported_model_is_plain_and_predicts_like_the_stripped_one(model, tmp_path, capsys):
     export_model(model, tmp_path / "plain")
     assert "nnunetv2_ext" not in json.loads((tmp_path / "plain" / "plans.json").read_text())
     data = torch.randn(1, 20, 28, 20, generator=torch.Generator().manual_seed(0))
     assert ext_main(["export", str(model), str(tmp_path / "stripped"), "--strip-bank"]) == 0
+    assert "earching" not in capsys.readouterr().out
     checkpoint = torch.load(tmp_path / "stripped" / "fold_0" / "checkpoint_final.pth", weights_only=False)
     assert checkpoint["trainer_name"] == "nnUNetTrainerJRAS" and "nnunetv2_ext" not in checkpoint
     assert len(checkpoint["network_weights"]["bank.images"]) == 0

@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> int:
 
     from nnunetv2_ext.core.devices import check_device
     from nnunetv2_ext.core.files import require_writable
-    from nnunetv2_ext.jras.look import load_model, look_at_image
+    from nnunetv2_ext.data.find import find_checkpoint
+    from nnunetv2_ext.jras.look import known_case, load_model, look_at_image
     from nnunetv2_ext.jras.panel import draw_guides
 
     check_device(args.device)
@@ -32,6 +33,12 @@ def run(args: argparse.Namespace) -> int:
     spacing = configuration.spacing[-len(configuration.patch_size) :]
     title = f"{args.model_folder.name}, fold {args.fold}"
     draw_guides(view, args.output, title, predictor.dataset_json, predictor.label_manager, spacing)
+    file = find_checkpoint(args.model_folder, args.fold, args.checkpoint)
+    if (case := known_case(file, predictor.dataset_json, args.image[0])) is not None:
+        print(
+            f"WARNING: {case}, or another case of its subject, is in the guide bank: it retrieves itself. Look at an "
+            "image that the model was not trained on"
+        )
     print(f"{'guide':>8}  {'weight':>6}  {'cosine':>6}")
     for guide in view.guides:
         print(f"{guide.row:>8}  {guide.weight:6.3f}  {guide.cosine:6.3f}")

@@ -1,10 +1,13 @@
 """What of a sparse dataset's annotation reaches training: the report behind ``nnUNetv2_ext check-planes``."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from nnunetv2_ext import __version__
 from nnunetv2_ext.core.files import read_json, require_writable
 from nnunetv2_ext.core.labelmaps import class_names
 from nnunetv2_ext.core.orientation import directions_of
@@ -50,6 +53,27 @@ def check(data: SparsePreprocessed, picture: Path | None, cases_in_picture: int 
             draw_planes(views, picture, classes, data.configuration.spacing, data.ignore, title)
             say(f"picture: {picture}")
     return survived
+
+
+def as_dict(data: SparsePreprocessed) -> dict[str, Any]:
+    """The report for ``--json``: planes by case, what was lost, and the warnings.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    annotations = data.survey()
+    return {
+        "nnunetv2_ext": __version__,
+        "dataset": data.base.name,
+        "plans": data.plans.plans_name,
+        "configuration": data.configuration_name,
+        "cases": {
+            case: {"labelled": a.labelled, "planes": a.planes.indices, "share": a.share, "loose_voxels": a.loose}
+            for case, a in annotations.items()
+        },
+        "lost": [asdict(plane) for plane in lost_planes(data, annotations)],
+        "warnings": data.warnings(annotations) + erased_annotations(data, annotations),
+    }
 
 
 def _report_survival(data: SparsePreprocessed, annotations: Mapping[str, Annotation], say: Say) -> bool:

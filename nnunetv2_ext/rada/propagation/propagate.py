@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nnunetv2_ext.core.processes import usable_cpus
 from nnunetv2_ext.data.cache import CaseCache
 from nnunetv2_ext.rada.annotation.cases import CaseSource
 from nnunetv2_ext.rada.annotation.planes import Array
-from nnunetv2_ext.rada.propagation.registration import carry_over, clean, cores, correlation
+from nnunetv2_ext.rada.propagation.registration import carry_over, clean, correlation
 
 NONE = 255  # in a distance volume: no pseudo-label
 MAX_DISTANCE = 6
@@ -48,7 +49,7 @@ def propagate(
         ignore: the ignore label.
         max_distance: slices, 1 to 254.
     """
-    threads = cores()
+    threads = usable_cpus()
     dtype = np.uint8 if ignore < NONE else np.int16
     known = np.where(label < 0, 0, label).astype(dtype)
     labels = np.full((3, *label.shape), ignore, dtype=dtype)

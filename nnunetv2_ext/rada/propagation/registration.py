@@ -1,7 +1,5 @@
 """One slice's labels carried over to its neighbour by deformable registration (SimpleITK)."""
 
-import os
-
 import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import binary_closing, binary_opening
@@ -15,13 +13,6 @@ KERNEL = np.ones((5, 5), dtype=bool)
 MIN_PIXELS = 50  # of a class: 5x5 opening would erase smaller ones
 MAX_CHANGE = 0.1  # of a class's pixels: what changes more loses its shape, slice by slice
 _SMALLEST = 4  # pixels per side that ITK's recursive filters need
-
-
-def cores() -> int:
-    """Cores this process may use; ITK would start a thread for each core of the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def correlation(first: Array, second: Array) -> float:

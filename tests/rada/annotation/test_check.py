@@ -64,6 +64,22 @@ def test_erased_plane_is_exit_status_1(base: Path, capsys) -> None:
     out = capsys.readouterr().out
     assert f"LOST {case}: axis 0, slice {index} of the raw label's axis 0 (z), spacing 1 -> 1 mm" in out
     assert "erased 1 of 13 annotated planes" in out and "--thicken-only" in out
+    assert main(["check-planes", "-d", "2", "-p", "tiny", "--json"]) == 1
+    [lost] = json.loads(capsys.readouterr().out)["lost"]
+    assert (lost["case"], lost["raw_axis"], lost["index"]) == (case, 0, index)
+
+
+def test_the_keys_of_the_json(base: Path, tmp_path: Path, capsys) -> None:
+    """Programs rely on them: keys may be added, none may go."""
+    assert main(["check-planes", "-d", "2", "-p", "tiny", "--json", "-o", str(tmp_path / "out")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"nnunetv2_ext", "dataset", "plans", "configuration", "cases", "lost", "warnings"}
+    assert found["lost"] == found["warnings"] == [] and len(found["cases"]) == 8
+    recorded = json.loads((base / "dataset.json").read_text())["nnunetv2_ext"]["sparsify"]["labelled"]
+    for case, entry in found["cases"].items():
+        assert set(entry) == {"labelled", "planes", "share", "loose_voxels"}
+        assert entry["planes"] == (recorded[case]["planes"] if case in recorded else [[], [], []])
+    assert not (tmp_path / "out").exists()
 
 
 def test_ct_without_correction_and_a_stock_split_are_warned_about(base: Path, capsys) -> None:
@@ -99,6 +115,7 @@ def test_ct_preprocessed_before_the_correction_is_warned_about(base: Path, capsy
         (["-d", "2", "-p", "absent"], "there are no plans absent in"),
         (["-d", "2", "-c", "3d_lowres"], "no configuration '3d_lowres': -c takes"),
         (["-d", "2", "-c", "2d"], "configuration 2d is 2-D"),
+        (["-d", "2", "-p", "tiny", "--cases", "-1"], "--cases is the number of cases in the picture"),
     ],
 )
 def test_what_cannot_be_checked(base: Path, capsys, arguments: list[str], message: str) -> None:

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
+from nnunetv2_ext.core.processes import usable_cpus
 from nnunetv2_ext.rada.annotation.cases import CaseSource, SparseCase
 from nnunetv2_ext.rada.propagation import propagate as module
 from nnunetv2_ext.rada.propagation.propagate import (
     NONE,
-    cores,
     plane_weight,
     propagate,
     propagate_cases,
@@ -103,7 +103,7 @@ def test_the_number_of_threads_changes_nothing(monkeypatch):
     dense, image = tube((9, 40, 44))
     planes = ((4,), (), ())
     first = propagate(image, keep(dense, planes), planes, IGNORE, 3)
-    monkeypatch.setattr(module, "cores", lambda: cores() % 2 + 1)
+    monkeypatch.setattr(module, "usable_cpus", lambda: usable_cpus() % 2 + 1)
     second = propagate(image, keep(dense, planes), planes, IGNORE, 3)
     assert np.array_equal(first.labels, second.labels) and np.array_equal(first.distances, second.distances)
 
