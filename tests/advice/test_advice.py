@@ -19,7 +19,7 @@ import SimpleITK as sitk
 from nnunetv2_ext.advice.report import all_advice, as_text
 from nnunetv2_ext.cli import main
 from nnunetv2_ext.core.outside import Advice, Method
-from nnunetv2_ext.data.facts import DatasetFacts, label_facts, look_at
+from nnunetv2_ext.data.facts import DatasetFacts, LabelFacts, label_facts, look_at
 from tests.conftest import TinyDataset
 from tests.test_documents import ParsedError, typed_commands
 
@@ -250,6 +250,41 @@ def test_photographs(write) -> None:
     content["channel_names"] = dict.fromkeys("012", "rgb_to_0_1")
     (folder / "dataset.json").write_text(json.dumps(content))
     assert kinds()[0] == PLAIN
+
+
+def test_few_photographs_get_a_pretrained_encoder_and_many_do_not() -> None:
+    from dataclasses import replace
+
+    from nnunetv2_ext.photo.advice import advice
+
+    label = LabelFacts((1, 64, 64), (1.0, 1.0, 1.0), (0, 1), 1.0, (1, 64, 64), "dense")
+    few = DatasetFacts(
+        "Dataset050_polyps", "2d", {"polyp": (1,)}, None, ("rgb_to_0_1",) * 3, tuple("abcd"), dict.fromkeys("abcd", label),
+        (), 0, None, None, (), (), None, (), (),
+    )  # fmt: skip
+    (found,) = advice(few)
+    assert found.kind == "run" and "nnUNetv2_train 50 2d 0 -tr nnUNetTrainerPhoto" in found.commands[1]
+    assert "optimizer=adamw" in found.control and "weights" in found.not_when
+    volume = label._replace(shape=(9, 64, 64))
+    for other in (
+        replace(few, cases=tuple(f"c{n}" for n in range(500))),
+        replace(few, channels=("T1",)),
+        replace(few, read=dict.fromkeys("abcd", volume)),
+    ):
+        assert advice(other) == []
+
+
+def test_another_contrast_is_spoken_of_where_unlabelled_scans_wait(write) -> None:
+    write(cases(6, organ()), test=2)
+    (found,) = [advice for advice in said() if "nnUNetTrainerGIN" in advice.run]
+    assert "2 images of imagesTs" in found.run and "augmentation=da5" in found.control
+    assert "own site" in found.control and "new one" in found.control
+
+
+@pytest.mark.parametrize(("test", "channel"), [(0, "T1"), (2, "CT")])
+def test_no_random_contrast_for_ct_or_without_new_scans(write, test: int, channel: str) -> None:
+    write(cases(6, organ()), test=test, channel_names={"0": channel})
+    assert not [advice for advice in said() if "GIN" in advice.run]
 
 
 def test_names_that_look_like_pairs(write, folders: Path) -> None:
