@@ -1,5 +1,6 @@
 """Checks of ``nnUNetv2_ext doctor``: device, memory, worker processes, nnU-Net's folders."""
 
+import json
 import os
 import shlex
 import shutil
@@ -139,6 +140,21 @@ def nnunet_folders() -> Iterator[Finding]:
             )
         else:
             yield Finding(OK, variable, f"{value}, {shutil.disk_usage(value).free / GIB:.0f} GiB free")
+
+
+def colours() -> Iterator[Finding]:
+    """Datasets of colour images that nnU-Net would z-score instead of scaling them."""
+    from nnunetv2_ext.data.channels import hint_on_rgb
+
+    raw = os.environ.get("nnUNet_raw")
+    for file in sorted(Path(raw).glob("Dataset*/dataset.json")) if raw else ():
+        try:
+            hint = hint_on_rgb(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError):  # whoever opens the dataset says what is wrong with it
+            continue
+        if hint is not None:
+            what, _, remedy = hint.partition("; ")
+            yield Finding(WARN, file.parent.name, what, remedy)
 
 
 def _is_writable(folder: str) -> bool:

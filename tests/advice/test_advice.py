@@ -259,7 +259,8 @@ def test_few_photographs_get_a_pretrained_encoder_and_many_do_not() -> None:
 
     label = LabelFacts((1, 64, 64), (1.0, 1.0, 1.0), (0, 1), 1.0, (1, 64, 64), "dense")
     few = DatasetFacts(
-        "Dataset050_polyps", "2d", {"polyp": (1,)}, None, ("rgb_to_0_1",) * 3, tuple("abcd"), dict.fromkeys("abcd", label),
+        "Dataset050_polyps", "2d", {"polyp": (1,)}, None, ("rgb_to_0_1",) * 3, tuple("abcd"),
+        dict.fromkeys("abcd", label),
         (), 0, None, None, (), (), None, (), (),
     )  # fmt: skip
     (found,) = advice(few)

@@ -491,3 +491,15 @@ def test_a_trainer_that_cannot_be_imported_has_no_say_in_the_settings(monkeypatc
     monkeypatch.setenv("nnUNet_ext_settings", "num_epochs=5")
     [finding] = _check_discovery.settings()
     assert finding.status == WARN and "nnUNetTrainerMedContext" in finding.detail and "RADA" not in finding.detail
+
+
+def test_colour_images_under_other_names_are_pointed_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    for name, channels in {"001_a": "RGB", "002_b": ["rgb_to_0_1"] * 3, "003_c": ["T1"]}.items():
+        (tmp_path / f"Dataset{name}").mkdir()
+        content = {"channel_names": dict(enumerate(channels))}
+        (tmp_path / f"Dataset{name}" / "dataset.json").write_text(json.dumps(content))
+    (tmp_path / "Dataset004_d").mkdir()
+    (tmp_path / "Dataset004_d" / "dataset.json").write_text("{")
+    (found,) = machine.colours()
+    assert (found.status, found.subject) == ("WARN", "Dataset001_a") and "rgb_to_0_1" in found.remedy
