@@ -501,5 +501,5 @@ def test_colour_images_under_other_names_are_pointed_out(monkeypatch: pytest.Mon
         (tmp_path / f"Dataset{name}" / "dataset.json").write_text(json.dumps(content))
     (tmp_path / "Dataset004_d").mkdir()
     (tmp_path / "Dataset004_d" / "dataset.json").write_text("{")
-    (found,) = machine.colours()
+    (found,) = _check_machine.colours()
     assert (found.status, found.subject) == ("WARN", "Dataset001_a") and "rgb_to_0_1" in found.remedy
