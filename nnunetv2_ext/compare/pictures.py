@@ -73,6 +73,7 @@ def draw_cases(
             titles += [f"{arm}\n{metric.title} {cells.loc[case, (arm, label)]:.3f}" for arm, label in shown.items()]
             _draw_row(axes, scores, case, shown, images, classes, [_wrapped(t) for t in [*titles, "errors"]])
         add_legend(figure, classes, further=errors)
+        figure.draw_without_rendering()  # the layout takes two passes where titles have several lines
     return losses, gains
 
 
