@@ -154,4 +154,8 @@ def add_legend(
     shown = set(classes if present is None else present)
     colours = {value: colour for value, colour in label_colours(classes).items() if value in shown}
     handles = [*(Patch(color=colour, label=classes[value]) for value, colour in colours.items()), *further]
-    return figure.legend(handles=handles, loc="outside lower center", ncols=min(7, max(1, len(handles))), frameon=False)
+    # a character is about 0.09 inches wide, the coloured patch and the gap beside it 0.75
+    widest = 0.75 + 0.09 * max((len(str(handle.get_label())) for handle in handles), default=0)
+    columns = max(1, min(7, len(handles), int(figure.get_figwidth() / widest)))
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    return figure.legend(handles=handles, fontsize=10, **place)
