@@ -195,7 +195,7 @@ def look_at(
         configuration=configuration,
         labels=labels,
         ignore=ignore,
-        channels=tuple(map(str, (raw.json.get("channel_names") or raw.json.get("modality") or {}).values())),
+        channels=tuple(map(str, raw.channels.values())),
         cases=tuple(labelled),
         read=read,
         without_label=tuple(sorted(set(raw.cases) - set(labelled))),
