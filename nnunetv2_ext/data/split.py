@@ -12,6 +12,7 @@ from nnunetv2_ext.data.find import PREPROCESSED, nnunet_folder
 from nnunetv2_ext.data.subjects import members_of, pairs_suggested
 
 Split = dict[str, list[str]]
+SPLIT = "splits_final.json"  # nnU-Net's, in the folder of the preprocessed dataset
 
 _FOLDS = 5  # that nnU-Net's own split has
 _SEED = 12345  # nnU-Net's, so that a fully labelled dataset is split as nnU-Net would
@@ -81,8 +82,21 @@ def write_split_for(
         say("nnUNet_preprocessed is not set, so no split was written: the trainer writes one")
         return
     folder = require_writable(nnunet_folder(PREPROCESSED) / dataset_name)
-    write_split_if_absent(folder / "splits_final.json", labelled, unlabelled, subjects)
+    write_split_if_absent(folder / SPLIT, labelled, unlabelled, subjects)
     say(f"split: {folder / 'splits_final.json'} (unlabelled cases train in every fold and validate in none)")
+
+
+def read_split(file: Path) -> list[Split]:
+    """The folds of a ``splits_final.json``.
+
+    Raises:
+        ValueError: it cannot be read, or does not list folds with 'train' and 'val'.
+    """
+    content = read_json(file)
+    try:
+        return [{part: [str(case) for case in fold[part]] for part in ("train", "val")} for fold in content]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a list of folds with 'train' and 'val': correct it, or delete it") from error
 
 
 def require_fold(base: Path, fold: str) -> None:
@@ -91,8 +105,8 @@ def require_fold(base: Path, fold: str) -> None:
     Without splits_final.json nnU-Net writes five folds. For any other number it draws a random split, and only its log
     says so.
     """
-    file = base / "splits_final.json"
-    number = len(read_json(file)) if file.is_file() else _FOLDS
+    file = base / SPLIT
+    number = len(read_split(file)) if file.is_file() else _FOLDS
     if fold != "all" and int(fold) >= number:
         where = file if file.is_file() else f"nnU-Net's split of {base.name}"
         raise ValueError(f"{where} has no fold {fold}: -f takes 0 to {number - 1}, or all")
