@@ -59,8 +59,8 @@ def export_model(
         tell: gets a line if the validation result was left out, and what the edits have to say.
 
     Raises:
-        ValueError: no model folder, not one of our trainers, no best checkpoint, output exists; no such weights or
-            edit, edits that exclude each other, or a network that plain nnU-Net does not build.
+        ValueError: no model folder, output exists or lies in it, not one of our trainers, no such weights or edit,
+            edits that exclude each other, no best checkpoint, or a network that plain nnU-Net does not build.
     """
     missing = [name for name in ("plans.json", "dataset.json") if not (model_folder / name).is_file()]
     files = _checkpoints(model_folder, best)
@@ -71,6 +71,8 @@ def export_model(
         )
     if output.exists():
         raise ValueError(f"{output} exists; name a folder that does not, or remove it")
+    if model_folder.resolve() in output.resolve().parents:
+        raise ValueError(f"{output} lies in the model folder {model_folder}, of which it would be a part: name another")
     if best and not any(file.name == "checkpoint_best.pth" for file in files):
         raise ValueError(f"no fold of {model_folder} has a checkpoint_best.pth; export without --best")
     # beside the output, so that the rename stays on one disk; a name of our own, so that nobody's folder is touched

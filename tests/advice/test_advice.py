@@ -381,6 +381,11 @@ def test_many_problems_are_counted(write) -> None:
     assert len(fixes) == 4 and fixes[-1] == "and 4 more of this kind"  # six labels, and numTraining
 
 
+def test_channel_names_of_another_form(write) -> None:
+    write(cases(5, organ()), channel_names=["T1"])
+    assert look_at(7).channels == () and 'has no "channel_names"' in said()[0].run
+
+
 def test_images_without_a_label(write) -> None:
     write(cases(5, organ()) | {"liver_a": None, "liver_b": None})
     [fix] = [advice for advice in said() if advice.kind == "fix"]

@@ -421,7 +421,7 @@ def test_nnunet_folders_unset_missing_wrong_and_right(monkeypatch: pytest.Monkey
     assert findings["nnUNet_results"].status == FAIL and findings["nnUNet_results"].remedy.startswith("export ")
 
 
-@pytest.mark.parametrize("written", ['"{}"', "'{}' ", "{} ", " {}", "~/raw"])
+@pytest.mark.parametrize("written", ['"{}"', "'{}' ", "{} ", " {}", "~/raw", "$HOME/raw", "'~/raw'\r"])
 def test_quotes_blanks_and_a_tilde_that_no_shell_took_away(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: str
 ) -> None:
@@ -432,6 +432,8 @@ def test_quotes_blanks_and_a_tilde_that_no_shell_took_away(
     finding = next(f for f in _check_machine.nnunet_folders() if f.subject == "nnUNet_raw")
     assert finding.status == FAIL and "literally" in finding.detail
     assert finding.remedy == f"export nnUNet_raw={folder}"
+    monkeypatch.setenv("nnUNet_raw", finding.remedy.partition("=")[2])
+    assert next(f for f in _check_machine.nnunet_folders() if f.subject == "nnUNet_raw").status == OK
 
 
 @pytest.mark.parametrize(("variable", "expected"), [("nnUNet_raw", WARN), ("nnUNet_results", FAIL)])
