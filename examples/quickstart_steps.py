@@ -22,7 +22,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from quickstart_data import QuickstartError, read_description
 
-from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, take_slice
+from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice
+from nnunetv2_ext.core.orientation import directions_of, view_across
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -261,19 +262,18 @@ def draw_case(dataset: Path, result: dict[str, Any], output: Path) -> None:
     image, properties = reader.read_images([str(first_channel)])
     truth, _ = reader.read_seg(result["reference_file"])
     predicted, _ = reader.read_seg(result["prediction_file"])
-    image, truth, predicted = (array[0].transpose() for array in (image, truth, predicted))  # (X, Y, Z)
-    spacing = properties["spacing"][::-1]
-    classes = class_names(description)
-    planes = [axis for axis in (2, 1, 0) if min(image.shape[a] for a in range(3) if a != axis) > 1]
+    image, truth, predicted = image[0], truth[0], predicted[0]
+    spacing, directions, classes = properties["spacing"], directions_of(properties), class_names(description)
+    planes = [axis for axis in range(3) if min(image.shape[a] for a in range(3) if a != axis) > 1]
     figure = Figure(figsize=(9, 0.9 + 3 * len(planes)), layout="constrained")
     grid = figure.subplots(len(planes), 3, squeeze=False)
     for row, axis in zip(grid, planes):
-        index = fullest_slice(truth, axis)
-        columns, rows = (a for a in range(3) if a != axis)
-        cut = [take_slice(array, axis, index) for array in (image, truth, predicted)]
+        view, index = view_across(axis, directions), fullest_slice(truth, axis)
+        cut = [view.cut(array, index) for array in (image, truth, predicted)]
+        options = {"spacing": view.spacing(spacing), "letters": view.letters}
         for axes, label, name in zip(row, (None, cut[1], cut[2]), ("image", "truth", "prediction")):
-            title = f"{name}, {'xyz'[axis]} = {index} of {image.shape[axis]}"
-            draw_slice(axes, cut[0], label, classes, spacing=(spacing[rows], spacing[columns]), title=title)
+            draw_slice(axes, cut[0], label, classes, title=name, **options)
+        row[0].set_ylabel(view.caption(index))
     figure.suptitle(f"{case}: not seen in training, mean Dice {dice:.2f}", fontsize=12)
     add_legend(figure, classes)
     figure.savefig(output, dpi=110)

@@ -1,8 +1,9 @@
-"""Drawing an image slice with labels over it, for every picture of this package.
+"""Drawing an image slice with labels over it, for every picture of this package; core/orientation.py cuts the slice.
 
 Uses matplotlib's Figure objects and never pyplot: no window, no global state, safe inside a training process.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,22 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 Array = npt.NDArray[Any]
 
 # Okabe and Ito's palette, told apart by colour-blind readers too (https://jfly.uni-koeln.de/color/), without its black.
 _PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2")
 _IGNORE_COLOUR = "#FF2FD0"
+# where `View.letters` are written: x, y, alignment
+_EDGES = (
+    (0.02, 0.5, "left", "center"),
+    (0.98, 0.5, "right", "center"),
+    (0.5, 0.98, "center", "top"),
+    (0.5, 0.02, "center", "bottom"),
+)
+HATCHED: dict[str, Any] = {"facecolor": "0.35", "edgecolor": "white", "hatch": "////"}  # for a legend's patch
+_STRIPES, _STRIPE_PIXELS, _STRIPE_OPACITY = 24, 480, 0.45  # of a hatched picture, along its longer side
 
 
 def label_colours(classes: Mapping[int, str]) -> dict[int, tuple[float, float, float]]:
@@ -34,15 +45,6 @@ def label_colours(classes: Mapping[int, str]) -> dict[int, tuple[float, float, f
         if classes[value] == "ignore":
             colours[value] = to_rgb(_IGNORE_COLOUR)
     return colours
-
-
-def take_slice(volume: Array, axis: int | None, index: int | None) -> Array:
-    """Cut (X, Y, Z) at `index` of `axis`: 2-D (rows, columns), the later of the two remaining axes as rows.
-
-    Drawn by `draw_slice` with the origin at the lower left, so array axes grow to the right and upwards. A 2-D image
-    has no axis to cut (None) and is turned alike.
-    """
-    return volume.T if axis is None or index is None else np.take(volume, index, axis=axis).T
 
 
 def fullest_slice(label: Array, axis: int) -> int:
@@ -67,29 +69,31 @@ def draw_slice(
     fill: float = 0.35,
     window: tuple[float, float] | None = None,
     spacing: Sequence[float] = (1.0, 1.0),
+    letters: Sequence[str] | None = None,
     title: str = "",
 ) -> None:
-    """Draw a grey slice and, over it, each class as a transparent area with an outline.
+    """Draw a grey slice, its first row on top, and over it each class as a transparent area with an outline.
 
     Args:
         axes, title: Where to draw, and what to write above.
-        image: (rows, columns).
+        image: (rows, columns), as core/orientation.py's `View.cut` returns it.
         label: (rows, columns) of label values, or None for the image alone. Values not in `classes` are not drawn.
         classes: Label value -> name; it fixes the colours. By default the values that occur.
         fill: Opacity of the areas, 0 for outlines only.
         window: Intensities shown black and white; by default the slice's 1st and 99.5th percentiles.
         spacing: Voxel size along rows and columns in mm; a voxel is drawn in this proportion.
+        letters: The patient's directions at the left, right, top and bottom edge (`View.letters`), or None.
 
     Raises:
         ValueError: `image` is not 2-D or `label` has another shape.
     """
     if image.ndim != 2:
-        raise ValueError(f"draw_slice needs a 2-D image, got shape {image.shape}: cut the volume with take_slice")
+        raise ValueError(f"draw_slice needs a 2-D image, got shape {image.shape}: cut the volume with View.cut")
     if label is not None and label.shape != image.shape:
         raise ValueError(f"image {image.shape} and label {label.shape} differ in shape: cut both at the same slice")
     low, high = np.percentile(image, (1, 99.5)) if window is None else window
     aspect = float(spacing[0]) / float(spacing[1])
-    axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)
+    axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="upper", aspect=aspect)
     if label is not None:
         names = {int(v): str(v) for v in np.unique(label)} if classes is None else classes
         for value, colour in label_colours(names).items():
@@ -97,14 +101,38 @@ def draw_slice(
             if not mask.any():
                 continue
             if fill > 0:
-                area = np.zeros((*mask.shape, 4))
-                area[mask] = (*colour, fill)
-                axes.imshow(area, origin="lower", aspect=aspect, interpolation="nearest")
+                shade(axes, mask, colour, fill)
             if not mask.all():
                 axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1.4)
+    for letter, (x, y, across, up) in zip(letters or (), _EDGES):
+        text = axes.text(x, y, letter, transform=axes.transAxes, ha=across, va=up, color="white", fontsize=8)
+        text.set_path_effects([withStroke(linewidth=1.5, foreground="black")])
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(title, fontsize=9)
+
+
+def shade(axes: Axes, mask: Array, colour: tuple[float, float, float] | str, opacity: float) -> None:
+    """Lay one colour over the voxels of a drawn slice where `mask`, (rows, columns), is true."""
+    area = np.zeros((*mask.shape, 4))
+    area[mask] = (*to_rgb(colour), opacity)
+    axes.imshow(area, origin="upper", aspect=axes.get_aspect(), interpolation="nearest")
+
+
+def hatch(axes: Axes, mask: Array, spacing: Sequence[float] = (1.0, 1.0)) -> None:
+    """Lay white diagonal stripes over the voxels of a drawn slice where `mask` is true, and nowhere else.
+
+    Matplotlib's own hatches fill contours, which cut the corners of voxels. `mask` and `spacing` as in `draw_slice`.
+    """
+    size = [n * float(mm) for n, mm in zip(mask.shape, spacing)]
+    fine = [math.ceil(_STRIPE_PIXELS * mm / max(size)) for mm in map(float, spacing)]  # pixels of a voxel
+    y, x = ((np.arange(n * k) + 0.5) * mm / k for n, k, mm in zip(mask.shape, fine, spacing))
+    striped = (y[:, None] + x) % (max(size) / _STRIPES) < max(size) / _STRIPES / 3
+    area = np.zeros((*striped.shape, 4))
+    area[striped & np.kron(mask, np.ones(fine, dtype=bool))] = (1, 1, 1, _STRIPE_OPACITY)
+    rows, columns = mask.shape
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+    axes.imshow(area, origin="upper", extent=extent, aspect=axes.get_aspect(), interpolation="nearest")
 
 
 def add_legend(

@@ -1,12 +1,15 @@
 """DataTrainer: which cases a training sees, and the loaders of their patches."""
 
+from pathlib import Path
 from typing import Any
 
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core.fewshot import select_train_cases
+from nnunetv2_ext.core.orientation import Array, directions_of
 from nnunetv2_ext.core.trainer_settings import SettingsTrainer
 from nnunetv2_ext.core.workers import in_workers
 
@@ -45,6 +48,20 @@ class DataTrainer(SettingsTrainer):
                 "check the labels (nnUNetv2_plan_and_preprocess --verify_dataset_integrity) and the split"
             )
         return train, validation
+
+    @property
+    def picture_title(self) -> str:
+        """Dataset, trainer, configuration and fold, for the titles of pictures."""
+        names = self.plans_manager.dataset_name, type(self).__name__, self.configuration_name, f"fold {self.fold}"
+        return ", ".join(names)
+
+    def directions_of_case(self, case: str) -> Array | None:
+        """Where the axes of a preprocessed case point in the patient (core/orientation.py); None: not known."""
+        try:
+            properties = load_pickle(str(Path(self.preprocessed_dataset_folder) / f"{case}.pkl"))
+        except OSError:  # for pictures only
+            return None
+        return directions_of(properties, self.plans_manager.transpose_forward)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
         """nnU-Net's, without mirroring if ``mirroring`` says so, as its nnUNetTrainerNoMirroring."""

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, take_slice
+from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice
 from nnunetv2_ext.core.labelmaps import class_names, logits_to_labels, target_to_labels
+from nnunetv2_ext.core.orientation import view_across
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.jras.network import JRASNetwork
 from nnunetv2_ext.parts.consistency import valid_mask
@@ -118,11 +119,11 @@ def draw_guides(
             f"(b0 {view.null_cosine:.2f})"
         )
         for cells, axis in zip(figure.subplots(len(cuts), len(columns), squeeze=False), cuts):
-            down, right = (a for a in range(ndim) if a != axis)
+            turned = view_across(axis)
             for cell, (name, image, label, scale, where, fill) in zip(cells, columns):
                 index = None if axis is None else fullest_slice(where, axis)
-                shown, mask = (take_slice(part, axis, index) for part in (image, label))
+                shown, mask = (turned.cut(part, index) for part in (image, label))
                 text = name if index is None else f"{name}\naxis {axis}, slice {index}"
-                draw_slice(cell, shown, mask, classes, fill=fill, spacing=(scale[right], scale[down]), title=text)
+                draw_slice(cell, shown, mask, classes, fill=fill, spacing=turned.spacing(scale), title=text)
         add_legend(figure, classes, (int(value) for _, _, label, *_ in columns for value in np.unique(label)))
         figure.savefig(path, dpi=110)

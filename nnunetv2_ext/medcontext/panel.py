@@ -6,17 +6,18 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, take_slice
+from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, shade
 from nnunetv2_ext.core.labelmaps import class_names
+from nnunetv2_ext.core.orientation import view_across
 from nnunetv2_ext.medcontext.diagnosis import Diagnosis
 
 HIDDEN_COLOUR = (0.55, 0.0, 0.75)
-AXES_NOTE = "axis 0, 1, 2: axes of the preprocessed array, not of the patient"
 
 
 def draw_panel(
@@ -26,18 +27,21 @@ def draw_panel(
     dataset_json: dict,
     labels: LabelManager,
     spacing: Sequence[float] | None = None,
+    directions: npt.NDArray[Any] | None = None,
 ) -> None:
     """Write the picture: columns image, mask, target, student on x, student on m(x), teacher on x (if there is one).
 
-    A column whose label map is background throughout says so. The slices cut the axes of the preprocessed array.
+    A column whose label map is background throughout says so. The patch is drawn as its case would stand upright, but
+    nnU-Net has turned and mirrored it at random.
 
     Args:
         result: what to draw.
         path: PNG to write.
-        title: beginning of the title; case, patch size and hidden share follow.
+        title: first line of the title; case, patch size and hidden share follow.
         dataset_json: names of the classes.
         labels: their order.
         spacing: voxel size per patch axis in mm, so that slices get their true proportions; None for cubes.
+        directions: of the case's axes (core/orientation.py); None: not known.
     """
     image, target = result.image, result.target
     maps = {"target": target, "student, whole patch": result.clean, "student, masked patch": result.masked}
@@ -55,26 +59,21 @@ def draw_panel(
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(2.35 * columns, 2.5 * len(cuts) + 1.0), layout="constrained")
         size = " x ".join(map(str, image.shape))
-        caption = f"{title}: {result.case}, patch {size}, {result.hidden.mean():.0%} hidden"
-        figure.suptitle(caption if image.ndim == 2 else f"{caption}\n{AXES_NOTE}", fontsize=11)
+        caption = f"{title}\n{result.case}, patch {size}, {result.hidden.mean():.0%} hidden"
+        figure.suptitle(caption, fontsize=11)
         grid = figure.subplots(len(cuts), columns, squeeze=False)
         window = tuple(np.percentile(image, (1, 99.5)))
         for row, axis in zip(grid, cuts, strict=True):
             index = None if axis is None else fullest_slice(organs, axis)
-            # rows are the later of the two remaining axes, as take_slice has it
-            rest = [a for a in range(image.ndim) if a != axis]
-            options: dict[str, Any] = {"window": window, "spacing": (mm[rest[1]], mm[rest[0]])}
-            position = "2-D patch" if axis is None else f"axis {axis}, slice {index}"
-            draw_slice(row[0], take_slice(image, axis, index), title=f"image ({position})", **options)
-            draw_slice(row[1], take_slice(image, axis, index), title="what the student sees", **options)
-            hidden = take_slice(result.hidden, axis, index)
-            cover = np.zeros((*hidden.shape, 4))
-            cover[hidden] = (*HIDDEN_COLOUR, 1.0)
-            row[1].imshow(cover, origin="lower", interpolation="nearest", aspect=row[1].get_aspect())
+            view = view_across(axis, directions, augmented=True)
+            options: dict[str, Any] = {"window": window, "spacing": view.spacing(mm)}
+            cut = view.cut(image, index)
+            draw_slice(row[0], cut, title="image", **options)
+            row[0].set_ylabel(view.caption(index), fontsize=9)
+            draw_slice(row[1], cut, title="what the student sees", **options)
+            shade(row[1], view.cut(result.hidden, index), HIDDEN_COLOUR, 1.0)
             for cell, (name, label) in zip(row[2:], maps.items(), strict=True):
-                draw_slice(
-                    cell, take_slice(image, axis, index), take_slice(label, axis, index), classes, title=name, **options
-                )
+                draw_slice(cell, cut, view.cut(label, index), classes, title=name, **options)
                 if name in empty:
                     _write_over(cell, "no foreground")
         # of a hundred organs only those in this patch

@@ -184,9 +184,10 @@ class MedContextTraining(TeacherTraining):
         if self.last_batch is None or self.medcontext.masked_fraction == 0:
             return
         result = self._diagnosis or diagnose(self, self.on_device(self.last_batch))
-        title = f"{type(self).__name__}, epoch {self.current_epoch - 1}"
-        plan = self.configuration_manager
-        draw_panel(result, path, title, self.dataset_json, self.label_manager, plan.spacing[-len(plan.patch_size) :])
+        title = f"{self.picture_title}, epoch {self.current_epoch - 1}"
+        spacing = self.configuration_manager.spacing[-result.image.ndim :]
+        directions = self.directions_of_case(result.case)
+        draw_panel(result, path, title, self.dataset_json, self.label_manager, spacing, directions)
 
     # ---- checkpoint --------------------------------------------------------------------------------------------------
     @classmethod

@@ -8,14 +8,14 @@ import matplotlib.style
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, take_slice
+from nnunetv2_ext.core.figures import HATCHED, add_legend, draw_slice, fullest_slice, hatch, shade
 from nnunetv2_ext.core.labelmaps import class_names
+from nnunetv2_ext.core.orientation import view_across
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.parts.pseudo_labels import Lesson
 from nnunetv2_ext.rada.views import AXES, INSIDE
@@ -39,16 +39,20 @@ class SampleView(NamedTuple):
     bits: Array  # view map
     predictions: Array  # (networks, X, Y, Z), the most likely classes
     states: Array  # what becomes of the pseudo-labels, see `pseudo_label_states`
+    directions: Array | None = None  # of the case's axes (core/orientation.py); None: not known
 
 
-def sample_views(batch: Batch, lessons: Sequence[Lesson], unannotated: Tensor) -> list[SampleView]:
+def sample_views(
+    batch: Batch, lessons: Sequence[Lesson], unannotated: Tensor, directions: Sequence[Array | None]
+) -> list[SampleView]:
     """What to draw of each sample, of what the networks say; `unannotated` (B, X, Y, Z) as below."""
     labels, keeps = (
         torch.stack([getattr(lesson, name) for lesson in lessons], 1).cpu().numpy() for name in ("label", "keep")
     )
     image, target, free = (x.cpu().numpy() for x in (batch.data[:, 0], batch.top_target, unannotated))
     states = map(pseudo_label_states, labels, keeps, free)
-    return [SampleView(*patch) for patch in zip(batch.keys, image, target[:, 0], target[:, 1], labels, states)]
+    of_patches = zip(batch.keys, image, target[:, 0], target[:, 1], labels, states, directions, strict=True)
+    return [SampleView(*patch) for patch in of_patches]
 
 
 def pseudo_label_states(labels: Array, keeps: Array, unannotated: Array) -> npt.NDArray[np.uint8]:
@@ -90,7 +94,8 @@ def draw_panel(
 ) -> None:
     """Write the picture: a row per cut; columns image with annotation, each network's prediction, pseudo-labels.
 
-    `spacing` is in mm per axis of the patches.
+    What nobody annotated is hatched, padding too: nnU-Net turns patches, so that an annotated plane crosses several
+    slices. `spacing` is in mm per axis of the patches.
     """
     ignore = int(labels.ignore_label)  # type: ignore[arg-type]
     classes = {value: name for value, name in class_names(dataset_json, labels).items() if value != ignore}
@@ -98,25 +103,25 @@ def draw_panel(
     number = len(views[0].predictions)
     # nnU-Net's progress plot changes the fonts of the whole process
     with matplotlib.style.context("default"):
-        figure = Figure(figsize=(2.35 * (number + 2), 2.6 * len(rows) + 1.0), layout="constrained")
-        figure.suptitle(heading)
+        figure = Figure(figsize=(2.35 * (number + 2), 2.6 * len(rows) + 1.2), layout="constrained")
+        figure.suptitle(heading, fontsize=11)
         grid = figure.subplots(len(rows), number + 2, squeeze=False)
         for cells, (view, axis, index) in zip(grid, rows, strict=True):
-            # rows are the later of the two remaining axes, as take_slice has it
-            mm = tuple(spacing[a] for a in (2, 1, 0) if a != axis)
+            drawn = view_across(axis, view.directions, augmented=True)
+            mm = drawn.spacing(spacing)
             options: dict[str, Any] = {"window": tuple(np.percentile(view.image, (1, 99.5))), "spacing": mm}
-            image = take_slice(view.image, axis, index)
+            image = drawn.cut(view.image, index)
             hidden = (view.label == ignore) | (view.bits & INSIDE == 0)
-            annotation = take_slice(np.where(hidden, 0, view.label), axis, index)
-            title = f"{view.case}, axis {axis}, slice {index}\nannotation"
-            draw_slice(cells[0], image, annotation, classes, fill=0, title=title, **options)
+            annotation = drawn.cut(np.where(hidden, 0, view.label), index)
+            draw_slice(cells[0], image, annotation, classes, fill=0, title=f"{view.case}\nannotation", **options)
+            hatch(cells[0], drawn.cut(hidden, index), mm)
+            cells[0].set_ylabel(drawn.caption(index), fontsize=9)
             for k, (cell, prediction) in enumerate(zip(cells[1:-1], view.predictions, strict=True), 1):
-                draw_slice(cell, image, take_slice(prediction, axis, index), classes, title=f"network {k}", **options)
+                draw_slice(cell, image, drawn.cut(prediction, index), classes, title=f"network {k}", **options)
             draw_slice(cells[-1], image, title="pseudo-labels", **options)
-            states = take_slice(view.states, axis, index)
-            cover = np.zeros((*states.shape, 4))
+            states = drawn.cut(view.states, index)
             for state, (_, colour) in _STATES.items():
-                cover[states == state] = (*to_rgb(colour), 0.55)
-            cells[-1].imshow(cover, origin="lower", interpolation="nearest", aspect=cells[-1].get_aspect())
-        add_legend(figure, classes, further=[Patch(color=colour, label=name) for name, colour in _STATES.values()])
+                shade(cells[-1], states == state, colour, 0.55)
+        further = [Patch(color=colour, label=name) for name, colour in _STATES.values()]
+        add_legend(figure, classes, further=[Patch(label="not annotated", **HATCHED), *further])
         figure.savefig(path, dpi=110)

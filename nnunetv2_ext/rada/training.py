@@ -346,8 +346,8 @@ class RADATraining(SparseTraining):
         with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
             lessons = self.lessons(batch, allowed)
         spacing = self.configuration_manager.spacing
-        title = f"{type(self).__name__}, epoch {self.current_epoch - 1}"
-        views = sample_views(batch, lessons, allowed)
+        title = f"{self.picture_title}, epoch {self.current_epoch - 1}"
+        views = sample_views(batch, lessons, allowed, [self.directions_of_case(key) for key in batch.keys])
         draw_panel(views, path, title, self.dataset_json, self.label_manager, spacing)
 
     # ---- checkpoint --------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, label_colours, take_slice
+from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, hatch, label_colours, shade
+from nnunetv2_ext.core.orientation import view_across
 
 CLASSES = {0: "background", 1: "liver", 2: "spleen", 3: "ignore"}
 
@@ -34,14 +35,6 @@ def test_colours_are_distinct_stable_and_one_of_its_own_for_ignore():
     assert len(set(label_colours({k: str(k) for k in range(22)}).values())) == 21
 
 
-def test_slice_axes_grow_right_and_up():
-    volume = np.zeros((3, 4, 5))
-    volume[2, 3, 1] = 1
-    assert take_slice(volume, 2, 1).shape == (4, 3)
-    assert take_slice(volume, 2, 1)[3, 2] == 1  # row = Y, column = X
-    assert take_slice(volume, 0, 2)[1, 3] == 1  # row = Z, column = Y
-
-
 def test_fullest_slice_and_its_fallback():
     label = np.zeros((4, 5, 6), dtype=np.uint8)
     assert fullest_slice(label, 2) == 3
@@ -64,14 +57,14 @@ def test_image_alone_is_grey(axes):
     assert len(np.unique(pixels)) > 10
 
 
-def test_fill_colours_the_labelled_half_only_and_lower_rows_are_below(axes):
+def test_fill_colours_the_labelled_half_only_and_the_first_rows_are_on_top(axes):
     label = np.zeros((8, 8), dtype=int)
     label[:4] = 2
     draw_slice(axes, np.zeros((8, 8)), label, CLASSES, fill=1.0)
     pixels = _pixels(axes)
     expected = np.round(255 * np.array(label_colours(CLASSES)[2]))
-    assert np.abs(pixels[75, 50] - expected).max() <= 1  # pixel rows count from the top
-    assert (pixels[25, 50] == 0).all()
+    assert np.abs(pixels[25, 50] - expected).max() <= 1  # pixel rows count from the top
+    assert (pixels[75, 50] == 0).all()
 
 
 def test_outline_follows_the_border(axes):
@@ -93,6 +86,55 @@ def test_constant_and_anisotropic_slices_draw(axes):
     assert axes.get_aspect() == 4.0 and axes.get_title() == "thick"
 
 
+# a scan whose array (z, y, x) grows towards head, front and right, as RAS files do, and the same on its side
+RAS = np.array([[0.0, 0, 1], [0, -1, 0], [-1, 0, 0]])
+
+
+def test_a_bright_front_is_bright_at_the_top_of_the_page_and_the_patients_right_on_the_left(axes):
+    volume, label = np.zeros((4, 8, 8)), np.zeros((4, 8, 8), dtype=int)
+    volume[:, 4:] = 1  # y grows to the front
+    label[:, :, 6:] = 1  # x grows to the patient's right
+    view = view_across(0, RAS)
+    draw_slice(axes, view.cut(volume, 1), view.cut(label, 1), CLASSES, fill=1.0, letters=view.letters)
+    pixels = _pixels(axes)
+    assert (pixels[25, 75] == 255).all() and (pixels[75, 75] == 0).all()
+    liver = np.round(255 * np.array(label_colours(CLASSES)[1]))
+    assert np.abs(pixels[40, 12] - liver).max() <= 1 and np.abs(pixels[90, 12] - liver).max() <= 1
+    where = {text.get_text(): text.get_position() for text in axes.texts}
+    assert where == {"R": (0.02, 0.5), "L": (0.98, 0.5), "A": (0.5, 0.98), "P": (0.5, 0.02)}
+
+
+def test_letters_are_inside_the_picture_and_readable_on_white(axes):
+    draw_slice(axes, np.ones((40, 40)), window=(0, 1), letters=("R", "L", "A", "P"))
+    dark = np.argwhere(_pixels(axes).sum(-1) < 200)  # their outlines
+    assert dark.min() > 0 and dark.max() < 99
+    for part in (dark[:, 0] < 20, dark[:, 0] > 80, dark[:, 1] < 20, dark[:, 1] > 80):
+        assert part.any()
+
+
+def test_stripes_lie_on_every_masked_voxel_and_on_no_other():
+    mask = np.zeros((24, 12), dtype=bool)
+    mask[5:9, 2:10] = mask[20, :] = True  # also a plane of one voxel, and up to the border
+    with matplotlib.style.context("default"):
+        figure = Figure(figsize=(2.4, 2.4), dpi=100)
+        axes = figure.add_axes((0, 0, 1, 1))
+        draw_slice(axes, np.zeros((24, 12)), spacing=(1.0, 2.0))
+        hatch(axes, mask, (1.0, 2.0))
+        bright = _pixels(axes).sum(-1).reshape(24, 10, 12, 20) > 100
+    assert axes.get_aspect() == 0.5
+    assert np.array_equal(bright.any((1, 3)), mask)
+    assert 0.2 < bright[mask[:, None, :, None].repeat(10, 1).repeat(20, 3)].mean() < 0.5, "stripes, not an area"
+
+
+def test_a_shade_covers_its_voxels_in_its_colour(axes):
+    mask = np.zeros((4, 4), dtype=bool)
+    mask[0, 3] = True
+    draw_slice(axes, np.zeros((4, 4)))
+    shade(axes, mask, "#FF0000", 1.0)
+    red = (_pixels(axes) == (255, 0, 0)).all(-1)
+    assert red[:25, 75:].mean() > 0.95 and red.mean() < 0.07
+
+
 def test_legend_names_the_classes_but_not_the_background():
     figure = Figure(layout="constrained")
     legend = add_legend(figure, CLASSES)
@@ -100,7 +142,7 @@ def test_legend_names_the_classes_but_not_the_background():
 
 
 @pytest.mark.parametrize(
-    ("image", "label", "message"), [((4, 4, 4), None, "take_slice"), ((4, 4), (4, 5), "differ in shape")]
+    ("image", "label", "message"), [((4, 4, 4), None, "View.cut"), ((4, 4), (4, 5), "differ in shape")]
 )
 def test_bad_shapes_are_refused(axes, image, label, message):
     with pytest.raises(ValueError, match=message):

@@ -56,6 +56,10 @@ def titles(figure: Figure) -> list[str]:
     return [axes.get_title() for axes in figure.axes]
 
 
+def captions(figure: Figure) -> list[str]:
+    return [text for axes in figure.axes if (text := axes.get_ylabel())]
+
+
 @pytest.mark.parametrize("shape", [(12, 16, 14), (20, 24)])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_picture_says_what_it_shows(figures, tmp_path, kind, shape):
@@ -66,11 +70,12 @@ def test_the_picture_says_what_it_shows(figures, tmp_path, kind, shape):
     size = " x ".join(map(str, shape))
     rows = len(shape) if len(shape) == 3 else 1
     first, *second = figure.get_suptitle().splitlines()
-    assert first == f"nnUNetTrainerX, epoch 3: case_7, patch {size}, 50% hidden"
-    assert second == ([panel.AXES_NOTE] if rows == 3 else []) and "array" in panel.AXES_NOTE
+    assert first == "nnUNetTrainerX, epoch 3"
+    assert second == [f"case_7, patch {size}, 50% hidden"]
+    assert captions(figure)[0] == ("augmented patch, axis 0, slice 3" if rows == 3 else "augmented patch")
     assert len(figure.axes) == 6 * rows
     assert titles(figure)[:6] == [
-        f"image ({'axis 0, slice 3' if rows == 3 else '2-D patch'})",
+        "image",
         "what the student sees",
         "target",
         "student, whole patch",
@@ -95,7 +100,11 @@ def test_texts_do_not_overlap(figures, tmp_path):
     draw(made_up((12, 16, 14)), tmp_path / "p.png")
     (figure,) = figures
     figure.canvas.draw()
-    texts = [axes.title for axes in figure.axes] + [figure._suptitle, *figure.legends[0].get_texts()]
+    texts = (
+        [axes.title for axes in figure.axes]
+        + [axes.yaxis.label for axes in figure.axes]
+        + [figure._suptitle, *figure.legends[0].get_texts()]
+    )
     boxes = [text.get_window_extent() for text in texts]
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:i]), texts[i].get_text()
@@ -104,7 +113,7 @@ def test_texts_do_not_overlap(figures, tmp_path):
 
 def test_an_unannotated_part_does_not_choose_the_slice(figures, tmp_path):
     draw(made_up((12, 16, 14), ignore=3), tmp_path / "p.png", "ignore")
-    assert titles(figures[0])[0] == "image (axis 0, slice 3)"
+    assert captions(figures[0])[0] == "augmented patch, axis 0, slice 3"
 
 
 def test_without_a_teacher_there_is_no_column_for_it(figures, tmp_path):
@@ -117,16 +126,26 @@ def test_slices_have_their_proportions_in_millimetres(figures, tmp_path):
     """Also the one with the mask over it: each further image drawn into an axes would reset its aspect."""
     draw(made_up((12, 16, 14)), tmp_path / "p.png", spacing=(5.0, 1.0, 2.0))
     aspects = [axes.get_aspect() for axes in figures[0].axes]
-    # rows of the picture cut axis 0, 1, 2; a cut shows the later axis upwards: (2, 1), (2, 0), (1, 0)
-    assert aspects == [2.0] * 6 + [0.4] * 6 + [0.2] * 6
+    # rows of the picture cut axis 0, 1, 2; the earlier of the other two axes runs down: (1, 2), (0, 2), (0, 1)
+    assert aspects == [0.5] * 6 + [2.5] * 6 + [5.0] * 6
 
 
 def test_the_mask_covers_exactly_the_hidden_voxels(figures, tmp_path):
     result = made_up((20, 24))
     draw(result, tmp_path / "p.png")
     cover = figures[0].axes[1].images[-1].get_array()
-    assert np.array_equal(cover[..., 3] == 1, result.hidden.T)
-    assert np.array_equal(figures[0].axes[0].images[0].get_array(), result.image.T)
+    assert np.array_equal(cover[..., 3] == 1, result.hidden)
+    assert np.array_equal(figures[0].axes[0].images[0].get_array(), result.image)
+
+
+def test_the_patch_is_drawn_as_its_case_stands_upright_without_letters(figures, tmp_path):
+    """Of a scan whose rows run from back to front: turned, but nnU-Net may have mirrored it, so no letters."""
+    backwards = np.array([[0.0, 0, 1], [0, -1, 0], [-1, 0, 0]])
+    result = made_up((12, 16, 14))
+    draw(result, tmp_path / "p.png", directions=backwards)
+    first = figures[0].axes[0]
+    assert np.array_equal(first.images[0].get_array(), result.image[3, ::-1, ::-1])
+    assert not first.texts
 
 
 def test_the_legend_names_only_what_is_in_the_picture(figures, tmp_path):

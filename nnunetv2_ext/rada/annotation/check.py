@@ -7,6 +7,7 @@ import numpy as np
 
 from nnunetv2_ext.core.files import read_json, require_writable
 from nnunetv2_ext.core.labelmaps import class_names
+from nnunetv2_ext.core.orientation import directions_of
 from nnunetv2_ext.data.split import clean_fold
 from nnunetv2_ext.rada.annotation.annotations import Annotation, log_lines
 from nnunetv2_ext.rada.annotation.lost import erased_annotations, lost_planes, raw_planes, thicken_remedy
@@ -40,8 +41,10 @@ def check(data: SparsePreprocessed, picture: Path | None, cases_in_picture: int 
         else:
             views = []
             for case in shown:
-                image, label, _ = data.read_case(case)
-                views.append(CaseView(case, np.asarray(image[0]), np.asarray(label[0]), annotations[case].planes))
+                image, label, properties = data.read_case(case)
+                directions = directions_of(properties, data.plans.transpose_forward)
+                planes = annotations[case].planes
+                views.append(CaseView(case, np.asarray(image[0]), np.asarray(label[0]), planes, directions))
             classes = class_names(data.dataset_json, data.plans.get_label_manager(data.dataset_json))
             title = f"{data.base.name}, {data.configuration.data_identifier}: annotated planes"
             draw_planes(views, picture, classes, data.configuration.spacing, data.ignore, title)
