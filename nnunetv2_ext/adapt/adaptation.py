@@ -38,6 +38,7 @@ from nnunetv2_ext.adapt.training import EPOCHS, RATE, STEPS, hidden_heads
 from nnunetv2_ext.core.checkpoint import read
 from nnunetv2_ext.core.export import write_descriptions
 from nnunetv2_ext.core.files import atomic_torch_save, atomic_write, atomic_write_text, read_json, require_writable
+from nnunetv2_ext.core.orientation import directions_of
 from nnunetv2_ext.core.outside import load_trainer
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.core.settings import PLANS_KEY
@@ -258,7 +259,7 @@ class Job:
         """Adapt a fold, write its checkpoint, and compare before with after."""
         source = self.model.checkpoint(fold)
         before: Weights = source["network_weights"]
-        replayed, validation, remark = self.old.split(fold, self.request.group_regex) if self.old else ([], [], "")
+        replayed, validation, remark = self.old.split(fold, self.model.group_regex) if self.old else ([], [], "")
         if remark:
             self.say(f"fold {fold}: {remark}")
         names = [given.case for given in self.cases]
@@ -317,8 +318,8 @@ class Job:
             image, properties = read_image(case, given.images, reader)
             truth, _ = read_label_map(case, given.label, reader)
             after = segments.new("left_out", case) if segments.file("left_out", case).is_file() else None
-            spacing = tuple(float(s) for s in spacing_of(properties))
-            pictured.append(Pictured(case, image[0], truth, segments.new("before", case), after, spacing))
+            place = tuple(float(s) for s in spacing_of(properties)), directions_of(properties)
+            pictured.append(Pictured(case, image[0], truth, segments.new("before", case), after, *place))
         if self.model.labels.has_regions:  # whose label maps hold values, not regions
             classes = {value: str(value) for value in sorted(declared_values(self.model.dataset_json["labels"]))}
         else:

@@ -14,7 +14,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager, deter
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
-from nnunetv2_ext.core.checkpoint import first_difference, read
+from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, first_difference, read
 from nnunetv2_ext.core.export import portable
 from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.core.labelmaps import foreground_names
@@ -35,6 +35,7 @@ class FinishedModel:
     configuration_name: str
     trainer: type[nnUNetTrainer]  # one of nnU-Net's own
     mirror_axes: tuple[int, ...] | None
+    group_regex: str | None = None  # finds the subject in the name of an old case; a setting of our trainers
 
     @cached_property
     def configuration(self) -> ConfigurationManager:
@@ -110,6 +111,7 @@ def open_model(folder: Path, folds: Sequence[str] = (), checkpoint: str = "check
         first["init_args"]["configuration"],
         trainer,
         None if axes is None else tuple(axes),
+        (first.get(EXTENSION_KEY) or {}).get("settings", {}).get("group_regex"),
     )
 
 

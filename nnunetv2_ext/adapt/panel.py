@@ -11,8 +11,9 @@ import torch
 from matplotlib.figure import Figure
 
 from nnunetv2_ext.core.checkpoint import unwrap
-from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, take_slice
+from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice
 from nnunetv2_ext.core.labelmaps import class_names, logits_to_labels, target_to_labels
+from nnunetv2_ext.core.orientation import view_across
 from nnunetv2_ext.core.step import Batch, top_resolution
 
 if TYPE_CHECKING:
@@ -37,22 +38,25 @@ def draw_batch(trainer: AdaptTraining, batch: Batch, path: Path) -> None:
             logits = top_resolution(trainer.forward(shown, network)).float()
     finally:
         network.train(was_training)
+    mm = trainer.configuration_manager.spacing[-len(trainer.configuration_manager.patch_size) :]
     classes = class_names(trainer.dataset_json, labels)
     present: set[int] = set()
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(2.3 * len(rows), 5.6), layout="constrained")
-        figure.suptitle(f"epoch {trainer.current_epoch}: label above, prediction below (augmented patches)")
+        title = f"{trainer.picture_title}, epoch {trainer.current_epoch - 1}"
+        figure.suptitle(f"{title}\nlabel above, prediction below; augmented patches", fontsize=10)
         cells = figure.subplots(2, len(rows), squeeze=False)
         for column, row in enumerate(rows):
             image = shown.data[column, 0].float().cpu().numpy()
             truth = target_to_labels(shown.top_target[column], labels)
             axis = None if image.ndim == 2 else 0
             index = None if axis is None else fullest_slice(truth, axis)
+            view = view_across(axis, trainer.directions_of_case(shown.keys[column]), augmented=True)
             maps = truth, logits_to_labels(logits[column], labels)
             titles = f"{domain[row]}: {shown.keys[column]}", ""
             for cell, labelled, title in zip(cells[:, column], maps, titles):
-                cut = take_slice(labelled, axis, index)
-                draw_slice(cell, take_slice(image, axis, index), cut, classes, title=title)
+                cut = view.cut(labelled, index)
+                draw_slice(cell, view.cut(image, index), cut, classes, spacing=view.spacing(mm), title=title)
                 present |= {int(value) for value in np.unique(cut)}
         add_legend(figure, classes, present)
         figure.savefig(path, dpi=100)

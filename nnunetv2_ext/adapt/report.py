@@ -17,9 +17,11 @@ from scipy import stats
 
 from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice
 from nnunetv2_ext.core.files import atomic_write, atomic_write_text
+from nnunetv2_ext.core.orientation import view_across
 
 Scores = Mapping[str, Mapping[str, float]]  # case to structure to Dice
 _PICTURED = 6
+_THICK = 2.0  # times the smallest spacing
 
 
 @dataclass(frozen=True)
@@ -106,34 +108,45 @@ def write_csv(path: Path, fold_comparisons: Mapping[str, Sequence[Comparison]]) 
 
 @dataclass(frozen=True)
 class Pictured:
-    """A case: image and label maps ``(X, Y, Z)`` in array order, spacing in mm; `after` None where it was not left
-    out."""
+    """A case: image and label maps ``(X, Y, Z)`` in array order; `after` is None where the case was not left out."""
 
     case: str
     image: np.ndarray
     truth: np.ndarray
     before: np.ndarray
     after: np.ndarray | None
-    spacing: tuple[float, ...]
+    spacing: tuple[float, ...]  # mm
+    directions: np.ndarray | None = None  # of the axes (core/orientation.py); None: not known
+
+    @property
+    def axis(self) -> int:
+        """That is cut: the one of thick slices, else the patient's feet to head."""
+        thickest = int(np.argmax(self.spacing))
+        if self.directions is None or self.spacing[thickest] > _THICK * min(self.spacing):
+            return thickest if self.spacing[thickest] > _THICK * min(self.spacing) else 0
+        return int(np.argmax(np.abs(self.directions[:, 2])))
 
 
 def draw_cases(path: Path, cases: Sequence[Pictured], classes: Mapping[int, str], title: str) -> None:
-    """A row a case: truth, the model before, and after without having seen the case; at the fullest axial slice."""
+    """A row a case: truth, the model before, and after without having seen the case; upright, at the fullest slice."""
     shown = cases[:_PICTURED]
     present: set[int] = set()
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(8.2, 2.7 * len(shown) + 0.9), layout="constrained")
         figure.suptitle(title)
         for cells, one in zip(figure.subplots(len(shown), 3, squeeze=False), shown):
-            index = fullest_slice(one.truth, 0)
+            index, view = fullest_slice(one.truth, one.axis), view_across(one.axis, one.directions)
+            spacing = view.spacing(one.spacing)
+            cells[0].set_ylabel(f"{one.case}\n{view.caption(index)}", fontsize=8)
             maps = {"truth": one.truth, "before": one.before, "after, not trained on it": one.after}
             for cell, (name, labels) in zip(cells, maps.items()):
                 if labels is None:
                     cell.set_axis_off()
                     continue
-                # nnU-Net's readers have (Z, Y, X), patients' front at the first row
-                image, cut = one.image[index][::-1], labels[index][::-1]
-                draw_slice(cell, image, cut, classes, spacing=one.spacing[1:], title=f"{one.case}: {name}")
+                cut = view.cut(labels, index)
+                draw_slice(
+                    cell, view.cut(one.image, index), cut, classes, spacing=spacing, letters=view.letters, title=name
+                )
                 present |= {int(value) for value in np.unique(cut)}
         add_legend(figure, classes, present)
         atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))

@@ -138,5 +138,5 @@ def test_a_class_without_a_voxel_does_not_count() -> None:
 
 
 def test_a_network_without_such_a_layer_is_refused() -> None:
-    with pytest.raises(ValueError, match="--head-only needs a U-Net .* Linear has none"):
+    with pytest.raises(ValueError, match=r"--head-only needs a U-Net .* Linear has none"):
         Head(nn.Linear(2, 2), LABELS, ())
