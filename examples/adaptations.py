@@ -1,10 +1,10 @@
 """What `nnUNetv2_ext adapt` brings, measured on cases of the new site that it was not given.
 
-    python examples/adaptations.py MODEL --site RAW_FOLDER_OF_THE_NEW_SITE --fold 0 --not-drawn NAME --output FOLDER
+    python examples/adaptations.py MODEL --site RAW_FOLDER_OF_THE_NEW_SITE --folds 0 1 2 --not-drawn NAME --output FOLDER
 
 Draws k cases of the site, adapts with the real command by each recipe, and scores the adapted model on the site's other
 cases and on the fold's validation cases of the model's own dataset, which nnUNet_preprocessed has to hold. Draws are
-disjoint. What is done stays in FOLDER and is not done again. Simplified: means and worst draws, no intervals.
+disjoint, and each adapts the next fold. What is done stays in FOLDER and is not done again. Simplified: means and worst draws, no intervals.
 """
 
 import argparse
@@ -41,8 +41,8 @@ def draws(names: list[str], k: int, number: int, seed: int) -> list[list[str]]:
 class Sites:
     """Scores of a fold on all cases of the new site and on the validation cases of the old one."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.model = args, open_model(args.model, [args.fold])
+    def __init__(self, args: argparse.Namespace, fold: str) -> None:
+        self.args, self.fold, self.model = args, fold, open_model(args.model, [fold])
         given = find_cases(args.site / "imagesTr", args.site / "labelsTr", self.model)
         self.new = {one.case: one for one in given}
         self.folder = args.output / "site" / self.model.configuration.data_identifier
@@ -50,17 +50,17 @@ class Sites:
         found = find_old_data(self.model)
         if not isinstance(found, OldData):
             raise SystemExit(f"the old site cannot be scored: {found}")
-        self.old, (_, self.validation, _) = found, found.split(args.fold)
+        self.old, (_, self.validation, _) = found, found.split(fold)
 
     def scores(self, folder: Path) -> dict[str, dict[str, float]]:
         """Case to mean Dice over structures, of ``new`` and ``old``; kept in a file."""
         file = self.args.output / f"scores_{folder.name}.json"
         if folder == self.args.model:
-            file = self.args.output / f"scores_fold{self.args.fold}_before.json"
+            file = self.args.output / f"scores_fold{self.fold}_before.json"
         if not file.is_file():
-            model, not_drawn = open_model(folder, [self.args.fold]), self.args.not_drawn
+            model, not_drawn = open_model(folder, [self.fold]), self.args.not_drawn
             segmenter = Segmenter(model, torch.device(self.args.device))
-            weights = model.checkpoint(self.args.fold)["network_weights"]
+            weights = model.checkpoint(self.fold)["network_weights"]
             reader, structures = model.plans.image_reader_writer_class(), model.structures
             drawn = {name: value for name, value in structures.items() if name not in not_drawn}
             found: dict[str, dict[str, float]] = {"new": {}, "old": {}}
@@ -77,7 +77,7 @@ class Sites:
         return json.loads(file.read_text())
 
 
-def adapt(args: argparse.Namespace, cases: list[str], options: list[str], output: Path) -> None:
+def adapt(args: argparse.Namespace, fold: str, cases: list[str], options: list[str], output: Path) -> None:
     """Run the command on these cases, and keep its seconds."""
     folder = output.with_name(f"{output.name}_cases")
     for sub, tail in (("imagesTr", "_????.*"), ("labelsTr", ".*")):
@@ -86,7 +86,7 @@ def adapt(args: argparse.Namespace, cases: list[str], options: list[str], output
             if not (folder / sub / file.name).exists():
                 (folder / sub / file.name).symlink_to(file.resolve())
     command = ["nnUNetv2_ext", "adapt", str(args.model), "-i", str(folder / "imagesTr"), "-l", str(folder / "labelsTr")]
-    command += ["-o", str(output), "-f", args.fold, "--report", "none", "-device", args.device, *options]
+    command += ["-o", str(output), "-f", fold, "--report", "none", "-device", args.device, *options]
     command += ["--not-drawn", *args.not_drawn] if args.not_drawn else []
     started = time.monotonic()
     subprocess.run([*command, "--c"], check=True)
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION")
     parser.add_argument("--site", type=Path, required=True, help="raw dataset of the new site, all of it labelled")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--fold", default="0")
+    parser.add_argument("--folds", nargs="+", default=["0"], help="of the model; default: %(default)s")
     parser.add_argument("--not-drawn", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--k", type=int, nargs="+", default=[3, 5], help="cases given; default: %(default)s")
     parser.add_argument("--draws", type=int, default=3, help="default: %(default)s")
@@ -107,25 +107,26 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
-    sites = Sites(args)
-    before = sites.scores(args.model)
-    new, old = (np.mean([*before[site].values()]) for site in ("new", "old"))
-    print(f"before: new {100 * new:.1f}, old {100 * old:.1f}", flush=True)
-    for recipe, options in ((name, RECIPES[name]) for name in args.recipes):
-        for k in args.k:
-            gains, losses, seconds = [], [], []
-            for number, cases in enumerate(draws(list(sites.new), k, args.draws, args.seed)):
-                words = f"fold{args.fold} {recipe} {k} {number}".replace(",", "").split()
-                output = args.output / "_".join(words)
-                if not output.exists():
-                    adapt(args, cases, options, output)
-                after = sites.scores(output)
-                gains.append(np.mean([after["new"][c] - before["new"][c] for c in sites.new if c not in cases]))
-                losses.append(np.mean([after["old"][c] - before["old"][c] for c in sites.validation]))
-                seconds.append(float((output / "seconds.txt").read_text()))
-            each = " ".join(f"{100 * gain:+.1f}/{100 * loss:+.1f}" for gain, loss in zip(gains, losses))
-            print(f"{recipe:21s} k={k}: new {100 * np.mean(gains):+.1f}, old {100 * np.mean(losses):+.1f} ({each}), "
-                  f"{np.mean(seconds):.0f} s", flush=True)  # fmt: skip
+    sites = {fold: Sites(args, fold) for fold in args.folds}
+    before = {fold: site.scores(args.model) for fold, site in sites.items()}
+    for fold, scores in before.items():
+        new, old = (np.mean([*scores[site].values()]) for site in ("new", "old"))
+        print(f"fold {fold} before: new {100 * new:.1f}, old {100 * old:.1f}", flush=True)
+    for recipe, k in ((name, k) for name in args.recipes for k in args.k):
+        gains, losses, seconds = [], [], []
+        names = list(sites[args.folds[0]].new)
+        for number, cases in enumerate(draws(names, k, args.draws, args.seed)):
+            fold = args.folds[number % len(args.folds)]
+            output = args.output / "_".join(f"fold{fold} {recipe} {k} {number}".replace(",", "").split())
+            if not output.exists():
+                adapt(args, fold, cases, RECIPES[recipe], output)
+            after, was = sites[fold].scores(output), before[fold]
+            gains.append(np.mean([after["new"][c] - was["new"][c] for c in names if c not in cases]))
+            losses.append(np.mean([after["old"][c] - was["old"][c] for c in was["old"]]))
+            seconds.append(float((output / "seconds.txt").read_text()))
+        each = " ".join(f"{100 * gain:+.1f}/{100 * loss:+.1f}" for gain, loss in zip(gains, losses))
+        print(f"{recipe:21s} k={k}: new {100 * np.mean(gains):+.1f}, old {100 * np.mean(losses):+.1f} ({each}), "
+              f"{np.mean(seconds):.0f} s", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

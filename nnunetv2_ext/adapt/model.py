@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,7 +100,7 @@ def open_model(folder: Path, folds: Sequence[str] = (), checkpoint: str = "check
     chosen = list(dict.fromkeys(folds)) or there or ["0"]  # of which find_checkpoint says that it is not there
     files = {fold: find_checkpoint(folder, fold, checkpoint) for fold in chosen}
     first = read(files[chosen[0]])
-    trainer = _trainer(first.get("trainer_name", ""))
+    trainer = _own(_found(first.get("trainer_name", "")))
     for file in files.values():
         _as_stock(file, trainer)
     axes = first.get("inference_allowed_mirroring_axes")
@@ -115,24 +117,30 @@ def open_model(folder: Path, folds: Sequence[str] = (), checkpoint: str = "check
     )
 
 
-def _trainer(name: str) -> type[nnUNetTrainer]:
-    """Of nnU-Net's own trainers the one that a trainer is, or is derived from."""
-    try:
-        found = recursive_find_trainer_class_by_name(name)
-    except RuntimeError:  # not installed here; whether its network is nnU-Net's is seen from the weights
-        return nnUNetTrainer
-    return next(cls for cls in found.__mro__ if cls.__module__.startswith("nnunetv2."))
+def _found(name: str) -> type[nnUNetTrainer] | None:
+    """A trainer by name, of nnU-Net's, ours or others; None if it is not installed here."""
+    with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints where it looks
+        try:
+            return recursive_find_trainer_class_by_name(name)
+        except RuntimeError:
+            return None
+
+
+def _own(trainer: type[nnUNetTrainer] | None) -> type[nnUNetTrainer]:
+    """Of nnU-Net's own trainers the one that a trainer is, or is derived from.
+
+    Of one that is not installed nnUNetTrainer: the weights show whether its network is that one's.
+    """
+    classes = trainer.__mro__ if trainer is not None else ()
+    return next((cls for cls in classes if cls.__module__.startswith("nnunetv2.")), nnUNetTrainer)
 
 
 def _as_stock(file: Path, trainer: type[nnUNetTrainer]) -> dict[str, Any]:
     checkpoint = read(file)
     name = checkpoint.get("trainer_name", "an unnamed trainer")
     weights: Mapping[str, Tensor] = checkpoint["network_weights"]
-    try:
-        found = recursive_find_trainer_class_by_name(name)
-    except RuntimeError:
-        found = trainer
-    if issubclass(found, ExtTrainer):
+    found = _found(name)
+    if found is not None and issubclass(found, ExtTrainer):
         weights = found.export_weights(checkpoint, "student")
     difference = first_difference(stock_network(checkpoint["init_args"], trainer).state_dict(), weights)
     if difference:
