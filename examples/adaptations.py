@@ -1,10 +1,11 @@
 """What `nnUNetv2_ext adapt` brings, measured on cases of the new site that it was not given.
 
-    python examples/adaptations.py MODEL --site RAW_FOLDER_OF_THE_NEW_SITE --folds 0 1 2 --not-drawn NAME --output FOLDER
+    python examples/adaptations.py MODEL --site RAW_FOLDER --folds 0 1 2 --not-drawn NAME --output FOLDER
 
-Draws k cases of the site, adapts with the real command by each recipe, and scores the adapted model on the site's other
-cases and on the fold's validation cases of the model's own dataset, which nnUNet_preprocessed has to hold. Draws are
-disjoint, and each adapts the next fold. What is done stays in FOLDER and is not done again. Simplified: means and worst draws, no intervals.
+Draws k cases of the new site's raw dataset, adapts with the real command by each recipe, and scores the adapted model
+on the site's other cases and on the fold's validation cases of the model's own dataset, which nnUNet_preprocessed has
+to hold. Draws are disjoint, and each adapts the next fold. What is done stays in FOLDER and is not done again.
+Simplified: means and single draws, no intervals.
 """
 
 import argparse
@@ -51,6 +52,7 @@ class Sites:
         if not isinstance(found, OldData):
             raise SystemExit(f"the old site cannot be scored: {found}")
         self.old, (_, self.validation, _) = found, found.split(fold)
+        self.validation = self.validation[:: max(1, len(self.validation) // args.old_cases)]
 
     def scores(self, folder: Path) -> dict[str, dict[str, float]]:
         """Case to mean Dice over structures, of ``new`` and ``old``; kept in a file."""
@@ -60,6 +62,7 @@ class Sites:
         if not file.is_file():
             model, not_drawn = open_model(folder, [self.fold]), self.args.not_drawn
             segmenter = Segmenter(model, torch.device(self.args.device))
+            segmenter.predictor.use_mirroring = not self.args.no_mirroring
             weights = model.checkpoint(self.fold)["network_weights"]
             reader, structures = model.plans.image_reader_writer_class(), model.structures
             drawn = {name: value for name, value in structures.items() if name not in not_drawn}
@@ -104,18 +107,24 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[3, 5], help="cases given; default: %(default)s")
     parser.add_argument("--draws", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
+    parser.add_argument("--only", type=int, nargs="+", help="of the draws; default: all")
+    parser.add_argument("--old-cases", type=int, default=1000, help="validation cases scored at most, about")
+    parser.add_argument("--no-mirroring", action="store_true", help="score without, at a quarter of the time")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
-    sites = {fold: Sites(args, fold) for fold in args.folds}
+    only = range(args.draws) if args.only is None else args.only
+    folds = dict.fromkeys(args.folds[number % len(args.folds)] for number in only)
+    sites = {fold: Sites(args, fold) for fold in folds}
     before = {fold: site.scores(args.model) for fold, site in sites.items()}
     for fold, scores in before.items():
         new, old = (np.mean([*scores[site].values()]) for site in ("new", "old"))
         print(f"fold {fold} before: new {100 * new:.1f}, old {100 * old:.1f}", flush=True)
     for recipe, k in ((name, k) for name in args.recipes for k in args.k):
         gains, losses, seconds = [], [], []
-        names = list(sites[args.folds[0]].new)
-        for number, cases in enumerate(draws(names, k, args.draws, args.seed)):
+        names = list(next(iter(sites.values())).new)
+        for number in only:
+            cases = draws(names, k, args.draws, args.seed)[number]
             fold = args.folds[number % len(args.folds)]
             output = args.output / "_".join(f"fold{fold} {recipe} {k} {number}".replace(",", "").split())
             if not output.exists():
