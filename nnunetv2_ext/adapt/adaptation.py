@@ -503,7 +503,8 @@ class _Solved:
 
     def weights(self, cases: Sequence[str], name: str) -> Weights:
         """Of the model whose last layer was fitted to these given cases."""
-        solution = solve(joined([self.sums[case] for case in cases]), self.old, self.job.replay)
+        new = joined([self.sums[case] for case in cases])
+        solution = solve(new, self.head.before(self.before), self.old, self.job.replay)
         return self.head.weights(self.before, solution)
 
     def keep(self, target: Path) -> None:

@@ -1,9 +1,12 @@
 """``--head-only``: the last segmentation layer fitted anew in closed form, on the features in front of it.
 
-Ridge regression: with x the features of a voxel and a 1, t its target, and classes that count the same however large
-they are, W = (A + lambda mean(diag A) I)^-1 B, where A is the mean over classes c of the mean over their voxels of
-x x^T, and B that of x t^T. The 1 is not shrunk. Sums of a case are kept apart: leaving a case out
-costs nothing.
+Ridge regression towards the layer of before, W0. With x the features of a voxel and a 1, and t its target, A is the
+mean over classes c of the mean over their voxels of x x^T, and B that of x t^T, so that classes count the same however large
+they are. With s the number by which W0 fits the targets best, and r = ridge mean(diag A),
+
+    W = (A + r I)^-1 (B + r s W0).
+
+Sums of a case are kept apart: leaving a case out costs nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from torch import Tensor, nn
 
-RIDGE = 1e-3  # lambda, no unit: ours
+RIDGE = 1.0  # measured: docs/methods/adapt.md
 _SCALE = 10.0  # a target is plus or minus half of it: logits as sure as a trained network's
 
 
@@ -44,7 +47,7 @@ class Sums:
             self.cross[value] += x.T @ targets[classes == value].double().cpu()
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """A and B of the module's equation, before shrinking."""
+        """A and B of the module's equation."""
         there = self.number > 0
         weights = (1 / self.number[there] / there.sum()).view(-1, 1, 1)
         return (weights * self.gram[there]).sum(0), (weights * self.cross[there]).sum(0)
@@ -55,15 +58,22 @@ def joined(parts: Sequence[Sums]) -> Sums:
     return Sums(*(torch.stack(tensors).sum(0) for tensors in zip(*((p.number, p.gram, p.cross) for p in parts))))
 
 
-def solve(new: Sums, old: Sums | None = None, replay: float = 0.0, ridge: float = RIDGE) -> Tensor:
-    """W ``(F, K)``; with old cases A and B are (1 - replay) times the new ones' plus replay times the old ones'."""
+def solve(new: Sums, before: Tensor, old: Sums | None = None, replay: float = 0.0, ridge: float = RIDGE) -> Tensor:
+    """W ``(F, K)`` of the module's equation.
+
+    Args:
+        new: of the given cases.
+        before: W0 ``(F, K)``, fp64.
+        old: of old cases; A and B are then (1 - replay) times the new ones' plus replay times the old ones'.
+        replay: that share.
+        ridge: how strongly the solution is held at the layer of before, no unit.
+    """
     a, b = new.means()
     if old is not None and replay:
-        of_old = old.means()
-        a, b = ((1 - replay) * n + replay * o for n, o in zip((a, b), of_old))
-    shrink = ridge * a.diagonal()[:-1].mean() * torch.eye(len(a), dtype=a.dtype)
-    shrink[-1, -1] = 0
-    return torch.linalg.solve(a + shrink, b)
+        a, b = ((1 - replay) * n + replay * o for n, o in zip((a, b), old.means()))
+    scale = ((before * b).sum() / (before * (a @ before)).sum()).clamp(min=0)
+    hold = ridge * a.diagonal()[:-1].mean()
+    return torch.linalg.solve(a + hold * torch.eye(len(a), dtype=a.dtype), b + hold * scale * before)
 
 
 class Head:
@@ -128,6 +138,11 @@ class Head:
             shared[:, among] = logits[background][:, among].softmax(1)
             targets[background] = shared
         return targets, targets.argmax(1)
+
+    def before(self, weights: dict[str, Tensor]) -> Tensor:
+        """The layer in these weights as ``(F + 1, K)``, fp64."""
+        weight, bias = weights[f"{self.name}.weight"], weights[f"{self.name}.bias"]
+        return torch.cat((weight.flatten(1).T, bias[None])).double().cpu()
 
     def weights(self, before: dict[str, Tensor], solution: Tensor) -> dict[str, Tensor]:
         """The model's weights with the solution ``(F + 1, K)`` in the layer; hidden regions keep theirs."""

@@ -35,7 +35,7 @@ def case(seed: int = 0, shape: tuple[int, ...] = (2, 5, 7)) -> tuple[torch.Tenso
 
 
 def slow(network: Tiny, image, label, targets_of, ridge: float = RIDGE) -> np.ndarray:
-    """Weighted least squares voxel by voxel, with the shrinkage as further rows."""
+    """Weighted least squares voxel by voxel, with what holds the old layer as further rows."""
     rows, wanted, classes = [], [], []
     for z in range(label.shape[0]):
         with torch.no_grad():
@@ -53,14 +53,19 @@ def slow(network: Tiny, image, label, targets_of, ridge: float = RIDGE) -> np.nd
     weights = np.array([1 / (classes == kind).sum() / len(kinds) for kind in classes])
     gram = sum(w * np.outer(row, row) for w, row in zip(weights, rows))
     amount = ridge * np.mean(np.diag(gram)[:-1])
-    extra = np.sqrt(amount) * np.eye(rows.shape[1])[:-1]
-    left = np.concatenate((np.sqrt(weights)[:, None] * rows, extra))
-    right = np.concatenate((np.sqrt(weights)[:, None] * wanted, np.zeros((len(extra), wanted.shape[1]))))
+    layer = network.decoder.seg_layers[-1]
+    old = np.concatenate((layer.weight.detach().flatten(1).T.numpy(), layer.bias.detach()[None].numpy())).astype(float)
+    weighted = np.sqrt(weights)[:, None]
+    fits = (weighted * (rows @ old)).ravel()  # the number by which they fit best: least squares of one unknown
+    scale = np.linalg.lstsq(fits[:, None], (weighted * wanted).ravel(), rcond=None)[0][0]
+    left = np.concatenate((weighted * rows, np.sqrt(amount) * np.eye(rows.shape[1])))
+    right = np.concatenate((weighted * wanted, np.sqrt(amount) * max(scale, 0) * old))
     return np.linalg.lstsq(left, right, rcond=None)[0]
 
 
 def fitted(network: Tiny, labels, hidden=(), patch=(5, 7), seed: int = 0) -> torch.Tensor:
-    return solve(Head(network, labels, hidden).sums(*case(seed), patch, torch.device("cpu")))
+    head = Head(network, labels, hidden)
+    return solve(head.sums(*case(seed), patch, torch.device("cpu")), head.before(network.state_dict()))
 
 
 def test_it_is_the_ridge_solution_of_class_balanced_voxels() -> None:
@@ -96,7 +101,7 @@ def test_regions_have_targets_of_their_own_and_hidden_ones_keep_their_layer() ->
     network = Tiny(classes=2)
     wanted = slow(network, *case(), lambda label, logits: ([label > 0, label == 2], label))
     head = Head(network, REGIONS, (1,))
-    found = solve(head.sums(*case(), (5, 7), torch.device("cpu")))
+    found = solve(head.sums(*case(), (5, 7), torch.device("cpu")), head.before(network.state_dict()))
     assert np.allclose(found, wanted, rtol=1e-4, atol=1e-4)
     before = network.state_dict()
     after = head.weights(before, found)
@@ -108,7 +113,7 @@ def test_weights_of_the_layer_give_what_was_fitted_and_nothing_else_changes() ->
     network = Tiny()
     head = Head(network, LABELS, ())
     image, label = case()
-    solution = solve(head.sums(image, label, (5, 7), torch.device("cpu")))
+    solution = solve(head.sums(image, label, (5, 7), torch.device("cpu")), head.before(network.state_dict()))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     after = head.weights(network.state_dict(), solution)
     with torch.no_grad():
@@ -121,12 +126,26 @@ def test_weights_of_the_layer_give_what_was_fitted_and_nothing_else_changes() ->
 
 
 def test_replay_mixes_the_means_whatever_the_number_of_voxels() -> None:
-    head = Head(Tiny(), LABELS, ())
+    network = Tiny()
+    head = Head(network, LABELS, ())
+    layer = head.before(network.state_dict())
     new, old = (head.sums(*case(seed), (5, 7), torch.device("cpu")) for seed in (0, 1))
     twice = joined([old, old])
-    assert torch.allclose(solve(new, twice, 0.5), solve(new, old, 0.5))
-    assert torch.allclose(solve(new, old, 0.0), solve(new))
-    assert not torch.allclose(solve(new, old, 0.5), solve(new), atol=1e-3)
+    assert torch.allclose(solve(new, layer, twice, 0.5), solve(new, layer, old, 0.5))
+    assert torch.allclose(solve(new, layer, old, 0.0), solve(new, layer))
+    assert not torch.allclose(solve(new, layer, old, 0.5), solve(new, layer), atol=1e-3)
+
+
+def test_held_firmly_the_layer_stays_what_it_was_and_free_it_fits() -> None:
+    network = Tiny()
+    head = Head(network, LABELS, ())
+    sums = head.sums(*case(), (5, 7), torch.device("cpu"))
+    free = solve(sums, head.before(network.state_dict()), ridge=1e-12)
+    a, b = sums.means()
+    assert torch.allclose(a @ free, b, atol=1e-4)
+    # a layer twice as sure as the targets is held at half of itself, one that says the opposite at nothing
+    assert torch.allclose(solve(sums, 2 * free, ridge=1e9), free, atol=1e-4)
+    assert float(solve(sums, -free, ridge=1e9).abs().max()) < 1e-4
 
 
 def test_a_class_without_a_voxel_does_not_count() -> None:
