@@ -1,7 +1,7 @@
 """``--head-only``: the last segmentation layer fitted anew in closed form, on the features in front of it.
 
 Ridge regression towards the layer of before, W0. With x the features of a voxel and a 1, and t its target, A is the
-mean over classes c of the mean over their voxels of x x^T, and B that of x t^T, so that classes count the same however large
+mean over classes c of the mean over their voxels of x x^T, and B that of x t^T: classes count the same however large
 they are. With s the number by which W0 fits the targets best, and r = ridge mean(diag A),
 
     W = (A + r I)^-1 (B + r s W0).
@@ -41,10 +41,10 @@ class Sums:
     def add(self, features: Tensor, targets: Tensor, classes: Tensor) -> None:
         """Voxels: ``(N, F)``, ``(N, K)``, and which class each one counts for, ``(N,)``."""
         for value in classes.unique().tolist():
-            x = features[classes == value].double().cpu()
+            x = features[classes == value].cpu().double()
             self.number[value] += len(x)
             self.gram[value] += x.T @ x
-            self.cross[value] += x.T @ targets[classes == value].double().cpu()
+            self.cross[value] += x.T @ targets[classes == value].cpu().double()
 
     def means(self) -> tuple[Tensor, Tensor]:
         """A and B of the module's equation."""
@@ -142,7 +142,7 @@ class Head:
     def before(self, weights: dict[str, Tensor]) -> Tensor:
         """The layer in these weights as ``(F + 1, K)``, fp64."""
         weight, bias = weights[f"{self.name}.weight"], weights[f"{self.name}.bias"]
-        return torch.cat((weight.flatten(1).T, bias[None])).double().cpu()
+        return torch.cat((weight.flatten(1).T, bias[None])).cpu().double()
 
     def weights(self, before: dict[str, Tensor], solution: Tensor) -> dict[str, Tensor]:
         """The model's weights with the solution ``(F + 1, K)`` in the layer; hidden regions keep theirs."""
