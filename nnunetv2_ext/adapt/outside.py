@@ -21,5 +21,5 @@ METHOD = Method(
     },
     card="methods/adapt.md",
     citation="Shi, G., Xiao, L., Chen, Y., & Zhou, S. K. (2021). Marginal loss and exclusion loss for partially "
-    "supervised multi-organ segmentation. Medical Image Analysis 70, 101979. arXiv:2007.03868 (for structures that are not drawn)",
+    "supervised multi-organ segmentation. Medical Image Analysis 70, 101979. arXiv:2007.03868 (--not-drawn)",
 )
