@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_ext.cli.evaluate import add_metric_arguments
+from nnunetv2_ext.cli.evaluate import add_metric_arguments, add_subject_arguments
 
 EPILOG = """\
 Examples:
@@ -42,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(train_cases); the report says so", action="store_true")  # fmt: skip
     add("--truth", help="true segmentations (default: the dataset's own)", type=Path, metavar="DIR")
     add("--images", help="images for the pictures (default: imagesTr in nnUNet_raw)", type=Path, metavar="DIR")
-    add("--group-regex", help="subject of a case: the first group of this expression in its name. Subjects, not "
-        "cases, are resampled (default: as dataset.json records them)", metavar="REGEX")  # fmt: skip
-    add("--groups", help="subject of each case: CSV with the columns case,subject, or JSON", type=Path, metavar="FILE")
+    add_subject_arguments(parser)
     add("--worst", help="cases drawn of either kind; 0: none (default: 3)", type=int, default=3, metavar="N")
     add_metric_arguments(parser)
     add("-o", help="output folder (default: comparison_DATASET_CONFIGURATION)", dest="output", type=Path, metavar="DIR")

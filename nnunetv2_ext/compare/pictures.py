@@ -11,12 +11,13 @@ import pandas as pd
 from matplotlib.patches import Patch
 
 from nnunetv2_ext.compare.scores import Scores
-from nnunetv2_ext.compare.statistics import Difference, signed
+from nnunetv2_ext.compare.statistics import Difference
 from nnunetv2_ext.core.figures import add_legend, draw_slice, shade
 from nnunetv2_ext.core.orientation import directions_of, view_across
 from nnunetv2_ext.data.case import find_reader, read_image, read_label_map, spacing_of
 from nnunetv2_ext.evaluate import plot
 from nnunetv2_ext.evaluate.folder import Source
+from nnunetv2_ext.evaluate.intervals import signed
 from nnunetv2_ext.evaluate.metrics import bounding_box
 
 _MARGIN_MM = 10.0

@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.patches import Patch
 
 from nnunetv2_ext.compare.scores import Scores
-from nnunetv2_ext.compare.statistics import BETTER, WORSE, Difference, signed
+from nnunetv2_ext.compare.statistics import BETTER, WORSE, Difference
 from nnunetv2_ext.evaluate import plot
+from nnunetv2_ext.evaluate.intervals import signed
 from nnunetv2_ext.evaluate.table import relaxations
 
 # Okabe and Ito's, as in core.figures, in an order whose first two differ most; grey for the reference

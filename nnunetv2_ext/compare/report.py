@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ import pandas as pd
 from nnunetv2_ext import __version__
 from nnunetv2_ext.compare import curves, pictures, plots
 from nnunetv2_ext.compare.arms import differing_facts
+from nnunetv2_ext.compare.groups import GroupDifferences
 from nnunetv2_ext.compare.runs import TRAINING_FACTS
 from nnunetv2_ext.compare.scores import COMMON_RULE, Scores
-from nnunetv2_ext.compare.statistics import RESAMPLES, Difference, headline, signed, verdict
+from nnunetv2_ext.compare.statistics import Difference, headline, verdict
 from nnunetv2_ext.core.files import atomic_write_text
+from nnunetv2_ext.evaluate.groups import caution, count_groups, figures_grid, gaps_grid
+from nnunetv2_ext.evaluate.intervals import RESAMPLES, signed
 from nnunetv2_ext.evaluate.metrics import INVENTED, MISSED
 from nnunetv2_ext.evaluate.table import as_csv, as_json, count_states, definitions, grid, number, relaxations, summarise
 
@@ -34,6 +37,7 @@ class Report:
     notes: list[str]  # warnings for the reader
     command: str  # that repeats this
     date: str  # ISO
+    groups: GroupDifferences | None = None
     pictures: dict[str, str] = field(default_factory=dict)  # file name to caption, of the plots that were written
     extremes: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)  # arm: cases that lost, gained most
 
@@ -76,12 +80,6 @@ def as_text(report: Report) -> str:
         cells = [f"{number(s['mean'])} ± {number(s['sd'])}" for s in shown]
         cells += [f"{counts.get((arm.name, structure, s), 0) / len(arm.repeats):g}" for s in (MISSED, INVENTED)]
         table.append([structure, arm.name, *cells])
-    over = f"95 % over {report.differences[0].unit}"
-    changes = [["metric", "method", "structure", "difference", over, "cases", "better : worse", "reading"]]
-    for d in report.differences:
-        wins = f"{d.wins} : {d.losses}" + (f" ({d.ties} equal)" if d.ties else "")
-        cells = [signed(d.mean), str(d.interval), str(d.n), wins, d.direction]
-        changes.append([d.metric.title, d.arm, d.structure, *cells])
     parts = [
         f"# {report.title}",
         f"{len(scores.cases)} {what[0]}; {what[1]}: {repeats}; {report.date}",
@@ -91,9 +89,45 @@ def as_text(report: Report) -> str:
         "## Scores (mean ± SD over cases, each averaged over repeats)",
         grid(table, left=2),
         "## Paired differences",
-        grid(changes, left=3),
+        differences_grid({"": report.differences}),
+        *_group_sections(report),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def differences_grid(by_group: Mapping[str, Sequence[Difference]]) -> str:
+    """Differences as a markdown table, with a column for their group unless that has no name."""
+    named = any(by_group)
+    unit = next(iter(by_group.values()))[0].unit
+    rows = [["metric", "method", "structure", *["group"] * named, "difference", f"95 % over {unit}", "cases",
+             "better : worse", "reading"]]  # fmt: skip
+    for group, differences in by_group.items():
+        for d in differences:
+            wins = f"{d.wins} : {d.losses}" + (f" ({d.ties} equal)" if d.ties else "")
+            cells = [signed(d.mean), str(d.interval), str(d.n), wins, d.direction]
+            rows.append([d.metric.title, d.arm, d.structure, *[group] * named, *cells])
+    return grid(rows, left=3 + named)
+
+
+def _group_sections(report: Report) -> list[str]:
+    """Scores, paired differences and differences between groups, if cases are grouped; words first."""
+    if (by := report.groups) is None:
+        return []
+    scores, unit, last = report.scores, by.groups.unit, report.scores.columns[-1]
+    answers = [line for head, lines in by.answers(last) for line in (f"- {head}", *(f"  - {one}" for one in lines))]
+    repeats = {arm.name: len(arm.repeats) for arm in scores.arms}
+    counts = {key: count / repeats[key[0]] for key, count in count_groups(scores.table).items()}
+    gains = by.gain_gaps.assign(arm=by.gain_gaps["arm"] + f" minus {scores.first}")
+    return [
+        f"## Groups by {by.groups.column} ({last})",
+        "\n".join(answers),
+        figures_grid(by.figures, scores.metrics, counts, unit),
+        "### Paired differences within groups",
+        differences_grid(by.within),
+        "### Differences between groups",
+        gaps_grid(pd.concat([gains, by.gaps]), scores.metrics, unit),
+        caution(unit),
+    ]
 
 
 def cautions(scores: Scores) -> list[str]:
@@ -229,8 +263,16 @@ def as_dict(report: Report) -> dict[str, Any]:
         "differing_settings": differing_facts(scores.arms),
         "differences": [_difference(d) for d in report.differences],
         "answers": [" ".join(sentences) for sentences in report.answers().values()],
+        "by_groups": _groups(report),
         "extremes": {name: {"lost": lost, "gained": gained} for name, (lost, gained) in report.extremes.items()},
     }
+
+
+def _groups(report: Report) -> dict[str, Any] | None:
+    if (by := report.groups) is None:
+        return None
+    within = {group: [_difference(d) for d in some] for group, some in by.within.items()}
+    return {**by.as_dict(report.scores.columns[-1]), "within": within}
 
 
 def _difference(d: Difference) -> dict[str, Any]:

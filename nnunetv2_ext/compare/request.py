@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_ext.compare.arms import Arm, make_arm, predictions_arm, require_comparable, require_same_training_cases
+from nnunetv2_ext.compare.groups import compare_groups
 from nnunetv2_ext.compare.report import Report, write
 from nnunetv2_ext.compare.scores import collect
 from nnunetv2_ext.compare.statistics import all_differences
 from nnunetv2_ext.data import find
 from nnunetv2_ext.data.split import SPLIT, read_split
-from nnunetv2_ext.data.subjects import pairs_suggested, recorded_subjects, subjects_of_dataset
 from nnunetv2_ext.evaluate.folder import Source, make_source
+from nnunetv2_ext.evaluate.groups import find_groups, find_subjects
 from nnunetv2_ext.evaluate.metrics import METRICS, WORST
 from nnunetv2_ext.evaluate.pairs import listed, require_output, require_roles
 from nnunetv2_ext.evaluate.structures import read_labels
@@ -43,6 +44,7 @@ class Request:
     images: Path | None = None  # for pictures; None: imagesTr
     group_regex: str | None = None  # subjects of cases, see data.subjects; None: as dataset.json records them
     groups: Path | None = None
+    by: str | None = None  # groups of cases: FILE:COLUMN, or what dataset.json records
     allow_different_training_cases: bool = False  # a note instead of an error
     metrics: Sequence[str] = tuple(METRICS)  # this and the next three: see evaluate.folder.make_source
     tolerance: Sequence[str] = ("1",)
@@ -83,7 +85,9 @@ def compare(request: Request) -> tuple[Report, Path]:
     notes += require_comparable(arms, {str(i): fold["val"] for i, fold in enumerate(folds)})
     notes += require_same_training_cases(arms, request.allow_different_training_cases)
     cases = [case for run in arms[0].repeats[0].folds.values() for case in run.cases]
-    subjects, remarks = subjects_of(request, dataset_json, cases)
+    contents = known_contents(request, dataset_json)
+    subjects, remarks = find_subjects(cases, contents, request.group_regex, request.groups)
+    groups = None if request.by is None else find_groups(request.by, contents, cases, subjects)
     truth = truth_folder(request, dataset)
     images = images_folder(request, dataset, source.ending, cases)
     folders = [run.predictions for arm in arms for run in arm.runs()]
@@ -91,12 +95,15 @@ def compare(request: Request) -> tuple[Report, Path]:
         require_roles(folder, truth)
     folder = request.output or Path(f"comparison_{dataset}_{request.configuration}")
     output = require_output(folder, [*folders, truth, *([images] if images else [])])
-    scores = collect(arms, truth, source, request.processes, request.truth is None, subjects)
+    scores = collect(arms, truth, source, request.processes, request.truth is None, subjects,
+                     groups and groups.of)  # fmt: skip
     what = "test set" if request.predictions else f"{request.configuration}, plans {request.plans}"
+    differences = all_differences(scores)
     report = Report(
         title=f"{dataset}, {what}: {', '.join(a.name for a in arms[1:])} against {arms[0].name}",
         scores=scores,
-        differences=all_differences(scores),
+        differences=differences,
+        groups=None if groups is None else compare_groups(scores, groups, differences),
         notes=[*scores.notes, *notes, *remarks],
         command=shlex.join(["nnUNetv2_ext", *sys.argv[1:]]),
         date=datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
@@ -179,27 +186,12 @@ def _stock(variable: str, dataset: str, name: str) -> Path | None:
     return folder / name if folder and (folder / name).exists() else None
 
 
-def subjects_of(
-    request: Request, dataset_json: Mapping[str, Any], cases: Sequence[str]
-) -> tuple[dict[str, str] | None, list[str]]:
-    """Case to subject if it is known, and a note where it is not and names look like pairs.
-
-    The dataset's own dataset.json in nnU-Net's folders is asked where that of the trainings records nothing.
-    """
-    if request.group_regex is not None or request.groups is not None:
-        return subjects_of_dataset(dataset_json, cases, request.group_regex, request.groups), []
+def known_contents(request: Request, dataset_json: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Where subjects and groups are looked up: the dataset.json of the trainings, then that in nnU-Net's folders."""
     contents = [dataset_json]
     with suppress(ValueError):
         contents.append(read_labels(find.find_dataset_json(request.dataset))[0])
-    for content in contents:
-        if set(recorded_subjects(content) or ()) & set(cases):
-            return subjects_of_dataset(content, cases), []
-    if (pairs := pairs_suggested(cases)) is None:
-        return None, []
-    return None, [
-        f"subjects are not known, so cases were resampled one by one; {pairs} (--group-regex; or --groups FILE). "
-        "Cases of one subject make the interval too narrow"
-    ]
+    return contents
 
 
 def truth_folder(request: Request, dataset: str) -> Path:

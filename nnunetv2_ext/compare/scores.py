@@ -20,7 +20,7 @@ _AGREE = 1e-6
 class Scores(Evaluation):
     """What was measured: an evaluation whose ``table`` and ``files`` begin with the columns ``arm, repeat, fold``.
 
-    Where subjects are known both have a column ``subject`` as well.
+    Where subjects are known both have a column ``subject`` as well, and ``group`` where cases are grouped.
     """
 
     arms: Sequence[Arm] = ()  # the first is what the others are compared with; repeats are independent trainings
@@ -32,10 +32,10 @@ class Scores(Evaluation):
 
     @cached_property
     def per_case(self) -> pd.DataFrame:
-        """By case: its fold, its subject where known, and the remarks on its files in all arms."""
+        """By case: its fold, its group and subject where known, and the remarks on its files in all arms."""
         remarks = self.files.groupby("case")["remark"].agg(lambda some: "; ".join(filter(None, dict.fromkeys(some))))
         about = self.files.drop_duplicates("case").set_index("case")
-        return about[[c for c in ("fold", "subject") if c in about]].assign(remark=remarks)
+        return about[[c for c in ("fold", "group", "subject") if c in about]].assign(remark=remarks)
 
     @cached_property
     def compared(self) -> pd.DataFrame:
@@ -47,6 +47,11 @@ class Scores(Evaluation):
         """``compared`` averaged over an arm's repeats, so that every case, the paired unit, counts once."""
         keys = ["arm", "metric", "structure", "case"]
         return self.compared.groupby(keys, sort=False, as_index=False)["value"].mean()
+
+    def only(self, cases: Sequence[str]) -> "Scores":
+        """The same of some cases."""
+        table, files = (frame[frame["case"].isin(cases)].reset_index(drop=True) for frame in (self.table, self.files))
+        return replace(self, table=table, files=files)
 
     def trainings(self, metric: str, structure: str) -> pd.DataFrame:
         """(cases, trainings) of a metric and structure; columns are (arm, repeat), in the order of the arms."""
@@ -68,8 +73,9 @@ def collect(
     processes: int = 1,
     own_truth: bool = True,
     subjects: Mapping[str, str] | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> Scores:
-    """Score arms that ``arms.require_comparable`` checked; ``subjects`` are by case, None if not known.
+    """Score arms that ``arms.require_comparable`` checked; ``subjects`` and ``groups`` are by case, None if not known.
 
     If ``own_truth`` is nnU-Net's gt_segmentations, Dice must agree with validation/summary.json. ValueError: files on
     other grids, strange labels, other predictions than in summary.json, or other sizes of a voxel in another arm.
@@ -88,9 +94,9 @@ def collect(
         for name in ("table", "files")
     )  # fmt: skip
     _require_same_spacing(files)
-    if subjects is not None:
-        for frame in (table, files):
-            frame.insert(4, "subject", frame["case"].map(subjects))
+    for column, of in (("subject", subjects), ("group", groups)):
+        for frame in (table, files) if of is not None else ():
+            frame.insert(4, column, frame["case"].map(of))
     return independent(Scores(source, table, files, arms=list(arms)))
 
 

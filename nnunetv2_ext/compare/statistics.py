@@ -6,42 +6,27 @@ cases. How much a repeated training changes the answer is another question, with
 """
 
 import itertools
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from nnunetv2_ext.compare.scores import Scores
+from nnunetv2_ext.evaluate.intervals import (
+    FEW_CASES,
+    NO_INTERVAL,
+    TIE,
+    TOO_FEW_CASES,
+    Interval,
+    bootstrap_interval,
+    signed,
+)
 from nnunetv2_ext.evaluate.metrics import Metric
 
-RESAMPLES = 9999
-FEW_CASES = 10  # fewer (subjects where known): the interval is rough
-TOO_FEW_CASES = 5  # fewer: it is little more than the cases' own range
-_TIE = 1e-9
-
 BETTER, WORSE, UNCLEAR, EQUAL = "better", "worse", "unclear", "equal"
-
-
-class Interval(NamedTuple):
-    """A 95 % interval; NaN where there is none."""
-
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:  # False without an interval
-        return self.low > 0 or self.high < 0
-
-    def __str__(self) -> str:
-        return f"[{signed(self.low)}, {signed(self.high)}]" if math.isfinite(self.low) else "-"
-
-
-NO_INTERVAL = Interval(math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -98,36 +83,11 @@ def paired_difference(scores: Scores, arm: str, key: str, structure: str, seed: 
         arm=arm, first=scores.first, key=key, metric=metric, structure=structure, per_case=per_case,
         mean=float(values.mean()), interval=bootstrap_interval(values, subjects, seed),
         units=subjects.nunique(), unit="subjects" if "subject" in about else "cases",
-        wins=int((gain > _TIE).sum()), losses=int((gain < -_TIE).sum()), ties=int((gain.abs() <= _TIE).sum()),
+        wins=int((gain > TIE).sum()), losses=int((gain < -TIE).sum()), ties=int((gain.abs() <= TIE).sum()),
         by_repeat=by_repeat, paired_repeats=paired, repeat_interval=repeat_interval,
         agreeing=(pairs.size, int((pairs * np.sign(values.mean()) > 0).sum())),
         by_fold=values.groupby(about["fold"], sort=False).mean().to_dict(),
     )  # fmt: skip
-
-
-def bootstrap_interval(values: pd.Series, subjects: pd.Series | None = None, seed: int = 0) -> Interval:
-    """95 % interval of the mean of cases, bias-corrected and accelerated (scipy.stats.bootstrap).
-
-    Subjects are drawn, each with all of its cases; without ``subjects`` each case is its own. Both are by case.
-    ``NO_INTERVAL`` below two subjects; values that are all the same give that value twice.
-    """
-    sums = values.groupby(np.arange(len(values)) if subjects is None else subjects.to_numpy()).agg(["sum", "count"])
-    if len(sums) < 2:
-        return NO_INTERVAL
-    if np.ptp(values.to_numpy()) <= _TIE:
-        return Interval(float(values.mean()), float(values.mean()))
-    generator = np.random.default_rng(seed)
-    for method in ("BCa", "percentile"):  # the latter where the acceleration is degenerate
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = stats.bootstrap(
-                (sums["sum"].to_numpy(), sums["count"].to_numpy()),
-                lambda total, number, axis: total.sum(axis) / number.sum(axis),
-                paired=True, vectorized=True, n_resamples=RESAMPLES, method=method, random_state=generator,
-            ).confidence_interval  # fmt: skip
-        if np.isfinite(found).all():
-            break
-    return Interval(float(found.low), float(found.high))
 
 
 def _over_repeats(ours: pd.Series, theirs: pd.Series) -> tuple[dict[str, float], bool, np.ndarray, Interval]:
@@ -140,7 +100,7 @@ def _over_repeats(ours: pd.Series, theirs: pd.Series) -> tuple[dict[str, float],
     pairs = by_repeat.to_numpy() if paired else np.subtract.outer(ours.to_numpy(), theirs.to_numpy())
     interval = NO_INTERVAL
     # trainings that agree to the last digit tell nothing
-    if min(pairs.shape) > 1 and np.isfinite(pairs).all() and np.ptp(pairs) > _TIE:
+    if min(pairs.shape) > 1 and np.isfinite(pairs).all() and np.ptp(pairs) > TIE:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of precision, where repeats are nearly the same
             test = stats.ttest_1samp(pairs, 0) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
@@ -211,10 +171,3 @@ def _conclusion(d: Difference) -> str:
         claim = f"{word} on these cases, in all {pairs} pairs of trainings"
         rest = f", but the repeats are too few or too different to exclude luck of the training{span}. Add seeds."
     return f"**{claim}**{rest}"
-
-
-def signed(value: float) -> str:
-    """``+0.012``; ``-`` for none."""
-    if not math.isfinite(value):
-        return "-"
-    return f"{value:+.3f}" if abs(value) < 10 else f"{value:+.1f}"

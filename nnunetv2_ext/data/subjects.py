@@ -1,6 +1,5 @@
 """Which cases belong to one subject (patient): recorded in dataset.json, found in the names, or listed in a table."""
 
-import csv
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2_ext.core.files import read_json
+from nnunetv2_ext.data.case_table import read_column
 
 BLOCK = "nnunetv2_ext"  # our block in dataset.json
 
@@ -87,7 +87,7 @@ def subjects_from_table(cases: Iterable[str], file: Path) -> dict[str, str]:
     Raises:
         ValueError: the file cannot be read or is of another form, a case has no subject, or two different ones.
     """
-    content = _read_csv(file) if file.suffix.lower() in (".csv", ".tsv") else read_json(file)
+    content = read_column(file, "subject") if file.suffix.lower() in (".csv", ".tsv") else read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f'{file} must hold one object {{"case": "subject", ...}}')
     subjects = {}
@@ -98,22 +98,6 @@ def subjects_from_table(cases: Iterable[str], file: Path) -> dict[str, str]:
             raise ValueError(f"{file} gives no subject for the case {case!r}: {remedy}")
         subjects[case] = str(subject)
     return subjects
-
-
-def _read_csv(file: Path) -> dict[str, str]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as CSV ({error})") from error
-    rows = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-    if not {"case", "subject"} <= set(rows.fieldnames or ()):
-        raise ValueError(f"{file} must have the columns case,subject; its first line is {lines[:1]}")
-    found: dict[str, str] = {}
-    for row in rows:
-        case, subject = ((row[column] or "").strip() for column in ("case", "subject"))
-        if found.setdefault(case, subject) != subject:
-            raise ValueError(f"{file} gives the case {case!r} two subjects, {found[case]!r} and {subject!r}")
-    return found
 
 
 def recorded_subjects(dataset_json: Mapping[str, Any]) -> dict[str, str] | None:

@@ -82,7 +82,7 @@ def with_mean(table: pd.DataFrame) -> pd.DataFrame:
     """The table and, with several structures, further rows: the mean over the structures that have a value."""
     if table["structure"].nunique() < 2:
         return table
-    keys = [key for key in ("arm", "repeat", "fold", "case", "subject", "metric") if key in table]
+    keys = [key for key in ("arm", "repeat", "fold", "case", "group", "subject", "metric") if key in table]
     mean = table.groupby(keys, sort=False, as_index=False)["value"].mean()
     return pd.concat([table, mean.assign(structure=MEAN)], ignore_index=True)
 

@@ -20,11 +20,15 @@ from nnunetv2_ext.evaluate.table import relaxations
 
 
 def draw(evaluation: Evaluation, path: Path, title: str) -> None:
-    """Write a PNG: one panel per metric, a box and all cases for each structure and for their mean."""
+    """Write a PNG: one panel per metric, a box and all cases for each structure (and group) and for their mean."""
     table = with_mean(evaluation.table)
     crossed = table["state"].isin([MISSED, INVENTED])
     crossed |= crossed.groupby(table["case"]).transform("any") & (table["structure"] == MEAN)
-    draw_boxes(evaluation, table.assign(crossed=crossed), path, f"{title}\n{len(evaluation.cases)} cases")
+    table, colours = table.assign(crossed=crossed), None
+    if "group" in table:
+        colours = {group: f"C{number}" for number, group in enumerate(sorted(table["group"].unique()))}
+        table = table.rename(columns={"group": "arm"})
+    draw_boxes(evaluation, table, path, f"{title}\n{len(evaluation.cases)} cases", colours)
 
 
 def draw_boxes(

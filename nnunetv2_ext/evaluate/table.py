@@ -79,8 +79,8 @@ def relaxations(evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def as_markdown(evaluation: Evaluation, title: str) -> str:
-    """Title, one table over all structures and metrics, worst cases, definitions; reads well on a terminal too."""
+def as_markdown(evaluation: Evaluation, title: str, more: Sequence[str] = ()) -> str:
+    """Title, one table over all structures and metrics, worst cases, ``more`` paragraphs, definitions."""
     metrics, table = evaluation.metrics, with_mean(evaluation.table)
     rows = [["structure", *(m.title for m in metrics.values()), "cases", FOUND, MISSED, INVENTED]]
     summary, counts = summarise(table), count_states(evaluation.table)
@@ -97,7 +97,7 @@ def as_markdown(evaluation: Evaluation, title: str) -> str:
     if len(worst):
         names = (f"{case} ({number(value)})" for case, value in zip(worst["case"], worst["value"], strict=True))
         parts.append(f"Worst cases by {metric.title}: {', '.join(names)}")
-    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in definitions(evaluation))]) + "\n"
+    return "\n\n".join([*parts, *more, "\n".join(f"- {line}" for line in definitions(evaluation))]) + "\n"
 
 
 def grid(rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -116,3 +116,85 @@ def test_wrong_folders(data, tmp_path: Path, capsys) -> None:
     (Path(data[0]) / "dataset.json").write_text("{")
     assert dispatch.main(["evaluate", *data]) == 2
     assert "cannot be read as JSON" in capsys.readouterr().err
+
+
+# --- groups
+
+
+@pytest.fixture
+def two_sites(tmp_path: Path) -> tuple[str, str]:
+    """Twelve cases of two structures: six of site A are perfect, six of site B one voxel off; two cases a patient."""
+    label = np.zeros((6, 8, 8), dtype=np.uint8)
+    label[1:4, 1:5, 1:5], label[4, 6, 6] = 1, 2
+    rows = ["case,site,vendor"]
+    for site in "AB":
+        for number in range(6):
+            for folder, content in (("pred", np.roll(label, int(site == "B"), axis=2)), ("labelsTr", label)):
+                (tmp_path / folder).mkdir(exist_ok=True)
+                image = sitk.GetImageFromArray(content)
+                sitk.WriteImage(image, str(tmp_path / folder / f"{site}{number // 2}_{number}.nii.gz"))
+            rows.append(f"{site}{number // 2}_{number},{site},x")
+    (tmp_path / "cases.csv").write_text("\n".join(rows))
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "a": 1, "b": 2}}))
+    return str(tmp_path / "pred"), str(tmp_path / "labelsTr")
+
+
+def test_every_figure_for_each_group(two_sites, tmp_path: Path, capsys) -> None:
+    command = ["evaluate", *two_sites, "--by", f"{tmp_path / 'cases.csv'}:site", "-o", str(tmp_path / "out")]
+    assert dispatch.main(command) == 0
+    text = capsys.readouterr().out
+    assert "**B**, 6 cases: Dice 0.375 [0.375, 0.375], HD95 1.000 mm" in text  # (0.75 + 0) / 2
+    assert "Dice: worst group **B**, 0.375, -0.625 [-0.625, -0.625] against A: worse beyond chance in cases." in text
+    assert "| HD95 [mm] | b" in text and "B minus A" in text and text.index("B minus A") < text.index("- Dice: 2 |P")
+    assert "look like one subject" in text  # A0_0 and A0_1; no subjects are known
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())["by_groups"]
+    assert content["by"] == "site" and content["groups"]["B2_5"] == "B" and content["resampled"] == "cases"
+    found = {(f["metric"], f["structure"], f["group"]): f for f in content["figures"]}
+    assert len(found) == 3 * 3 * 2 and found["Dice", "a", "B"]["mean"] == pytest.approx(0.75)
+    gaps = {(f["metric"], f["structure"]): f for f in content["differences"]}
+    assert gaps["Dice", "b"]["difference"] == -1 and gaps["Dice", "b"]["reading"] == "worse"
+    assert gaps["NSD", "b"]["difference"] == 0 and gaps["NSD", "b"]["reading"] == "unclear"
+    head, first, *_ = (tmp_path / "out" / "evaluation.csv").read_text().splitlines()
+    assert head.split(",")[:3] == ["case", "group", "structure"] and first.startswith("A0_0,A,a,")
+
+
+def test_subjects_are_drawn(two_sites, tmp_path: Path, capsys) -> None:
+    command = ["evaluate", *two_sites, "--by", f"{tmp_path / 'cases.csv'}:site", "--metrics", "dice"]
+    assert dispatch.main([*command, "--group-regex", r"^(\w\d)"]) == 0
+    out = capsys.readouterr().out
+    assert "6 cases of 3 subjects" in out and "too few subjects to conclude anything (3 on one side" in out
+    assert "look like one subject" not in out
+    recorded = {"site": {f"{s}{n // 2}_{n}": s for s in "AB" for n in range(6)}}
+    file = tmp_path / "dataset.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "nnunetv2_ext": recorded}))
+    assert dispatch.main(["evaluate", *two_sites, "--by", "site", "--labels", "1", "--metrics", "dice"]) == 0
+    assert "worst group **B**, 0.750" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--by", "cases.csv:scanner"], "must have the columns case,scanner; it has case, site, vendor"),
+        (["--by", "cases.csv:vendor"], "all 12 cases have the vendor 'x'"),
+        (["--by", "cases.csv"], "give --by cases.csv:COLUMN"),
+        (["--by", "none.csv:site"], "the table none.csv does not exist"),
+        (["--by", "site"], "does not record a site"),
+        (["--groups", "cases.csv"], "--group-regex and --groups go with --by"),
+    ],
+)
+def test_mistakes_with_groups_write_nothing(arguments, message, two_sites, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert dispatch.main(["evaluate", *two_sites, *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line and not (Path(two_sites[0]) / "evaluation").exists()
+
+
+def test_a_case_without_a_group(two_sites, tmp_path: Path, capsys) -> None:
+    (Path(two_sites[0]) / "B2_5.nii.gz").unlink()
+    table = tmp_path / "cases.csv"
+    table.write_text(table.read_text().replace("B2_5,B,x", "").replace("B2_4,B", "B2_4, "))
+    command = ["evaluate", *two_sites, "--by", f"{table}:site", "--chill", "--metrics", "dice"]
+    assert dispatch.main(command) == 2
+    assert "gives no site for case B2_4: add it" in capsys.readouterr().err
+    table.write_text(table.read_text().replace("B2_4, ", "B2_4,B"))
+    assert dispatch.main(command) == 0  # B2_5 is not scored and needs none

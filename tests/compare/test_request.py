@@ -8,6 +8,7 @@ import pytest
 
 from nnunetv2_ext.compare import request
 from nnunetv2_ext.compare.request import Request, compare
+from nnunetv2_ext.evaluate.groups import find_subjects
 from tests.compare.conftest import CASES
 
 PLAIN, OURS = "nnUNetTrainer", "nnUNetTrainerMedContext"
@@ -57,11 +58,11 @@ def test_subjects_by_expression_table_or_record(trained) -> None:
 
 def test_names_that_look_like_pairs_are_pointed_out(trained) -> None:
     names = [f"sub-{n}Ses{m}" for n in (1, 2, 3) for m in (1, 2)]
-    subjects, (note,) = request.subjects_of(asked(), {}, names)
+    subjects, (note,) = find_subjects(names, [])
     assert subjects is None and "sub-1Ses1 and sub-1Ses2" in note and "--group-regex" in note
-    assert request.subjects_of(asked(), {}, ["c0", "d0"]) == (None, [])
+    assert find_subjects(["c0", "d0"], []) == (None, [])
     expression = note.split("'")[1]  # what the note advises does what it says
-    assert set(request.subjects_of(asked(group_regex=expression), {}, names)[0].values()) == {"sub-1", "sub-2", "sub-3"}
+    assert set(find_subjects(names, [], expression)[0].values()) == {"sub-1", "sub-2", "sub-3"}
 
 
 @pytest.mark.parametrize(

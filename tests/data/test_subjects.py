@@ -89,7 +89,7 @@ def test_numbers_are_names_of_subjects(tmp_path: Path) -> None:
         ("t.csv", None, "cannot be read as CSV"),
         ("t.csv", "", "columns case,subject"),
         ("t.csv", "case;subject\np1_a;p1\n", "columns case,subject"),
-        ("t.csv", "case,subject\np1_a,p1\np1_a,p2\n", "'p1_a' two subjects, 'p1' and 'p2'"),
+        ("t.csv", "case,subject\np1_a,p1\np1_a,p2\n", "'p1_a' two entries of subject, 'p1' and 'p2'"),
         ("t.csv", "case,subject\np1_a,p1\np1_b\n", "'p1_b'"),
         ("t.csv", b"\xff\xfe\x00", "cannot be read as CSV"),
     ],
