@@ -1,6 +1,6 @@
 """From nothing to a comparison: data, plan, plain nnU-Net and MedContext, prediction of unseen cases, Dice, a picture.
 
-    python examples/quickstart.py                              # synthetic scans; under 5 minutes on 2 CPU cores
+    python examples/quickstart.py                              # synthetic scans; some minutes on 2 CPU cores
     python examples/quickstart.py --dataset .../Dataset004_X   # your data in nnU-Net's raw format; it is only read
     python examples/quickstart.py --dataset 4 --small-plans-only   # reduced plans for a planned dataset, nothing else
 
@@ -55,7 +55,7 @@ from quickstart_steps import (
 
 PLAIN = "nnUNetTrainerExt"  # plain nnU-Net, bit for bit, with our settings of length and seed
 REQUIRED_DICE = 0.8  # mean over classes and unseen phantom cases: less means that the model did not learn
-# epochs, steps per epoch: chosen so that everything ends within 5 minutes on 2 CPU cores
+# epochs, steps per epoch; everything is meant to end within 5 minutes on 2 idle CPU cores
 LENGTH = {"cpu": (8, 30), "mps": (8, 30), "cuda": (20, 50)}
 
 
