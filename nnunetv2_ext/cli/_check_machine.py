@@ -1,5 +1,6 @@
 """Checks of ``nnUNetv2_ext doctor``: device, memory, worker processes, nnU-Net's folders."""
 
+import json
 import os
 import shlex
 import shutil
@@ -123,9 +124,9 @@ def nnunet_folders() -> Iterator[Finding]:
         value = os.environ.get(variable)
         if not value:
             yield Finding(FAIL, variable, "not set", f"export {variable}=/path/to/{variable}   (folder for {content})")
-        # a shell takes away quotes and blanks (a .env file keeps them) and knows ~
-        elif not os.path.exists(value) and (meant := os.path.expanduser(value.strip().strip("'\"").strip())) != value:
-            detail = f"{value!r} is taken literally, with its quotes, blanks or ~; there is no such folder"
+        # a shell takes away quotes and blanks (a .env file keeps them) and knows ~ and $HOME
+        elif not os.path.exists(value) and (meant := _meant(value)) != value:
+            detail = f"{value!r} is taken literally, with its quotes, blanks, ~ or $; there is no such folder"
             yield Finding(FAIL, variable, detail, f"export {variable}={shlex.quote(meant)}")
         elif not os.path.exists(value):
             yield Finding(WARN, variable, f"{value} does not exist", f"mkdir -p {shlex.quote(value)}")
@@ -139,6 +140,26 @@ def nnunet_folders() -> Iterator[Finding]:
             )
         else:
             yield Finding(OK, variable, f"{value}, {shutil.disk_usage(value).free / GIB:.0f} GiB free")
+
+
+def colours() -> Iterator[Finding]:
+    """Datasets of colour images that nnU-Net would z-score instead of scaling them."""
+    from nnunetv2_ext.data.channels import hint_on_rgb
+
+    raw = os.environ.get("nnUNet_raw")
+    for file in sorted(Path(raw).glob("Dataset*/dataset.json")) if raw else ():
+        try:
+            hint = hint_on_rgb(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError):  # whoever opens the dataset says what is wrong with it
+            continue
+        if hint is not None:
+            what, _, remedy = hint.partition("; ")
+            yield Finding(WARN, file.parent.name, what, remedy)
+
+
+def _meant(value: str) -> str:
+    """A folder as a shell would have understood it."""
+    return os.path.expanduser(os.path.expandvars(value.strip().strip("'\"").strip()))
 
 
 def _is_writable(folder: str) -> bool:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from nnunetv2_ext.bench.candidates import parse_candidates
+from nnunetv2_ext.core.files import require_picture
 
 EPILOG = """\
 Example:
@@ -41,9 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     candidates = parse_candidates(args.tr, args.settings)
-    for file in (args.json, args.plot):
-        if file is not None and not os.access(file.absolute().parent, os.W_OK):
-            raise ValueError(f"{file} cannot be written: its folder does not exist or is not writable")
+    if args.json is not None and (args.json.is_dir() or not os.access(args.json.absolute().parent, os.W_OK)):
+        raise ValueError(f"--json {args.json} cannot be written: it is a folder, or its folder is not writable")
+    if args.plot is not None:
+        require_picture(args.plot, "--plot")
     if args.f != "all" and not args.f.isdigit():
         raise ValueError(f"-f {args.f!r} is neither a number nor all")
     if args.threads is not None and args.threads < 1:
@@ -57,10 +59,13 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_ext.bench.subject import BATCHES, Target
     from nnunetv2_ext.core.files import atomic_write_text
     from nnunetv2_ext.data.find import PREPROCESSED, find_dataset
+    from nnunetv2_ext.data.split import require_fold
 
     fold = int(args.f) if args.f != "all" else "all"
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    target = Target(find_dataset(args.d, PREPROCESSED).name, args.c, args.p, fold, device, args.threads)
+    base = find_dataset(args.d, PREPROCESSED)
+    require_fold(base, args.f)
+    target = Target(base.name, args.c, args.p, fold, device, args.threads)
     kinds = BATCHES if args.batches == "both" else (args.batches,)
     options = Options(args.rounds, args.steps_per_round, args.warm_up, kinds, not args.no_resident)
     report = Session(target, candidates, options).run()

@@ -32,6 +32,7 @@ HOUSE = {
         },
         "judge": {
             "evaluate": "score predictions: Dice, HD95 and NSD in mm, per structure and case",
+            "overlay": "draw segmentations over their images, a picture a case",
             "compare": "compare finished trainings: paired differences with intervals, plots, worst cases",
         },
         "hand on and look inside": {

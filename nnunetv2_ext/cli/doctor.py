@@ -28,7 +28,7 @@ SECTIONS: dict[str, tuple[Check, ...]] = {
     ),
     "Trainers": (discovery.startup, discovery.folders, discovery.trainers, discovery.stale_copies),
     "Machine": (machine.devices, machine.memory, machine.shared_memory, machine.workers),
-    "Folders": (machine.nnunet_folders,),
+    "Folders": (machine.nnunet_folders, machine.colours),
     "Settings": (discovery.settings,),
 }
 

@@ -57,7 +57,7 @@ def training_hours(arm: Arm) -> float:
     return float(np.mean([math.nan if c is None else c[HOURS].iloc[-1] for c in curves]))
 
 
-def draw(arms: Sequence[Arm], path: Path, colours: Mapping[str, str]) -> bool:
+def draw(arms: Sequence[Arm], path: Path, colours: Mapping[str, str], heading: str = "") -> bool:
     """Write a PNG: pseudo Dice and validation loss over steps (or epochs), pseudo Dice over hours.
 
     Thin lines are single trainings, the thick one is their mean. False, and no file, if no arm has a log.
@@ -77,7 +77,8 @@ def draw(arms: Sequence[Arm], path: Path, colours: Mapping[str, str]) -> bool:
         ("step", step, VALIDATION_LOSS, "nnU-Net's loss on validation patches"),
         ("time", clock, PSEUDO_DICE, "pseudo Dice against time"),
     )
-    with plot.figure_file(path, 15, 4.6) as figure:
+    with plot.figure_file(path, 15, 4.9) as figure:
+        figure.suptitle(plot.wrapped(heading, 15), fontsize=10)
         for axes, (x, below, y, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             for arm, colour in colours.items():
                 lines = [(c[x].to_numpy(), c[y].to_numpy()) for name, _, c in curves if name == arm]

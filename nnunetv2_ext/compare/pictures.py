@@ -21,8 +21,8 @@ from nnunetv2_ext.evaluate.intervals import signed
 from nnunetv2_ext.evaluate.metrics import bounding_box
 
 _MARGIN_MM = 10.0
-# what an error map shows: colour, and the words about the reference and the new arm
-_ERRORS = (("#D55E00", "only {arm} is wrong"), ("#009E73", "only {first} is wrong"), ("#FFFFFF", "both are wrong"))
+# what an error map shows: a colour that no class has, and the words about the reference and the new arm
+_ERRORS = (("#FF2FD0", "only {arm} is wrong"), ("#7CFC00", "only {first} is wrong"), ("#FFFFFF", "both are wrong"))
 
 
 class Volume(NamedTuple):
@@ -40,7 +40,7 @@ def worst_first(difference: Difference, number: int) -> tuple[list[str], list[st
 
 
 def draw_cases(
-    scores: Scores, difference: Difference, path: Path, images: Path | None, number: int = 3
+    scores: Scores, difference: Difference, path: Path, images: Path | None, number: int = 3, heading: str = ""
 ) -> tuple[list[str], list[str]]:
     """Write a PNG with a row per case: those of ``worst_first`` that lost by the new arm, then those that gained.
 
@@ -61,11 +61,12 @@ def draw_cases(
     errors = [Patch(facecolor=colour, edgecolor="0.5", label=text.format(first=difference.first, arm=difference.arm))
               for colour, text in _ERRORS]  # fmt: skip
     with plot.figure_file(path, 14, 1.6 + 3.2 * len(rows)) as figure:
-        figure.suptitle(
-            f"{difference.arm} against {difference.first}: {difference.structure}, {difference.metric.title}\n"
-            f"{len(losses)} case(s) that lost most, then {len(gains)} that gained most",
-            fontsize=10,
+        about = (
+            f"{heading}\n{difference.arm} against {difference.first}: {difference.structure}, "
+            f"{difference.metric.title}\n"
+            f"{len(losses)} case(s) that lost most, then {len(gains)} that gained most"
         )
+        figure.suptitle(plot.wrapped(about, 14), fontsize=10)
         for axes, case in zip(np.atleast_2d(figure.subplots(len(rows), 5)), rows, strict=True):
             shown = shown_repeats(cells.loc[case], difference)
             which = f"\non average; shown: {', '.join(dict.fromkeys(shown.values()))}" if cells.shape[1] > 2 else ""
@@ -73,6 +74,7 @@ def draw_cases(
             titles += [f"{arm}\n{metric.title} {cells.loc[case, (arm, label)]:.3f}" for arm, label in shown.items()]
             _draw_row(axes, scores, case, shown, images, classes, [_wrapped(t) for t in [*titles, "errors"]])
         add_legend(figure, classes, further=errors)
+        figure.draw_without_rendering()  # the layout takes two passes where titles have several lines
     return losses, gains
 
 

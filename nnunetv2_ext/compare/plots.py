@@ -24,22 +24,23 @@ def colours(scores: Scores) -> dict[str, str]:
     return {arm.name: _COLOURS[(i - 1) % len(_COLOURS)] if i else _GREY for i, arm in enumerate(scores.arms)}
 
 
-def draw_boxes(scores: Scores, path: Path) -> None:
+def draw_boxes(scores: Scores, path: Path, heading: str = "") -> None:
     """Write a PNG: per metric, a box per structure and arm; points are cases averaged over repeats."""
-    title = f"{len(scores.cases)} cases, each averaged over an arm's repeats"
+    title = f"{heading}\n{len(scores.cases)} cases, each averaged over an arm's repeats"
     plot.draw_boxes(scores, scores.averaged.assign(crossed=False), path, title, colours(scores))
 
 
-def draw_differences(scores: Scores, differences: Sequence[Difference], path: Path) -> None:
+def draw_differences(scores: Scores, differences: Sequence[Difference], path: Path, heading: str = "") -> None:
     """Write a PNG: per metric, each case's difference to the first arm as a point, the mean and its interval beside."""
     rows = len(differences) // len(scores.metrics)
     shift = np.random.default_rng(0)
-    with plot.figure_file(path, 5.6 * len(scores.metrics), 1.7 + 0.62 * rows) as figure:
+    with plot.figure_file(path, 5.6 * len(scores.metrics), 2.0 + 0.62 * rows) as figure:
         title = (
-            f"Difference to {scores.first}, case by case\npoint: a case; diamond and bar: mean and 95 % interval over "
-            f"{differences[0].unit}"
+            f"{heading}\nDifference to {scores.first}, case by case\n"
+            f"point: a case; diamond and bar: mean and 95 % interval over {differences[0].unit}"
         )
-        figure.suptitle("\n".join([title, *relaxations(scores)]), fontsize=9)
+        lines = "\n".join([title, *relaxations(scores)])
+        figure.suptitle(plot.wrapped(lines, 5.6 * len(scores.metrics)), fontsize=9)
         panels = np.ravel(figure.subplots(1, len(scores.metrics)))
         for number, (axes, (key, metric)) in enumerate(zip(panels, scores.metrics.items(), strict=True)):
             axes.axvline(0, color="black", lw=0.8)

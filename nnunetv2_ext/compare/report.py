@@ -215,15 +215,17 @@ def reading(report: Report) -> list[str]:
 def write(report: Report, output: Path, images: Path | None = None, worst: int = 3) -> None:
     """All files of a comparison; pictures first, as the report gains their names and the extreme cases."""
     scores = report.scores
-    plots.draw_differences(scores, report.differences, output / "differences.png")
+    folds = list(scores.per_case["fold"].unique())
+    heading = report.title if folds == ["test"] else f"{report.title}; fold {', '.join(folds)}"
+    plots.draw_differences(scores, report.differences, output / "differences.png", heading)
     report.pictures["differences.png"] = "Differences case by case, with their means and 95 % intervals"
-    plots.draw_boxes(scores, output / "boxes.png")
+    plots.draw_boxes(scores, output / "boxes.png", heading)
     report.pictures["boxes.png"] = "Scores of all cases"
-    if curves.draw(scores.arms, output / "curves.png", plots.colours(scores)):
+    if curves.draw(scores.arms, output / "curves.png", plots.colours(scores), heading):
         report.pictures["curves.png"] = "Learning curves; thin lines: single trainings, thick: their mean"
     for d in report.primary if worst else ():
         file = f"cases_{re.sub(r'[^A-Za-z0-9_.-]+', '_', d.arm)}.png"
-        report.extremes[d.arm] = pictures.draw_cases(scores, d, output / file, images, worst)
+        report.extremes[d.arm] = pictures.draw_cases(scores, d, output / file, images, worst, heading)
         if any(report.extremes[d.arm]):
             report.pictures[file] = f"Cases in which {d.arm} lost and gained most against {d.first}"
     atomic_write_text(output / "comparison.json", as_json(as_dict(report)))

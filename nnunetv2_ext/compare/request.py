@@ -16,8 +16,8 @@ from nnunetv2_ext.compare.groups import compare_groups
 from nnunetv2_ext.compare.report import Report, write
 from nnunetv2_ext.compare.scores import collect
 from nnunetv2_ext.compare.statistics import all_differences
-from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.data import find
+from nnunetv2_ext.data.split import SPLIT, read_split
 from nnunetv2_ext.evaluate.folder import Source, make_source
 from nnunetv2_ext.evaluate.groups import find_groups, find_subjects
 from nnunetv2_ext.evaluate.metrics import METRICS, WORST
@@ -80,8 +80,8 @@ def compare(request: Request) -> tuple[Report, Path]:
     """
     find_arms = _of_predictions if request.predictions else _of_trainings
     dataset, dataset_json, arms, source, notes = find_arms(request)
-    split = None if request.predictions else _stock(find.PREPROCESSED, dataset, "splits_final.json")
-    folds = read_json(split) if split else []
+    split = None if request.predictions else _stock(find.PREPROCESSED, dataset, SPLIT)
+    folds = read_split(split) if split else []
     notes += require_comparable(arms, {str(i): fold["val"] for i, fold in enumerate(folds)})
     notes += require_same_training_cases(arms, request.allow_different_training_cases)
     cases = [case for run in arms[0].repeats[0].folds.values() for case in run.cases]

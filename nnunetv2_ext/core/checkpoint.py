@@ -48,6 +48,8 @@ def read(path: Path, whole: bool = False) -> dict[str, Any]:
         raise ValueError(f"the checkpoint {path} does not exist; train first, or name another one") from error
     except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if path.is_file() and not zipfile.is_zipfile(path):  # torch then speaks of its options
+            reason = "it is not a file of torch.save"
         raise ValueError(
             f"the checkpoint {path} is broken or cut short ({reason}); move it away and use another one"
         ) from error

@@ -59,8 +59,8 @@ def export_model(
         tell: gets a line if the validation result was left out, and what the edits have to say.
 
     Raises:
-        ValueError: no model folder, not one of our trainers, no best checkpoint, output exists; no such weights or
-            edit, edits that exclude each other, or a network that plain nnU-Net does not build.
+        ValueError: no model folder, output exists or lies in it, not one of our trainers, no such weights or edit,
+            edits that exclude each other, no best checkpoint, or a network that plain nnU-Net does not build.
     """
     missing = [name for name in ("plans.json", "dataset.json") if not (model_folder / name).is_file()]
     files = _checkpoints(model_folder, best)
@@ -71,6 +71,8 @@ def export_model(
         )
     if output.exists():
         raise ValueError(f"{output} exists; name a folder that does not, or remove it")
+    if model_folder.resolve() in output.resolve().parents:
+        raise ValueError(f"{output} lies in the model folder {model_folder}, of which it would be a part: name another")
     if best and not any(file.name == "checkpoint_best.pth" for file in files):
         raise ValueError(f"no fold of {model_folder} has a checkpoint_best.pth; export without --best")
     # beside the output, so that the rename stays on one disk; a name of our own, so that nobody's folder is touched
@@ -93,11 +95,7 @@ def export_model(
             as_before = bool(chosen) and weights == "student" and all(edit.same_predictions for edit in chosen)
             validated.append(as_before or _same_weights(checkpoint, exported))
             needed |= _foreign_classes(exported["init_args"])
-        plans = _shareable_plans(read_json(model_folder / "plans.json"), ours)
-        atomic_write_text(partial / "plans.json", json.dumps(plans, indent=2))
-        dataset_json = _without_file_lists(read_json(model_folder / "dataset.json"))
-        atomic_write_text(partial / "dataset.json", json.dumps(dataset_json, indent=2))
-        _copy(model_folder / _FINGERPRINT, partial / _FINGERPRINT)
+        write_descriptions(model_folder, partial, ours)
         if all(validated):
             for file in files:
                 _copy_results(file, partial / file.parent.relative_to(model_folder))
@@ -156,18 +154,35 @@ def _exported(
 ) -> dict[str, Any]:
     for edit in edits:
         checkpoint = load(edit.apply)(checkpoint)
+    if any(edit.keeps_trainer for edit in edits):
+        return portable(checkpoint, trainer)
+    exported = {"network_weights": trainer.export_weights(checkpoint, weights), "trainer_name": STOCK_TRAINER}
+    return portable(checkpoint) | exported
+
+
+def portable(checkpoint: dict[str, Any], ours: type[ExtTrainer] | None = None) -> dict[str, Any]:
+    """A checkpoint without this package's key, the optimiser's state and the training machine's paths.
+
+    Args:
+        checkpoint: of any trainer.
+        ours: whose model it stays; None: of none of our trainers, and the settings are left out.
+    """
     left_out = (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")
-    exported: dict[str, Any] = {key: value for key, value in checkpoint.items() if key not in left_out}
-    ours = any(edit.keeps_trainer for edit in edits)
-    if not ours:
-        exported["network_weights"] = trainer.export_weights(checkpoint, weights)
-        exported["trainer_name"] = STOCK_TRAINER
-    exported["init_args"] = {
+    init_args = {
         **checkpoint["init_args"],
-        "plans": _shareable_plans(checkpoint["init_args"]["plans"], trainer if ours else None),
+        "plans": _shareable_plans(checkpoint["init_args"]["plans"], ours),
         "dataset_json": _without_file_lists(checkpoint["init_args"]["dataset_json"]),
     }
-    return exported
+    return {key: value for key, value in checkpoint.items() if key not in left_out} | {"init_args": init_args}
+
+
+def write_descriptions(model_folder: Path, target: Path, ours: type[ExtTrainer] | None = None) -> None:
+    """Write what lies beside the folds of a model, without settings and paths unless it is one of `ours`."""
+    plans = _shareable_plans(read_json(model_folder / "plans.json"), ours)
+    atomic_write_text(target / "plans.json", json.dumps(plans, indent=2))
+    dataset_json = _without_file_lists(read_json(model_folder / "dataset.json"))
+    atomic_write_text(target / "dataset.json", json.dumps(dataset_json, indent=2))
+    _copy(model_folder / _FINGERPRINT, target / _FINGERPRINT)
 
 
 def _require_stock_network(exported: dict[str, Any], trainer: type[ExtTrainer], source: Path) -> None:

@@ -72,11 +72,12 @@ def draw_slice(
     letters: Sequence[str] | None = None,
     title: str = "",
 ) -> None:
-    """Draw a grey slice, its first row on top, and over it each class as a transparent area with an outline.
+    """Draw a slice, its first row on top, and over it each class as a transparent area with an outline.
 
     Args:
         axes, title: Where to draw, and what to write above.
-        image: (rows, columns), as core/orientation.py's `View.cut` returns it.
+        image: (rows, columns), as core/orientation.py's `View.cut` returns it; or (rows, columns, 3) red, green and
+            blue from 0 to 1.
         label: (rows, columns) of label values, or None for the image alone. Values not in `classes` are not drawn.
         classes: Label value -> name; it fixes the colours. By default the values that occur.
         fill: Opacity of the areas, 0 for outlines only.
@@ -85,15 +86,19 @@ def draw_slice(
         letters: The patient's directions at the left, right, top and bottom edge (`View.letters`), or None.
 
     Raises:
-        ValueError: `image` is not 2-D or `label` has another shape.
+        ValueError: `image` is no slice or `label` has another shape.
     """
-    if image.ndim != 2:
+    in_colours = image.ndim == 3 and image.shape[2] == 3
+    if image.ndim != 2 and not in_colours:
         raise ValueError(f"draw_slice needs a 2-D image, got shape {image.shape}: cut the volume with View.cut")
-    if label is not None and label.shape != image.shape:
+    if label is not None and label.shape != image.shape[:2]:
         raise ValueError(f"image {image.shape} and label {label.shape} differ in shape: cut both at the same slice")
-    low, high = np.percentile(image, (1, 99.5)) if window is None else window
     aspect = float(spacing[0]) / float(spacing[1])
-    axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="upper", aspect=aspect)
+    if in_colours:
+        axes.imshow(np.clip(image, 0, 1), origin="upper", aspect=aspect)
+    else:
+        low, high = np.percentile(image, (1, 99.5)) if window is None else window
+        axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="upper", aspect=aspect)
     if label is not None:
         names = {int(v): str(v) for v in np.unique(label)} if classes is None else classes
         for value, colour in label_colours(names).items():
@@ -149,4 +154,8 @@ def add_legend(
     shown = set(classes if present is None else present)
     colours = {value: colour for value, colour in label_colours(classes).items() if value in shown}
     handles = [*(Patch(color=colour, label=classes[value]) for value, colour in colours.items()), *further]
-    return figure.legend(handles=handles, loc="outside lower center", ncols=min(7, max(1, len(handles))), frameon=False)
+    # a character is about 0.09 inches wide, the coloured patch and the gap beside it 0.75
+    widest = 0.75 + 0.09 * max((len(str(handle.get_label())) for handle in handles), default=0)
+    columns = max(1, min(7, len(handles), int(figure.get_figwidth() / widest)))
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    return figure.legend(handles=handles, fontsize=10, **place)

@@ -116,6 +116,22 @@ def require_writable(folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
+_PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".tif", ".tiff", ".webp")
+
+
+def require_picture(path: Path, option: str) -> Path:
+    """Make sure that a picture can be written to `path`, before what it shows takes its time.
+
+    Raises:
+        ValueError: It is a folder or has another ending, its folder is missing or cannot be written; names `option`.
+    """
+    if path.suffix.lower() not in _PICTURES or path.is_dir():
+        raise ValueError(f"{option} {path} does not name a picture: give a file that ends in .png")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ValueError(f"{option} {path} cannot be written: its folder does not exist or is not writable")
+    return path
+
+
 def _explain(error: OSError) -> tuple[str, str]:
     """Cause and remedy of a failed write, in words."""
     if isinstance(error, (FileExistsError, NotADirectoryError)):

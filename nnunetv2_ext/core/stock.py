@@ -10,13 +10,16 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 
-def stock_network(init_args: Mapping[str, Any]) -> nn.Module:
-    """Plain nnU-Net's network for a trainer's `init_args`, on the meta device: names and shapes without memory."""
+def stock_network(init_args: Mapping[str, Any], trainer: type[nnUNetTrainer] = nnUNetTrainer) -> nn.Module:
+    """Plain nnU-Net's network for a trainer's `init_args`, on the meta device: names and shapes without memory.
+
+    `trainer` is one of nnU-Net's own; some build another network of the same plans.
+    """
     plans = PlansManager(init_args["plans"])
     configuration = plans.get_configuration(init_args["configuration"])
     dataset_json = init_args["dataset_json"]
     with torch.device("meta"):
-        return nnUNetTrainer.build_network_architecture(
+        return trainer.build_network_architecture(
             plans,
             configuration,
             determine_num_input_channels(plans, configuration, dataset_json),

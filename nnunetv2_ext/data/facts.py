@@ -12,7 +12,6 @@ import numpy.typing as npt
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
-from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.data.find import (
     PREPROCESSED,
@@ -25,6 +24,7 @@ from nnunetv2_ext.data.find import (
 from nnunetv2_ext.data.fingerprint import needs_fix
 from nnunetv2_ext.data.mirror import MirrorPair, pairs_by_name, pairs_by_shape, thumbnail
 from nnunetv2_ext.data.raw import RawDataset, open_raw, problems
+from nnunetv2_ext.data.split import SPLIT, read_split
 from nnunetv2_ext.data.subjects import PairsSuggested, divided, pairs_suggested, subjects_of_dataset
 
 Pattern = Literal["dense", "slices", "scattered", "none"]
@@ -190,12 +190,13 @@ def look_at(
     pairs |= {(pair.first, pair.second): pair for pair in pairs_by_shape(thumbnails, plain)}
     subjects = subjects_of_dataset(raw.json, labelled)
     base = dataset_if_there(raw.name, PREPROCESSED)
+    split = read_split(base / SPLIT) if base and (base / SPLIT).is_file() else []
     return DatasetFacts(
         name=raw.name,
         configuration=configuration,
         labels=labels,
         ignore=ignore,
-        channels=tuple(map(str, (raw.json.get("channel_names") or raw.json.get("modality") or {}).values())),
+        channels=tuple(map(str, raw.channels.values())),
         cases=tuple(labelled),
         read=read,
         without_label=tuple(sorted(set(raw.cases) - set(labelled))),
@@ -205,7 +206,7 @@ def look_at(
         mirrored=tuple(pairs.values()),
         problems=_problems(raw, labelled),
         plans=_plans_facts(planned, configuration, base, ignore) if planned and base else None,
-        split=_split(base / "splits_final.json") if base else (),
+        split=tuple((tuple(fold["train"]), tuple(fold["val"])) for fold in split),
         trained=_trained(raw.name),
     )
 
@@ -302,15 +303,6 @@ def _plans_facts(plans: PlansManager, configuration: str, base: Path, ignore: in
             f"plans of {base.name}, {configuration}: {type(error).__name__} {error}; the file is damaged: run "
             f"nnUNetv2_plan_experiment -d {int(base.name[7:10])}"
         ) from error
-
-
-def _split(file: Path) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
-    if not file.is_file():
-        return ()
-    try:
-        return tuple((tuple(fold["train"]), tuple(fold["val"])) for fold in read_json(file))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a list of folds with 'train' and 'val': correct it, or delete it") from error
 
 
 def _trained(name: str) -> tuple[Trained, ...]:

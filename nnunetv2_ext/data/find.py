@@ -90,6 +90,9 @@ def read_plans(base: Path, name: str, remedy: str) -> dict[str, Any]:
     plans = read_json(file)
     if not (isinstance(plans, dict) and isinstance(plans.get("configurations"), dict)):
         raise ValueError(f"{file} does not hold nnU-Net's plans (it has no configurations): {remedy}")
+    for key in ("transpose_forward", "transpose_backward"):
+        if plans.get(key) is not None and sorted(map(str, plans[key])) != ["0", "1", "2"]:
+            raise ValueError(f"{file} is damaged ({key} is {plans[key]!r}): {remedy}")
     return plans
 
 

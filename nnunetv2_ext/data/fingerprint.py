@@ -16,7 +16,7 @@ from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
 from nnunetv2_ext.core.files import atomic_write_text, read_json
 from nnunetv2_ext.core.progress import progress_bar
-from nnunetv2_ext.data.find import PREPROCESSED, nnunet_folder, plans_files_in
+from nnunetv2_ext.data.find import PREPROCESSED, nnunet_folder, plans_files_in, read_plans
 from nnunetv2_ext.data.raw import RawDataset, open_raw
 
 PROPERTIES = "foreground_intensity_properties_per_channel"
@@ -32,7 +32,7 @@ def fix_fingerprint(dataset: int | str, say: Callable[[str], None] = print) -> b
         False if nothing had to be done because no channel is CT.
 
     Raises:
-        ValueError: no ignore label, not planned yet, or no annotated foreground.
+        ValueError: no ignore label, not planned yet, damaged plans or fingerprint, or no annotated foreground.
     """
     raw = open_raw(dataset)
     if raw.ignore is None:
@@ -44,7 +44,13 @@ def fix_fingerprint(dataset: int | str, say: Callable[[str], None] = print) -> b
         raise ValueError(
             f"{raw.name} has not been planned: run nnUNetv2_plan_and_preprocess -d {raw.name} --no_pp first"
         )
-    if not any(uses_ct(_read(file)) for file in plans_files):
+    # all is read before anything is measured or written
+    plan = f"run nnUNetv2_plan_and_preprocess -d {raw.name} --clean --no_pp"
+    contents = {file: read_plans(base, file.stem, plan) for file in plans_files}
+    contents |= {fingerprint_file: _read(fingerprint_file)}
+    if lacking := [file for file, content in contents.items() if not isinstance(content.get(PROPERTIES), dict)]:
+        raise ValueError(f"{lacking[0]} has no {PROPERTIES}: {plan}")
+    if not any(uses_ct(contents[file]) for file in plans_files):
         say(f"{raw.name} has no CT channel: each image is normalised by itself, and nothing has to be corrected")
         return False
     properties, mark = measure_intensities(raw)

@@ -132,8 +132,16 @@ def open_preprocessed(
             + ", ".join(plans.available_configurations)
         )
     dataset_json = read_json(base / "dataset.json")
-    require_consecutive_labels(dataset_json.get("labels", ()), base.name)
-    found = Preprocessed(base, plans, plans.get_configuration(configuration), configuration, dataset_json)
+    if not isinstance(dataset_json, dict) or (lack := {"labels", "file_ending"} - set(dataset_json)):
+        what = f"has no {' and no '.join(sorted(lack))}" if isinstance(dataset_json, dict) else "is not an object"
+        raise ValueError(f"{base / 'dataset.json'} {what}: copy that of nnUNet_raw, or {remedy}")
+    require_consecutive_labels(dataset_json["labels"], base.name)
+    try:
+        of = plans.get_configuration(configuration)
+        _ = of.patch_size, of.spacing, of.data_identifier, of.batch_size, plans.transpose_forward
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{base / plans_name}.json is damaged ({type(error).__name__}: {error}): {remedy}") from error
+    found = Preprocessed(base, plans, of, configuration, dataset_json)
     if files:
         found.require_files()
     return found

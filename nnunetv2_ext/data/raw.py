@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,12 @@ class RawDataset:
         value = self.json["labels"].get("ignore")
         return None if value is None else int(value)
 
+    @property
+    def channels(self) -> dict[str, str]:
+        """Number to name as dataset.json declares them; {} if it does not, or not in nnU-Net's form."""
+        content = self.json.get("channel_names") or self.json.get("modality")
+        return content if isinstance(content, dict) else {}
+
     def label_values(self) -> set[int]:
         """All values dataset.json declares, with the ignore label."""
         return declared_values(self.json["labels"])
@@ -88,7 +95,7 @@ class RawDataset:
             ValueError: as `data.case.read_image` and `read_label`, or image and label lie on different grids.
         """
         image, properties = read_image(case, self.files[case]["images"], self.reader)
-        channels = len(self.json.get("channel_names") or self.json.get("modality") or image)
+        channels = len(self.channels) or len(image)
         if len(image) != channels:
             raise ValueError(
                 f"case {case} of {self.name} has {len(image)} image channels, and dataset.json declares {channels}: "
@@ -123,6 +130,10 @@ class Target(NamedTuple):
     source: str  # where it is known from
 
 
+class _FormError(ValueError):
+    """Names or endings that nnU-Net does not understand, said in one line."""
+
+
 def _listed(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """nnU-Net's `get_filenames_of_train_images_and_targets`, which forks twelve processes to match names.
 
@@ -131,7 +142,11 @@ def _listed(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if "dataset" in content:
         return get_filenames_of_train_images_and_targets(str(folder), content)
     images, ending = str(folder / "imagesTr"), content["file_ending"]
+    if not ending.startswith("."):
+        raise _FormError(f"'file_ending' in dataset.json of {folder.name} is {ending!r}: write '.{ending}'")
     names = sorted(name for name in os.listdir(images) if name.endswith(ending))
+    if odd := [name for name in names if not re.search(r"_\d{4}$", name.removesuffix(ending))]:
+        raise _FormError(f"{images}/{odd[0]} has no channel number: name it CASE_0000{ending}, or move it away")
     return {
         case: {
             "images": create_paths_fn(images, names, ending, case),
@@ -157,6 +172,8 @@ def open_raw(dataset: int | str, complete: bool = True) -> RawDataset:
         files = _listed(folder, content)
         ending, _ = content["file_ending"], content["labels"]
         first = next((entry["images"][0] for entry in files.values()), None)
+    except _FormError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
             f"{folder} is not a complete raw dataset ({type(error).__name__}: {error}); it needs dataset.json, "
@@ -183,6 +200,8 @@ def problems(raw: RawDataset) -> Iterator[str]:
         require_consecutive_labels(raw.json["labels"], raw.name)
     except ValueError as error:
         yield str(error)
+    if not raw.channels:
+        yield f'dataset.json of {raw.name} has no "channel_names" such as {{"0": "T1"}}, by which nnU-Net normalises'
     for case, entry in raw.files.items():
         missing = [str(file) for file in (*entry["images"], entry["label"]) if not Path(file).is_file()]
         if missing:
@@ -270,9 +289,10 @@ def target_grids(
     """
     planned = planned_spacing(dataset.name, plans, configuration) if plans else None
     if planned is None and configuration != "3d_fullres":
+        named = f" named {plans}" if plans else ""
         raise ValueError(
-            f"the spacing of {configuration} is known from plans only, and {dataset.name} has no plans "
-            f"{plans or ''}: run nnUNetv2_plan_experiment -d {dataset.name} and name them with -p"
+            f"the spacing of {configuration} is known from plans only, and {dataset.name} has none{named}: run "
+            f"nnUNetv2_plan_experiment -d {dataset.name} and name them with -p"
         )
     grids = {case: measure(dataset, case) for case in progress_bar(cases, "reading images")}
     if planned is not None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunetv2_ext.core.files import atomic_write_text, require_writable
+from nnunetv2_ext.core.files import atomic_write_text, read_json, require_writable
 from nnunetv2_ext.data.find import PREPROCESSED, nnunet_folder
 from nnunetv2_ext.data.subjects import members_of, pairs_suggested
 
 Split = dict[str, list[str]]
+SPLIT = "splits_final.json"  # nnU-Net's, in the folder of the preprocessed dataset
 
+_FOLDS = 5  # that nnU-Net's own split has
 _SEED = 12345  # nnU-Net's, so that a fully labelled dataset is split as nnU-Net would
 
 
@@ -45,7 +47,7 @@ def labelled_splits(
             "train": sorted(case for case in (*labelled, *unlabelled) if group.get(case, case) not in held_out),
             "val": sorted(case for case in labelled if group.get(case, case) in held_out),
         }
-        for held_out in (set(part["val"]) for part in generate_crossval_split(names, _SEED, min(5, len(names))))
+        for held_out in (set(part["val"]) for part in generate_crossval_split(names, _SEED, min(_FOLDS, len(names))))
     ]
 
 
@@ -80,8 +82,34 @@ def write_split_for(
         say("nnUNet_preprocessed is not set, so no split was written: the trainer writes one")
         return
     folder = require_writable(nnunet_folder(PREPROCESSED) / dataset_name)
-    write_split_if_absent(folder / "splits_final.json", labelled, unlabelled, subjects)
+    write_split_if_absent(folder / SPLIT, labelled, unlabelled, subjects)
     say(f"split: {folder / 'splits_final.json'} (unlabelled cases train in every fold and validate in none)")
+
+
+def read_split(file: Path) -> list[Split]:
+    """The folds of a ``splits_final.json``.
+
+    Raises:
+        ValueError: it cannot be read, or does not list folds with 'train' and 'val'.
+    """
+    content = read_json(file)
+    try:
+        return [{part: [str(case) for case in fold[part]] for part in ("train", "val")} for fold in content]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a list of folds with 'train' and 'val': correct it, or delete it") from error
+
+
+def require_fold(base: Path, fold: str) -> None:
+    """Raise ValueError if the split of a preprocessed dataset has no such fold; ``all`` is always there.
+
+    Without splits_final.json nnU-Net writes five folds. For any other number it draws a random split, and only its log
+    says so.
+    """
+    file = base / SPLIT
+    number = len(read_split(file)) if file.is_file() else _FOLDS
+    if fold != "all" and int(fold) >= number:
+        where = file if file.is_file() else f"nnU-Net's split of {base.name}"
+        raise ValueError(f"{where} has no fold {fold}: -f takes 0 to {number - 1}, or all")
 
 
 def clean_fold(

@@ -44,12 +44,11 @@ def draw_boxes(
     # names that would run into each other: a slot is 0.42 inches a box, a character about 0.075
     slanted = len(names) > 1 and max(map(len, names)) * 0.075 > 0.42 * len(arms)
     shift = np.random.default_rng(0)  # the same picture each time
-    across, down = (1, len(metrics)) if colours else (len(metrics), 1)
     wide = 1.5 + 0.42 * len(names) * len(arms)
+    across, down = (1, len(metrics)) if colours or wide > 5 else (len(metrics), 1)
     size = max(6.0, wide) if colours else max(3.2, wide + 0.7) * across, 3.2 * down + 0.9
     with figure_file(path, *size) as figure:
-        lines = "\n".join([title, *relaxations(evaluation)]).split("\n")
-        figure.suptitle("\n".join(textwrap.fill(line, int(12 * size[0])) for line in lines), fontsize=10)
+        figure.suptitle(wrapped("\n".join([title, *relaxations(evaluation)]), size[0]), fontsize=10)
         for axes, (key, metric) in zip(np.ravel(figure.subplots(down, across)), metrics.items(), strict=True):
             for number, name in enumerate(names):
                 for index, (arm, colour) in enumerate(arms.items()):
@@ -83,6 +82,11 @@ def _box(axes: Axes, chosen: pd.DataFrame, at: float, width: float, colour: str,
     size = 3.0 if len(chosen) < 100 else 1.5
     axes.plot(x[~crossed], chosen["value"][~crossed], "o", markersize=size, color=colour, alpha=0.6, mew=0)
     axes.plot(x[crossed], chosen["value"][crossed], "x", markersize=size + 2, color=colour)
+
+
+def wrapped(text: str, width: float) -> str:
+    """Lines of a title, broken where they would leave a figure of `width` inches."""
+    return "\n".join(textwrap.fill(line, int(12 * width)) for line in text.strip().split("\n"))
 
 
 @contextmanager

@@ -20,6 +20,6 @@ METHOD = Method(
         )
     },
     card="methods/med2d.md",
-    citation="Chowdhury, M. S., et al. (2025). Med-2D SegNet: A Light Weight Deep Neural Network for Medical 2D Image "
+    citation="Chowdhury, Sabrin, et al. (2025). Med-2D SegNet: A Light Weight Deep Neural Network for Medical 2D Image "
     "Segmentation. arXiv:2504.14715",
 )

@@ -12,6 +12,7 @@ from nnunetv2_ext.parts.architecture import replace_architecture, require_2d
 from nnunetv2_ext.parts.schedule import ScaledPolyLR
 from nnunetv2_ext.parts.trainer import MethodTrainer
 from nnunetv2_ext.photo.network import SMPNetwork
+from nnunetv2_ext.photo.panel import draw_panel
 from nnunetv2_ext.photo.plans import NETWORK, architecture
 from nnunetv2_ext.photo.settings import PhotoSettings
 from nnunetv2_ext.photo.weights import load_encoder
@@ -87,6 +88,12 @@ class PhotoTraining(MethodTrainer):
         group["params"] = [p for p in group["params"] if id(p) not in encoder]
         optimizer.add_param_group({"params": mine, "lr_scale": self.photo.encoder_lr, "name": ENCODER})
         return optimizer, ScaledPolyLR(optimizer, self.initial_lr, self.num_epochs)
+
+    def draw_panel(self, path: Path) -> None:
+        """Patches of the last batch with truth and prediction."""
+        if self.last_batch is not None:
+            title = f"{self.picture_title}, epoch {self.current_epoch - 1}"
+            draw_panel(self, self.on_device(self.last_batch), path, title)
 
     def on_train_epoch_start(self) -> None:
         """nnU-Net's; in the first epochs the encoder is frozen, its running statistics too."""

@@ -24,8 +24,8 @@ Array = npt.NDArray[Any]
 
 DROPPED, AGREE, DISAGREE = 1, 2, 3  # of a voxel nobody annotated; 0: annotated, or outside the image
 _STATES = {
-    AGREE: ("kept, teachers agree", "#009E73"),
-    DISAGREE: ("kept, teachers disagree", "#D55E00"),
+    AGREE: ("kept, teachers agree", "#7A00B8"),  # colours that no class has
+    DISAGREE: ("kept, teachers disagree", "#FF2FD0"),
     DROPPED: ("dropped by all", "#555555"),
 }
 

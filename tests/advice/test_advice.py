@@ -19,7 +19,7 @@ import SimpleITK as sitk
 from nnunetv2_ext.advice.report import all_advice, as_text
 from nnunetv2_ext.cli import main
 from nnunetv2_ext.core.outside import Advice, Method
-from nnunetv2_ext.data.facts import DatasetFacts, label_facts, look_at
+from nnunetv2_ext.data.facts import DatasetFacts, LabelFacts, label_facts, look_at
 from tests.conftest import TinyDataset
 from tests.test_documents import ParsedError, typed_commands
 
@@ -252,6 +252,42 @@ def test_photographs(write) -> None:
     assert kinds()[0] == PLAIN
 
 
+def test_few_photographs_get_a_pretrained_encoder_and_many_do_not() -> None:
+    from dataclasses import replace
+
+    from nnunetv2_ext.photo.advice import advice
+
+    label = LabelFacts((1, 64, 64), (1.0, 1.0, 1.0), (0, 1), 1.0, (1, 64, 64), "dense")
+    few = DatasetFacts(
+        "Dataset050_polyps", "2d", {"polyp": (1,)}, None, ("rgb_to_0_1",) * 3, tuple("abcd"),
+        dict.fromkeys("abcd", label),
+        (), 0, None, None, (), (), None, (), (),
+    )  # fmt: skip
+    (found,) = advice(few)
+    assert found.kind == "run" and "nnUNetv2_train 50 2d 0 -tr nnUNetTrainerPhoto" in found.commands[1]
+    assert "optimizer=adamw" in found.control and "weights" in found.not_when
+    volume = label._replace(shape=(9, 64, 64))
+    for other in (
+        replace(few, cases=tuple(f"c{n}" for n in range(500))),
+        replace(few, channels=("T1",)),
+        replace(few, read=dict.fromkeys("abcd", volume)),
+    ):
+        assert advice(other) == []
+
+
+def test_another_contrast_is_spoken_of_where_unlabelled_scans_wait(write) -> None:
+    write(cases(6, organ()), test=2)
+    (found,) = [advice for advice in said() if "nnUNetTrainerGIN" in advice.run]
+    assert "2 images of imagesTs" in found.run and "augmentation=da5" in found.control
+    assert "own site" in found.control and "new one" in found.control
+
+
+@pytest.mark.parametrize(("test", "channel"), [(0, "T1"), (2, "CT")])
+def test_no_random_contrast_for_ct_or_without_new_scans(write, test: int, channel: str) -> None:
+    write(cases(6, organ()), test=test, channel_names={"0": channel})
+    assert not [advice for advice in said() if "GIN" in advice.run]
+
+
 def test_names_that_look_like_pairs(write, folders: Path) -> None:
     names = [f"sub-{n}Ses{s}" for n in range(1, 6) for s in (1, 2)]
     write(dict.fromkeys(names, organ()))
@@ -343,6 +379,11 @@ def test_many_problems_are_counted(write) -> None:
         (folder / f"imagesTr/heart_{case}_0000.nii.gz").unlink()
     fixes = [advice.run for advice in said() if advice.kind == "fix"]
     assert len(fixes) == 4 and fixes[-1] == "and 4 more of this kind"  # six labels, and numTraining
+
+
+def test_channel_names_of_another_form(write) -> None:
+    write(cases(5, organ()), channel_names=["T1"])
+    assert look_at(7).channels == () and 'has no "channel_names"' in said()[0].run
 
 
 def test_images_without_a_label(write) -> None:

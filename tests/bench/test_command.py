@@ -132,6 +132,9 @@ def test_2d_and_resident_sizes(results: Path, tmp_path: Path) -> None:
         (["--rounds", "0"], "--rounds must be 1 or more"),
         (["--threads", "0"], "--threads must be 1 or more"),
         (["--plot", "no/such/folder/x.png"], "cannot be written"),
+        (["--plot", "cost.xyz"], "--plot cost.xyz does not name a picture"),
+        (["--json", "."], "--json . cannot be written"),
+        (["-f", "2"], "splits_final.json has no fold 2: -f takes 0 to 1, or all"),
         pytest.param(
             ["-device", "cuda"],
             "sees no GPU; use -device cpu",

@@ -228,6 +228,8 @@ def test_what_was_let_pass_is_in_every_output(trained: World, monkeypatch, capsy
     assert words in capsys.readouterr().out and words in Path("out/report.md").read_text()
     assert any(words in line for line in json.loads(Path("out/comparison.json").read_text())["reading"])
     assert all(words in title.replace("\n", " ") for title in titles[:2])  # differences.png, boxes.png
+    about = "Dataset005_x, 3d_fullres, plans nnUNetPlans: nnUNetTrainerMedContext against nnUNetTrainer; fold 0, 1"
+    assert len(titles) == 3 and all(title.replace("\n", " ").startswith(about) for title in titles)
     for name in ("cases.csv", "differences.csv"):
         rows = list(csv.DictReader(Path(f"out/{name}").read_text().splitlines()))
         assert {r["case"] for r in rows if r["remark"].endswith("differing: origin")} == {"c1"}

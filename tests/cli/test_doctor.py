@@ -421,7 +421,7 @@ def test_nnunet_folders_unset_missing_wrong_and_right(monkeypatch: pytest.Monkey
     assert findings["nnUNet_results"].status == FAIL and findings["nnUNet_results"].remedy.startswith("export ")
 
 
-@pytest.mark.parametrize("written", ['"{}"', "'{}' ", "{} ", " {}", "~/raw"])
+@pytest.mark.parametrize("written", ['"{}"', "'{}' ", "{} ", " {}", "~/raw", "$HOME/raw", "'~/raw'\r"])
 def test_quotes_blanks_and_a_tilde_that_no_shell_took_away(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: str
 ) -> None:
@@ -432,6 +432,8 @@ def test_quotes_blanks_and_a_tilde_that_no_shell_took_away(
     finding = next(f for f in _check_machine.nnunet_folders() if f.subject == "nnUNet_raw")
     assert finding.status == FAIL and "literally" in finding.detail
     assert finding.remedy == f"export nnUNet_raw={folder}"
+    monkeypatch.setenv("nnUNet_raw", finding.remedy.partition("=")[2])
+    assert next(f for f in _check_machine.nnunet_folders() if f.subject == "nnUNet_raw").status == OK
 
 
 @pytest.mark.parametrize(("variable", "expected"), [("nnUNet_raw", WARN), ("nnUNet_results", FAIL)])
@@ -491,3 +493,15 @@ def test_a_trainer_that_cannot_be_imported_has_no_say_in_the_settings(monkeypatc
     monkeypatch.setenv("nnUNet_ext_settings", "num_epochs=5")
     [finding] = _check_discovery.settings()
     assert finding.status == WARN and "nnUNetTrainerMedContext" in finding.detail and "RADA" not in finding.detail
+
+
+def test_colour_images_under_other_names_are_pointed_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    for name, channels in {"001_a": "RGB", "002_b": ["rgb_to_0_1"] * 3, "003_c": ["T1"]}.items():
+        (tmp_path / f"Dataset{name}").mkdir()
+        content = {"channel_names": dict(enumerate(channels))}
+        (tmp_path / f"Dataset{name}" / "dataset.json").write_text(json.dumps(content))
+    (tmp_path / "Dataset004_d").mkdir()
+    (tmp_path / "Dataset004_d" / "dataset.json").write_text("{")
+    (found,) = _check_machine.colours()
+    assert (found.status, found.subject) == ("WARN", "Dataset001_a") and "rgb_to_0_1" in found.remedy

@@ -86,6 +86,34 @@ def test_med2d_trains_under_the_stock_trainer_on_the_same_data(world: Path, make
     assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
 
 
+@pytest.mark.parametrize("network", ["med2d", "smp:Unet:tu-mobilenetv3_small_050"])
+def test_methods_train_on_planned_networks_and_the_predictor_has_the_same(world: Path, make_trainer, network) -> None:
+    import numpy as np
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
+
+    if network.startswith("smp"):
+        pytest.importorskip("segmentation_models_pytorch", reason="needs the extra photo")
+    assert plan("-network", network, "-o", "planned") == 0
+    plans = json.loads((world / "planned.json").read_text())
+    trainer = make_trainer(nnUNetTrainerMedContext, "seed=1", configuration="2d", plans=plans)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
+    assert all(np.isfinite(value) for output in outputs for value in output.values())
+    trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,), "checkpoint_final.pth")
+    predictor.network.load_state_dict(predictor.list_of_parameters[0])
+    trainer.network.eval()
+    trainer.set_deep_supervision_enabled(False)
+    x = torch.randn(2, trainer.num_input_channels, *trainer.configuration_manager.patch_size)
+    with torch.no_grad():
+        assert torch.equal(predictor.network.eval()(x), trainer.network(x))
+
+
 def test_a_class_of_the_users_own(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("-network", "own_networks.Net", "--kwargs", '{"width": 7}', "-o", "mine") == 0
     architecture = json.loads((world / "mine.json").read_text())["configurations"]["2d"]["architecture"]

@@ -1,5 +1,7 @@
 """Which cases and which slice are shown."""
 
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -124,7 +126,7 @@ def test_titles_of_the_first_row_lie_inside_the_picture_and_apart(world, monkeyp
     (d,) = [d for d in all_differences(found) if d.structure == "a"]
     pictures.draw_cases(found, d, world.root / "x.png", None, 1)
     (figure,) = figures
-    figure.canvas.draw()
+    figure.savefig(io.BytesIO())
     texts = [axes.title for axes in figure.axes] + [figure._suptitle, *figure.legends[0].get_texts()]
     boxes = [text.get_window_extent() for text in texts]
     for i, box in enumerate(boxes):

@@ -56,6 +56,12 @@ def test_a_truncated_file_is_named(tmp_path, keep):
     assert f"the checkpoint {path} is broken or cut short" in text and text.count("checkpoint_final.pth") >= 1
 
 
+def test_a_file_of_another_kind_does_not_get_torchs_advice(tmp_path):
+    (tmp_path / "checkpoint_final.pth").write_bytes(b"garbage")
+    text = one_line(lambda: checkpoints.read(tmp_path / "checkpoint_final.pth"))
+    assert "(it is not a file of torch.save)" in text and "mmap" not in text
+
+
 def test_a_damaged_tensor_is_found_though_the_file_is_whole(tmp_path):
     """torch reads the directory at the end: the damage would come to light in the middle of a restart, or never."""
     path, best = write(tmp_path / "checkpoint_latest.pth"), write(tmp_path / "checkpoint_best.pth", mark=7)

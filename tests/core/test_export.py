@@ -228,6 +228,15 @@ def test_what_is_no_model_is_refused_in_one_line(model, tmp_path, damage: Callab
     assert nothing_is_left(tmp_path / "into")
 
 
+@pytest.mark.parametrize("where", ["fold_9", "sub", "sub/../fold_0/deep"])
+def test_the_output_is_not_a_part_of_the_source(model, where: str) -> None:
+    """As fold_9 it would be a fold of the next export, and of every prediction."""
+    before = sorted(model.rglob("*"))
+    with pytest.raises(ValueError, match="lies in the model folder"):
+        export_model(model, model / where)
+    assert sorted(model.rglob("*")) == before
+
+
 def test_a_failure_in_a_later_fold_leaves_nothing_behind(model, tmp_path):
     (model / "fold_1").mkdir()
     (model / "fold_1" / "checkpoint_final.pth").write_bytes(b"")

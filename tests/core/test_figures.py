@@ -142,6 +142,19 @@ def test_legend_names_the_classes_but_not_the_background():
 
 
 @pytest.mark.parametrize(
+    "name", ["organ", "organ number seven with a long name", "a name as long as " + 4 * "nothing else "]
+)
+def test_a_legend_of_15_classes_lies_inside_the_figure(name):
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    figure.subplots(1, 2)
+    legend = add_legend(figure, {0: "background", **{k: f"{name} {k}" for k in range(1, 16)}})
+    FigureCanvasAgg(figure).draw()
+    boxes = [text.get_window_extent() for text in legend.get_texts()]
+    assert len(boxes) == 15
+    assert all(b.x0 > 0 and b.x1 < figure.bbox.width and b.y0 > 0 and b.y1 < figure.bbox.height for b in boxes)
+
+
+@pytest.mark.parametrize(
     ("image", "label", "message"), [((4, 4, 4), None, "View.cut"), ((4, 4), (4, 5), "differ in shape")]
 )
 def test_bad_shapes_are_refused(axes, image, label, message):

@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from nnunetv2_ext.core import files
-from nnunetv2_ext.core.files import atomic_torch_save, atomic_write, atomic_write_text, require_writable
+from nnunetv2_ext.core.files import (
+    atomic_torch_save,
+    atomic_write,
+    atomic_write_text,
+    require_picture,
+    require_writable,
+)
 
 
 def names(folder):
@@ -232,3 +238,16 @@ def test_require_writable_refuses_a_folder_without_write_permission(tmp_path):
 def _environment():
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(files.__file__))))
     return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.mark.parametrize("name", ["panel.xyz", "panel", "folder.png", "nowhere/panel.png"])
+def test_what_is_not_a_picture_is_refused(tmp_path, name):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match=r"^-o \S+ (does not name a picture|cannot be written)") as error:
+        require_picture(tmp_path / name, "-o")
+    assert "\n" not in str(error.value) and names(tmp_path) == ["folder.png"]
+
+
+@pytest.mark.parametrize("name", ["panel.png", "PANEL.PNG", "panel.pdf"])
+def test_a_picture_passes(tmp_path, name):
+    assert require_picture(tmp_path / name, "-o") == tmp_path / name and names(tmp_path) == []

@@ -180,3 +180,23 @@ def test_the_command(ct, capsys) -> None:
     assert main(["fix-fingerprint", "-d", "1"]) == 0
     assert "tiny.json  channel 0" in capsys.readouterr().out and MARK in read(base / "tiny.json")
     assert main(["fix-fingerprint", "-d", "7"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("dataset_fingerprint", "{}"),
+        ("dataset_fingerprint", "[]"),
+        ("dataset_fingerprint", "{"),
+        ("second", '{"plans_name": "second"}'),
+        ("second", '{"plans_name": "second", "configurations": {}}'),
+    ],
+)
+def test_a_damaged_file_is_named_before_anything_is_written(ct, name: str, text: str) -> None:
+    base = ct()
+    (base / f"{name}.json").write_text(text)
+    before = {file: file.read_bytes() for file in base.iterdir()}
+    with pytest.raises(ValueError, match=rf"{name}\.json (has no|cannot be read|does not hold)") as error:
+        fix_fingerprint(1)
+    assert "\n" not in str(error.value)
+    assert {file: file.read_bytes() for file in base.iterdir()} == before

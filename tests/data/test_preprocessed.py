@@ -76,3 +76,37 @@ def test_what_there_is_instead(base: Path) -> None:
     shutil.rmtree(base / "nnUNetPlans_3d_fullres")
     with pytest.raises(ValueError, match=r"nnUNetPlans_3d_fullres is missing: run nnUNetv2_plan_and_preprocess -d 001"):
         open_preprocessed(1, "3d_fullres", "tiny")
+
+
+@pytest.mark.parametrize("key", ["patch_size", "spacing", "data_identifier", "batch_size", "transpose_forward"])
+def test_damaged_plans_are_named(base: Path, key: str) -> None:
+    plans = json.loads((base / "tiny.json").read_text())
+    block = plans if key == "transpose_forward" else plans["configurations"]["3d_fullres"]
+    block.pop(key)
+    (base / "tiny.json").write_text(json.dumps(plans))
+    with pytest.raises(ValueError, match=rf"tiny\.json is damaged \(KeyError: '{key}'\): run nnUNetv2_plan") as error:
+        open_preprocessed(1, "3d_fullres", "tiny")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("order", ["x", [0, 1], [0, 1, 1]])
+def test_an_order_of_axes_that_is_none(base: Path, order: object) -> None:
+    plans = json.loads((base / "tiny.json").read_text())
+    (base / "tiny.json").write_text(json.dumps(plans | {"transpose_backward": order}))
+    with pytest.raises(ValueError, match=r"tiny\.json is damaged \(transpose_backward is"):
+        open_preprocessed(1, "3d_fullres", "tiny")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is not an object: copy that of nnUNet_raw, or run nnUNetv2_plan_and_preprocess -d 1"),
+        ('{"labels": {"background": 0, "a": 1}}', "has no file_ending"),
+        ("{}", "has no file_ending and no labels"),
+        ("{", "cannot be read as JSON"),
+    ],
+)
+def test_an_unusable_dataset_json(base: Path, text: str, message: str) -> None:
+    (base / "dataset.json").write_text(text)
+    with pytest.raises(ValueError, match=f"dataset.json {message}"):
+        open_preprocessed(1, "3d_fullres", "tiny")

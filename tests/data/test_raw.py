@@ -152,6 +152,26 @@ def test_an_unusable_dataset_json(raw, content: str) -> None:
     refused("Dataset001_x is not a complete raw dataset .*needs dataset.json, imagesTr and labelsTr", read=False)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"file_ending": "nii.gz"}, r"'file_ending' in dataset.json of Dataset001_x is 'nii.gz': write '\.nii\.gz'"),
+        ({"file_ending": ".mha"}, r"imagesTr has no image that ends in \.mha: add the images, or correct"),
+        ({"channel_names": ["MR"]}, 'has no "channel_names" such as'),
+        ({"channel_names": {}}, 'has no "channel_names" such as'),
+    ],
+)
+def test_a_dataset_json_that_nnunet_does_not_understand(raw, changes: dict[str, Any], message: str) -> None:
+    raw(**changes)
+    refused(message, read=False)
+
+
+def test_an_image_without_a_channel_number_is_named(raw) -> None:
+    folder = raw()
+    (folder / "imagesTr/b_0000.nii.gz").rename(folder / "imagesTr/b.nii.gz")
+    refused(r"imagesTr/b\.nii\.gz has no channel number: name it CASE_0000\.nii\.gz", read=False)
+
+
 # ---- files that dataset.json lists
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunetv2_ext.data.split import clean_fold, labelled_splits, write_split_if_absent
+from nnunetv2_ext.data.split import clean_fold, labelled_splits, read_split, require_fold, write_split_if_absent
 
 
 def names(prefix: str, number: int) -> list[str]:
@@ -82,3 +82,21 @@ def test_folds_without_labelled_cases_are_refused() -> None:
         clean_fold(["u"], ["b"], {"b"}, print)
     with pytest.raises(ValueError, match=r"validation cases .* delete splits_final\.json"):
         clean_fold(["a"], ["u"], {"a"}, print)
+
+
+def test_a_fold_that_the_split_does_not_have(tmp_path: Path) -> None:
+    require_fold(tmp_path, "4")  # nnU-Net writes five
+    with pytest.raises(ValueError, match=r"has no fold 5: -f takes 0 to 4, or all"):
+        require_fold(tmp_path, "5")
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}] * 2))
+    for fold in ("0", "1", "all"):
+        require_fold(tmp_path, fold)
+    with pytest.raises(ValueError, match=r"splits_final.json has no fold 2: -f takes 0 to 1, or all"):
+        require_fold(tmp_path, "2")
+
+
+@pytest.mark.parametrize("text", ["{", "{}x", '{"a": 1}', '[{"train": []}]', "[1]", '["train"]', "7"])
+def test_a_damaged_split_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "splits_final.json").write_text(text)
+    with pytest.raises(ValueError, match=r"splits_final.json (cannot be read as JSON|is not a list of folds)"):
+        read_split(tmp_path / "splits_final.json")

@@ -107,3 +107,12 @@ def test_one_sample_is_refused_where_a_pooled_map_is_normalised(build, tiny) -> 
     plans["configurations"]["2d"]["patch_size"] = [64, 64]
     with pytest.raises(ValueError, match="batch_size of at least 2"):
         build("photo.architecture=DeepLabV3Plus batch_size=1", plans=plans).initialize()
+
+
+def test_the_panel_shows_patches_truth_and_prediction(build, tmp_path: Path) -> None:
+    trainer = build()
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    trainer.train_step(next(trainer.dataloader_train))
+    trainer.draw_panel(tmp_path / "panel.png")
+    assert (tmp_path / "panel.png").stat().st_size > 10_000 and trainer.network.training

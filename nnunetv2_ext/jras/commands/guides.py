@@ -20,13 +20,14 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from nnunetv2_ext.core.devices import check_device
-    from nnunetv2_ext.core.files import require_writable
+    from nnunetv2_ext.core.files import require_picture, require_writable
     from nnunetv2_ext.data.find import find_checkpoint
     from nnunetv2_ext.jras.look import known_case, load_model, look_at_image
     from nnunetv2_ext.jras.panel import draw_guides
 
     check_device(args.device)
     require_writable(args.output.absolute().parent)
+    require_picture(args.output, "-o")
     predictor = load_model(args.model_folder, args.fold, args.checkpoint, torch.device(args.device))
     view = look_at_image(predictor, args.image, args.label)
     configuration = predictor.configuration_manager

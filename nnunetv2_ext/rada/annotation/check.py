@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_ext import __version__
-from nnunetv2_ext.core.files import read_json, require_writable
+from nnunetv2_ext.core.files import require_writable
 from nnunetv2_ext.core.labelmaps import class_names
 from nnunetv2_ext.core.orientation import directions_of
-from nnunetv2_ext.data.split import clean_fold
+from nnunetv2_ext.data.split import clean_fold, read_split
 from nnunetv2_ext.rada.annotation.annotations import Annotation, log_lines
 from nnunetv2_ext.rada.annotation.lost import erased_annotations, lost_planes, raw_planes, thicken_remedy
 from nnunetv2_ext.rada.annotation.picture import CaseView, draw_planes
@@ -93,7 +93,7 @@ def _report_split(file: Path, annotations: Mapping[str, Annotation], say: Say) -
         say("no splits_final.json yet: nnUNetTrainerRADA writes one that validates on labelled cases only")
         return
     labelled = [case for case, a in annotations.items() if a.labelled]
-    for fold, split in enumerate(read_json(file)):
+    for fold, split in enumerate(read_split(file)):
         try:
             train, val = clean_fold(split["train"], split["val"], labelled, say)
         except ValueError as error:

@@ -219,6 +219,8 @@ def _draw(dataset: RawDataset, options: SparsifyOptions) -> tuple[set[str], set[
     if not 0 <= options.test_share < 1:
         raise ValueError(f"--test-share is a share of the cases, 0 to below 1, got {options.test_share}")
     number = round(options.test_share * len(cases))
+    if options.test_share and not number:
+        raise ValueError(f"--test-share {options.test_share:g} of {len(cases)} cases is none: ask for more, or for 0")
     subjects = None if options.allow_split_subjects else options.subjects
     test = set(draw_cases(cases, number, options.seed, subjects, why="for the test set")) if number else set()
     rest = [case for case in cases if case not in test]

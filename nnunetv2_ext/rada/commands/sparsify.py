@@ -54,11 +54,17 @@ def run(args: argparse.Namespace) -> int:
     """Write the dataset and say what to type next."""
     if args.thicken_only == (args.labelled is not None):
         raise ValueError("give either --labelled N (dense dataset) or --thicken-only (sparse dataset)")
-    from nnunetv2_ext.data.raw import open_raw
+    if args.thicken_only and (args.rule, args.seed, args.test_share, args.planes) != ("largest", 0, 0.0, "0,1,2"):
+        raise ValueError("--rule, --seed, --test-share and --planes choose planes in a dense dataset: leave them out")
+    from nnunetv2_ext.data.raw import open_raw, planned_spacing
     from nnunetv2_ext.data.subjects import subjects_of_dataset
     from nnunetv2_ext.rada.annotation.sparsify import SparsifyOptions, sparsify, thicken_dataset
 
     raw = open_raw(args.d)
+    if args.p and planned_spacing(raw.name, args.p, args.c) is None:
+        raise ValueError(
+            f"{raw.name} has no plans {args.p}: run nnUNetv2_plan_experiment -d {raw.name}, or leave out -p"
+        )
     subjects = subjects_of_dataset(raw.json, raw.cases, args.group_regex, args.groups)
     if args.thicken_only:
         thicken_dataset(args.d, args.o, args.p or "nnUNetPlans", args.c, subjects)

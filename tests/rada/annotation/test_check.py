@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from matplotlib.figure import Figure
 from PIL import Image
 
 from nnunetv2_ext.cli.dispatch import main
 from nnunetv2_ext.data.fingerprint import MARK, PROPERTIES
+from nnunetv2_ext.rada.annotation import picture
 from nnunetv2_ext.rada.annotation.picture import AXIS_COLOURS, CaseView, draw_planes
 from nnunetv2_ext.rada.annotation.planes import find_planes
 from tests.conftest import TinyDataset
@@ -162,3 +164,32 @@ def test_picture_shows_the_plane_its_frame_and_where_others_cross(tmp_path: Path
     assert red > 300 and green > 300 and blue == 0  # frames of axes 0 and 1; axis 2 has no plane, so none
     assert count("#E69F00") > 100  # the organ's outline
     assert count("#FF2FD0") == 0  # ignore is not drawn
+
+
+def test_planes_cross_where_the_upright_picture_shows_them_and_the_rest_is_hatched(tmp_path: Path, monkeypatch) -> None:
+    """Of a scan whose rows run from back to front and whose columns run from left to right."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(picture, "Figure", lambda *args, **how: drawn.append(Figure(*args, **how)) or drawn[-1])
+    label = np.full((20, 24, 28), 3, dtype=np.int16)
+    label[6], label[:, 9], label[:, :, 4] = 0, 0, 0
+    backwards = np.array([[0.0, 0, 1], [0, -1, 0], [-1, 0, 0]])
+    view = CaseView("case", np.random.RandomState(0).rand(*label.shape), label, find_planes(label, 3), backwards)
+    draw_planes([view], tmp_path / "p.png", {1: "organ", 3: "ignore"}, (1, 1, 1), 3, "title")
+    axial, coronal, sagittal = drawn[0].axes
+    assert "axis0 (axial, slice 6)" in axial.get_title() and "axis2 (sagittal, slice 4)" in sagittal.get_title()
+    lines = {
+        line.get_color(): line.get_xydata()[:, 0].tolist() + line.get_xydata()[:, 1].tolist() for line in axial.lines
+    }
+    assert lines == {AXIS_COLOURS[2]: [23, 23, 0, 1], AXIS_COLOURS[1]: [0, 1, 14, 14]}
+    assert [t.get_text() for t in coronal.texts] == ["R", "L", "S", "I"]
+    assert [t.get_text() for t in sagittal.texts] == ["A", "P", "S", "I"]
+    stripes = coronal.images[-1].get_array()[..., 3] > 0
+    assert not stripes.any(), "the whole plane is annotated"
+    label[:, :, 4] = 3
+    draw_planes([view._replace(planes=find_planes(label, 3))], tmp_path / "p.png", {1: "organ"}, (1, 1, 1), 3, "title")
+    sagittal = drawn[1].axes[2]
+    assert sagittal.get_title().endswith(": no plane")
+    fine = sagittal.images[-1].get_array()[..., 3] > 0
+    found = fine.reshape(20, fine.shape[0] // 20, 24, fine.shape[1] // 24).any((1, 3))
+    index = int(sagittal.get_title().split("slice ")[1].split(")")[0])
+    assert np.array_equal(found, label[::-1, ::-1, index] == 3)

@@ -408,6 +408,7 @@ def refused(world: Path, message: str, *arguments: Any) -> None:
         (SparsifyOptions(7), "choose 1 to 6"),
         (SparsifyOptions(1.5), "share above 0 and up to 1"),
         (SparsifyOptions(1, test_share=1.0), "--test-share"),
+        (SparsifyOptions(1, test_share=0.01), "--test-share 0.01 of 6 cases is none"),
         (SparsifyOptions(1, axes=(0, 3)), "axes 0, 1 and 2"),
         (SparsifyOptions(1, axes=()), "axes 0, 1 and 2"),
         (SparsifyOptions(1, axes=(0,) * 100), "100 planes are asked for on axis 0"),
@@ -503,6 +504,13 @@ def test_the_command(phantom, world: Path, tmp_path: Path, capsys) -> None:
         (["--labelled", "3", "--thicken-only"], "either --labelled N"),
         (["--labelled", "many"], "number of cases or a share"),
         (["--labelled", "3", "--planes", "x"], "list of array axes"),
+        (
+            ["--labelled", "1", "-p", "nnUNetPlanz"],
+            "Dataset001_Phantom has no plans nnUNetPlanz: run nnUNetv2_plan_experiment",
+        ),
+        (["--thicken-only", "-p", "nnUNetPlanz"], "has no plans nnUNetPlanz"),
+        (["--thicken-only", "--rule", "middle"], "choose planes in a dense dataset: leave them out"),
+        (["--thicken-only", "--test-share", "0.2"], "choose planes in a dense dataset: leave them out"),
     ],
 )
 def test_mistyped_commands(world: Path, phantom, capsys, arguments: list[str], message: str) -> None:

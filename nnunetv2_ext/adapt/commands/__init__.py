@@ -1,0 +1,1 @@
+"""Subcommands of ``nnUNetv2_ext``, named in its ``outside.py``."""

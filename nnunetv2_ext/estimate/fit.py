@@ -1,0 +1,266 @@
+"""Fitting a calibration on the folds' own validation cases, each predicted by the fold that has not seen it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nnunetv2_ext import __version__
+from nnunetv2_ext.core.files import atomic_write_text, read_json, require_writable
+from nnunetv2_ext.core.progress import progress_bar
+from nnunetv2_ext.data.case import read_label_map
+from nnunetv2_ext.data.find import as_model, find_checkpoint
+from nnunetv2_ext.data.preprocessed import Preprocessed, open_preprocessed
+from nnunetv2_ext.data.subjects import subjects_from_table, subjects_of_dataset
+from nnunetv2_ext.estimate.calibration import Calibration, Row, calibrate
+from nnunetv2_ext.estimate.corruption import corrupt
+from nnunetv2_ext.estimate.features import of_case
+from nnunetv2_ext.estimate.prediction import FoldPredictor
+
+Array = npt.NDArray[Any]
+
+FORMAT = 1
+FILE = "nnunetv2_ext_estimate.json"
+_PARTIAL = ".nnunetv2_ext_estimate_rows.jsonl"  # of a fit that was interrupted
+_FEWEST = 6  # validation cases
+NOT_A_MEASUREMENT = "an estimate, not a measurement"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fit as its file holds it.
+
+    Attributes:
+        checkpoint: name of the checkpoint files.
+        hashes: SHA-256 of each fold's, by fold.
+        structures: names in the order of the heads.
+        mirrored: axes along which predictions are mirrored.
+    """
+
+    calibration: Calibration
+    checkpoint: str
+    hashes: dict[str, str]
+    structures: list[str]
+    mirrored: list[int]
+
+    def save(self, model: Path) -> Path:
+        """Write the file into the model folder."""
+        content = {
+            "format": FORMAT,
+            "version": __version__,
+            "what": NOT_A_MEASUREMENT,
+            "checkpoint": self.checkpoint,
+            "sha256": self.hashes,
+            "structures": self.structures,
+            "mirrored": self.mirrored,
+            "calibration": self.calibration.as_dict(),
+        }
+        atomic_write_text(model / FILE, json.dumps(content, indent=1) + "\n")
+        return model / FILE
+
+    @staticmethod
+    def load(model: Path) -> "Fitted":
+        """Read it. ValueError: there is none, a newer version wrote it, or a checkpoint has changed since."""
+        if not (model / FILE).is_file():
+            raise ValueError(f"{model} has no {FILE}: run `nnUNetv2_ext estimate fit {model}` first")
+        content = read_json(model / FILE)
+        if content.get("format", 0) > FORMAT:
+            raise ValueError(f"{model / FILE} was written by a newer nnunetv2-ext: pip install -U nnunetv2-ext")
+        found = Fitted(
+            Calibration.from_dict(content["calibration"]),
+            content["checkpoint"],
+            content["sha256"],
+            content["structures"],
+            content["mirrored"],
+        )
+        for fold, digest in found.hashes.items():
+            file = find_checkpoint(model, fold, found.checkpoint)
+            if sha256(file) != digest:
+                raise ValueError(
+                    f"{file} is not the checkpoint of the fit: run `nnUNetv2_ext estimate fit {model}` again"
+                )
+        return found
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Path) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fit(
+    model_folder: Path,
+    folds: Sequence[str] | None = None,
+    checkpoint: str = "checkpoint_final.pth",
+    groups: Path | None = None,
+    corrupted: bool = True,
+    device: str = "cpu",
+    say: Callable[[str], None] = print,
+) -> Fitted:
+    """Predict every validation case by its own fold, clean and as a corrupted copy, and fit the calibration.
+
+    An interrupted fit goes on where it was. What nnU-Net preprocessed is read; nothing is written but the result.
+
+    Args:
+        model_folder: ``TRAINER__PLANS__CONFIGURATION`` with finished folds.
+        folds: default: all that are finished.
+        groups: table of the cases' subjects; default: as dataset.json records them, else each case its own.
+        corrupted: fit on corrupted copies too, which widens the intervals and makes them hold on worse images.
+
+    Raises:
+        ValueError: no finished fold but ``all``, no split, too few cases, a case without truth, or a cascade.
+    """
+    model = as_model(model_folder.resolve())
+    if model is None:
+        raise ValueError(f"{model_folder} is not a model folder named TRAINER__PLANS__CONFIGURATION")
+    there = [f for f in model.folds() if (model.folder / f"fold_{f}" / checkpoint).is_file()]
+    wanted = list(folds) if folds else [f for f in there if f != "all"]
+    if not wanted or "all" in wanted:
+        raise ValueError(
+            f"{model.folder} has no numbered fold with {checkpoint}" + (", only fold all" if "all" in there else "")
+            + ": fold all has no unseen cases; train the folds 0 to 4, or give -chk"
+        )  # fmt: skip
+    checkpoints = {fold: find_checkpoint(model.folder, fold, checkpoint) for fold in wanted}
+    require_writable(model.folder)
+    plans_name = str(read_json(model.folder / "plans.json")["plans_name"])
+    data = open_preprocessed(model.dataset, model.configuration, plans_name)
+    cases = _validation_cases(data, wanted)
+    if len(set().union(*cases.values())) < _FEWEST:
+        raise ValueError(f"the folds {', '.join(wanted)} have fewer than {_FEWEST} validation cases: fit on more folds")
+    names = sorted(set().union(*cases.values()))
+    subjects = subjects_from_table(names, groups) if groups else subjects_of_dataset(data.dataset_json, names, None)
+    hashes = {fold: sha256(file) for fold, file in checkpoints.items()}
+    rows: list[Row] = []
+    structures: list[str] = []
+    mirrored: list[int] = []
+    with _Partial(model.folder / _PARTIAL, {"sha256": hashes, "corrupted": corrupted}) as partial:
+        for fold in wanted:
+            predictor = FoldPredictor(model.folder, [int(fold)], checkpoint, device)
+            structures = predictor.structures()
+            mirrored = list(predictor.predictor.allowed_mirroring_axes or ())
+            for case in progress_bar(cases[fold], f"fold {fold}"):
+                key = f"{fold}/{case}"  # splits of one's own may let two folds validate on a case
+                if key not in partial.rows:
+                    partial.add(key, list(_rows_of(case, predictor, data, corrupted)))
+                rows += [Row(**{**row, "subject": (subjects or {}).get(case, case)}) for row in partial.rows[key]]
+        fitted = Fitted(calibrate(rows), checkpoint, hashes, structures, mirrored)
+    fitted.save(model.folder)
+    partial.remove()
+    if too_few := [s for s, q in fitted.calibration.quantile.items() if q is None]:
+        say(f"no interval for {', '.join(too_few)}: fewer than 9 cases have it")
+    return fitted
+
+
+def _validation_cases(data: Preprocessed, folds: Sequence[str]) -> dict[str, list[str]]:
+    if not data.splits_file.is_file():
+        raise ValueError(
+            f"{data.splits_file} is missing: without the split nobody knows which cases a fold has not seen"
+        )
+    split = read_json(data.splits_file)
+    if unknown := [fold for fold in folds if int(fold) >= len(split)]:
+        raise ValueError(
+            f"{data.splits_file} has {len(split)} folds, and the model has fold {unknown[0]}: restore the split"
+        )
+    return {fold: list(split[int(fold)]["val"]) for fold in folds}
+
+
+def _rows_of(case: str, predictor: FoldPredictor, data: Preprocessed, corrupted: bool) -> Iterator[dict[str, Any]]:
+    image, label, properties = data.read_case(case)
+    clean = np.asarray(image[:], dtype=np.float32)
+    if not np.isfinite(clean).all():
+        raise ValueError(f"case {case}: its preprocessed image holds NaN or infinite values: preprocess it again")
+    ignore = predictor.predictor.label_manager.ignore_label
+    labelled = None if ignore is None else np.asarray(label[0]) != ignore
+    truth = _truth(case, data, predictor)
+    copies = [(clean, False)] + ([(corrupt(clean, case, predictor.is_ct)[0], True)] if corrupted else [])
+    for copy, is_corrupted in copies:
+        logits = next(predictor.logits(copy))
+        probabilities = predictor.probabilities(logits)
+        if labelled is not None:
+            probabilities = only_where(probabilities, labelled, predictor.has_regions)
+        features = of_case(probabilities, predictor.has_regions)
+        segmentation = predictor.segmentation(logits, properties)
+        for name, values, (found, _) in zip(predictor.structures(), predictor.values(), features, strict=True):
+            dice = dice_of(segmentation, truth, values, ignore)
+            if dice is not None:
+                yield {
+                    "case": case,
+                    "subject": "",
+                    "structure": name,
+                    "features": found,
+                    "dice": dice,
+                    "corrupted": is_corrupted,
+                }
+
+
+def only_where(probabilities: Array, labelled: Array, has_regions: bool) -> Array:
+    """Probabilities with certain background where there is no truth."""
+    found = np.where(labelled, probabilities, 0).astype(probabilities.dtype)
+    if not has_regions:
+        found[0] = np.where(labelled, probabilities[0], 1)
+    return found
+
+
+def _truth(case: str, data: Preprocessed, predictor: FoldPredictor) -> Array:
+    file = data.base / "gt_segmentations" / f"{case}{data.dataset_json['file_ending']}"
+    reader = predictor.predictor.plans_manager.image_reader_writer_class()
+    return read_label_map(case, file, reader, "truth")[0]
+
+
+def dice_of(segmentation: Array, truth: Array, values: Sequence[int], ignore: int | None = None) -> float | None:
+    """2 |P and T| / (|P| + |T|) in voxels that have a truth; None if both are empty."""
+    valid = truth != ignore if ignore is not None else np.ones(truth.shape, bool)
+    p, t = np.isin(segmentation, values) & valid, np.isin(truth, values) & valid
+    size = int(p.sum()) + int(t.sum())
+    return None if size == 0 else 2 * int((p & t).sum()) / size
+
+
+class _Partial:
+    """Rows of the cases that are done, in a file that a second start goes on with."""
+
+    def __init__(self, file: Path, key: dict[str, Any]) -> None:
+        self.file, self.key = file, key
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+
+    def __enter__(self) -> "_Partial":
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
+        if lines and _parsed(lines[0]) == self.key:
+            for content in filter(None, map(_parsed, lines[1:])):  # the last line may be cut short
+                self.rows[content["key"]] = content["rows"]
+        else:
+            self.file.write_text(json.dumps(self.key) + "\n", encoding="utf-8")
+        self._open = self.file.open("a", encoding="utf-8")
+        return self
+
+    def add(self, key: str, rows: list[dict[str, Any]]) -> None:
+        """Keep the rows of a case of a fold."""
+        self.rows[key] = rows
+        self._open.write(json.dumps({"key": key, "rows": rows}) + "\n")
+        self._open.flush()
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self.file.unlink(missing_ok=True)
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -1,0 +1,114 @@
+"""nnU-Net's own predictor, one case at a time: logits on the network's grid, and the segmentation it would write."""
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nnunetv2.inference.export_prediction import (
+    convert_predicted_logits_to_segmentation_with_correct_shape,
+    export_prediction_from_logits,
+)
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+
+
+class FoldPredictor:
+    """The folds of a model folder.
+
+    Args:
+        model: ``TRAINER__PLANS__CONFIGURATION``.
+        folds: to load; each has its weights.
+        checkpoint: file name.
+        device: of torch.
+
+    Raises:
+        ValueError: the model is the last stage of a cascade.
+    """
+
+    def __init__(self, model: Path, folds: Sequence[int], checkpoint: str, device: str) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net's search for the trainer
+            self.predictor = nnUNetPredictor(
+                device=torch.device(device), perform_everything_on_device=device == "cuda", allow_tqdm=False
+            )
+            self.predictor.initialize_from_trained_model_folder(str(model), tuple(folds), checkpoint)
+        self.folds = list(folds)
+        self._weights = list(self.predictor.list_of_parameters)
+        if self.predictor.configuration_manager.previous_stage_name is not None:
+            raise ValueError(
+                f"{model} is the last stage of a cascade, which needs the previous stage's segmentations: estimate the "
+                "model of its previous stage, or of 3d_fullres"
+            )
+
+    @property
+    def is_ct(self) -> bool:
+        """Whether all channels are normalised as CT."""
+        return set(self.predictor.configuration_manager.normalization_schemes) == {"CTNormalization"}
+
+    def structures(self) -> list[str]:
+        """Names in the order of the heads, without the background."""
+        labels = self.predictor.label_manager
+        names = {_key(value): name for name, value in self.predictor.dataset_json["labels"].items()}
+        wanted = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+        return [names[_key(value)] for value in wanted]
+
+    def values(self) -> list[tuple[int, ...]]:
+        """Label values of each structure."""
+        labels = self.predictor.label_manager
+        wanted = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+        return [tuple(int(v) for v in np.atleast_1d(value)) for value in wanted]
+
+    def logits(self, data: Array) -> Iterator[Tensor]:
+        """Of each fold ``(heads, *S)`` on the CPU.
+
+        Args:
+            data: ``(C, *S)`` preprocessed.
+        """
+        tensor = torch.from_numpy(np.asarray(data, dtype=np.float32))
+        for weights in self._weights:
+            self.predictor.list_of_parameters = [weights]
+            with contextlib.redirect_stdout(io.StringIO()):
+                yield self.predictor.predict_logits_from_preprocessed_data(tensor)
+
+    def probabilities(self, logits: Tensor) -> Array:
+        """Softmax or sigmoid, ``(heads, *S)``."""
+        return np.asarray(self.predictor.label_manager.apply_inference_nonlin(logits))
+
+    @property
+    def has_regions(self) -> bool:
+        return bool(self.predictor.label_manager.has_regions)
+
+    def preprocess(self, files: Sequence[Path]) -> tuple[Array, dict[str, Any]]:
+        """As ``nnUNetv2_predict`` does; raises what nnU-Net raises."""
+        p = self.predictor
+        preprocessor = p.configuration_manager.preprocessor_class(verbose=False)
+        names = [str(file) for file in files]
+        data, _, properties = preprocessor.run_case(
+            names, None, p.plans_manager, p.configuration_manager, p.dataset_json
+        )
+        return data, properties
+
+    def segmentation(self, logits: Tensor, properties: dict[str, Any]) -> Array:
+        """On the image's grid, as nnU-Net writes it."""
+        p = self.predictor
+        found = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits, p.plans_manager, p.configuration_manager, p.label_manager, properties, num_threads_torch=1
+        )
+        return np.asarray(found)
+
+    def write(self, logits: Tensor, properties: dict[str, Any], target: Path) -> None:
+        """nnU-Net's file of the segmentation; ``target`` without its ending."""
+        p = self.predictor
+        export_prediction_from_logits(
+            logits, properties, p.configuration_manager, p.plans_manager, p.dataset_json, str(target)
+        )
+
+
+def _key(value: Any) -> tuple[int, ...]:
+    return tuple(int(v) for v in np.atleast_1d(value))
