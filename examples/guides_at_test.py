@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Does a trained J-RAS model use its guides? Predict with the bank as it is, with a spoilt one and with none.
+"""Does a trained J-RAS model read its guides, and does a replaced bank help at another site?
 
-    python examples/guides_at_test.py RESULTS/Dataset004_X/nnUNetTrainerJRAS__nnUNetPlans__3d_fullres -f 0
+    python examples/guides_at_test.py RESULTS/Dataset004_X/nnUNetTrainerJRAS__nnUNetPlans__2d -f 0 \\
+        --site RAW/Dataset005_Y --plain RESULTS/Dataset004_X/nnUNetTrainerExt__nnUNetPlans__2d
 
-Segments the fold's validation cases (those with a prediction in fold_F/validation) four times and prints the mean Dice
-of each:
-  as trained          the guides the model retrieves
-  masks shuffled      the same guides, each with the mask of another one: are the masks read?
-  guides shuffled     other guides than the retrieved ones, each with its own mask: does retrieval matter?
-  no guides           an empty bank, as after `nnUNetv2_ext export --strip-bank`
-Simplified: one shuffle, of the whole bank, with a fixed seed; foreground Dice only, by nnU-Net's own evaluation.
+Prints the mean Dice (x 100) of, on the fold's validation cases and on the site's:
+  as trained          the model with the bank of its training cases
+  wrong masks         the same guides, each with the mask of another one: are the masks read?
+  any guides          guides drawn at random: does retrieval matter?
+  no guides           an empty bank, as after `nnUNetv2_ext bank MODEL --strip`
+  new bank            with --site: the bank replaced by a few of the site's cases (`nnUNetv2_ext bank`), scored on its
+                      other cases; and with wrong masks
+  plain               with --plain: another model's fold on the same cases
+Simplified: one shuffle with a fixed seed, one draw of site cases; Dice of labels on the preprocessed grid.
 """
 
 from __future__ import annotations
@@ -17,40 +20,88 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
+from nnunetv2_ext.core.labelmaps import logits_to_labels
+from nnunetv2_ext.data.folders import cases_of_images, preprocess_case
+from nnunetv2_ext.jras.replace import replace_bank
 from nnunetv2_ext.jras.strip import empty_bank
 
-KEYS, LABELS = "bank.keys", "bank.labels"
+LABELS, VECTORS = "bank.labels", "reader.query_vector.weight"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="model folder: TRAINER__PLANS__CONFIGURATION")
+    parser.add_argument("model", type=Path, help="J-RAS model folder: TRAINER__PLANS__CONFIGURATION")
     parser.add_argument("-f", dest="fold", default="0")
     parser.add_argument("--raw", type=Path, help="raw dataset folder (default: of that name in nnUNet_raw)")
+    parser.add_argument("--site", type=Path, help="raw dataset folder of another site, with imagesTr and labelsTr")
+    parser.add_argument("--bank-cases", type=int, default=5, help="cases of the site in the new bank")
+    parser.add_argument("--draw", type=int, default=0, help="which draw of site cases")
+    parser.add_argument("--site-labels", type=int, nargs="+", help="labels that the site draws (default: all)")
+    parser.add_argument("--plain", type=Path, help="a model folder to compare with, same fold")
     parser.add_argument("--checkpoint", default="checkpoint_final.pth")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--no-mirroring", action="store_true", help="without test-time mirroring, faster")
     return parser.parse_args()
 
 
-def banks(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The four versions of the weights."""
-    others = torch.randperm(len(weights[KEYS]), generator=torch.Generator().manual_seed(0))
-    return {
-        "as trained": weights,
-        "masks shuffled": weights | {LABELS: weights[LABELS][others]},
-        "guides shuffled": weights | {KEYS: weights[KEYS][others]},
-        "no guides": empty_bank(weights),
-    }
+def banks(weights: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Versions of the weights, by name."""
+    others = torch.randperm(len(weights[LABELS]), generator=torch.Generator().manual_seed(0))
+    yield "as trained", weights
+    yield "wrong masks", weights | {LABELS: weights[LABELS][others]}
+    if VECTORS in weights:
+        noise = torch.randn(weights[VECTORS].shape, generator=torch.Generator().manual_seed(0))
+        yield "any guides", weights | {VECTORS: noise}
+    yield "no guides", empty_bank(weights)
+
+
+class Cases:
+    """Preprocessed images with labels that predictions are scored on."""
+
+    def __init__(
+        self, raw: Path, names: Sequence[str], predictor: nnUNetPredictor, labels: Sequence[int] | None
+    ) -> None:
+        dataset_json, plans = predictor.dataset_json, predictor.plans_manager
+        self.labels = labels or [label for label in predictor.label_manager.all_labels if label]
+        self.read = []
+        files = cases_of_images(raw / "imagesTr", dataset_json["file_ending"])
+        for name in names:
+            label = raw / "labelsTr" / f"{name}{dataset_json['file_ending']}"
+            how = plans, predictor.configuration_manager, dataset_json
+            self.read.append(preprocess_case(name, files[name], label, *how)[:2])
+
+    def score(self, predictor: nnUNetPredictor) -> float:
+        """Dice, mean over the cases that show a label, then over the labels; x 100."""
+        found: dict[int, list[float]] = {label: [] for label in self.labels}
+        for image, truth in self.read:
+            logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image))
+            prediction = logits_to_labels(logits.float(), predictor.label_manager)
+            for label, scores in found.items():
+                one, other = prediction == label, truth[0] == label
+                if other.any():
+                    scores.append(2 * (one & other).sum() / (one.sum() + other.sum()))
+        return 100 * sum(sum(scores) / len(scores) for scores in found.values()) / len(found)
+
+
+def load(model: Path, args: argparse.Namespace) -> nnUNetPredictor:
+    predictor = nnUNetPredictor(device=torch.device(args.device), use_mirroring=not args.no_mirroring, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (args.fold,), args.checkpoint)
+    return predictor
+
+
+def validation_cases(base: Path, fold: str) -> list[str]:
+    """Of nnU-Net's split."""
+    splits = Path(os.environ["nnUNet_preprocessed"]) / base.name / "splits_final.json"
+    return list(json.loads(splits.read_text())[int(fold)]["val"])
 
 
 def main() -> None:
@@ -58,39 +109,40 @@ def main() -> None:
     raw = args.raw or Path(os.environ.get("nnUNet_raw", ".")) / args.model.resolve().parent.name
     if not (raw / "imagesTr").is_dir():
         raise SystemExit(f"{raw} has no imagesTr: set nnUNet_raw, or give the raw dataset's folder with --raw")
-    predictor = nnUNetPredictor(device=torch.device(args.device), use_mirroring=not args.no_mirroring, allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(args.model), (args.fold,), args.checkpoint)
+    predictor = load(args.model, args)
     weights = predictor.list_of_parameters[0]
-    if not len(weights.get(KEYS, ())):
-        raise SystemExit(f"{args.model} has no guides: it is no J-RAS model, or its bank was stripped")
-    ending = predictor.dataset_json["file_ending"]
-    cases = sorted(
-        p.name.removesuffix(ending) for p in (args.model / f"fold_{args.fold}/validation").glob(f"*{ending}")
-    )
-    if not cases:
-        raise SystemExit(
-            f"{args.model}/fold_{args.fold}/validation has no predictions: finish the training, or run --val"
-        )
-    images = [sorted(map(str, (raw / "imagesTr").glob(f"{case}_[0-9][0-9][0-9][0-9]{ending}"))) for case in cases]
-    reader = determine_reader_writer_from_dataset_json(predictor.dataset_json, images[0][0], verbose=False)()
-    labels = predictor.label_manager
-    for name, changed in banks(weights).items():
-        predictor.list_of_parameters = [changed]
-        with tempfile.TemporaryDirectory() as folder:
-            predictor.predict_from_files_sequential(images, [f"{folder}/{case}" for case in cases])
-            compute_metrics_on_folder(
-                str(raw / "labelsTr"),
-                folder,
-                f"{folder}/summary.json",
-                reader,
-                ending,
-                labels.foreground_regions if labels.has_regions else labels.foreground_labels,
-                labels.ignore_label,
-                num_processes=1,
-                chill=True,
-            )
-            summary = json.loads(Path(f"{folder}/summary.json").read_text())
-        print(f"{name:<16} {summary['foreground_mean']['Dice']:.4f}", flush=True)
+    if not len(weights.get(LABELS, ())):
+        raise SystemExit(f"{args.model} has no guides: it is not a J-RAS model, or its bank was stripped")
+    where = {"own site": Cases(raw, validation_cases(raw, args.fold), predictor, None)}
+    with tempfile.TemporaryDirectory() as scratch:
+        new = None
+        if args.site:
+            names = sorted(cases_of_images(args.site / "imagesTr", predictor.dataset_json["file_ending"]))
+            guides = sorted(random.Random(args.draw).sample(names, args.bank_cases))
+            for kind in ("imagesTr", "labelsTr"):
+                (Path(scratch) / kind).mkdir()
+                for file in (args.site / kind).iterdir():
+                    if any(file.name.startswith((f"{case}_", f"{case}.")) for case in guides):
+                        (Path(scratch) / kind / file.name).symlink_to(file.resolve())
+            others = [name for name in names if name not in guides]
+            where["other site"] = Cases(args.site, others, predictor, args.site_labels)
+            output = Path(scratch) / args.model.name
+            replace_bank(args.model, Path(scratch) / "imagesTr", Path(scratch) / "labelsTr", output)
+            new = load(output, args)
+        for place, cases in where.items():
+            print(f"{place}, {len(cases.read)} cases", flush=True)
+            rows = list(banks(weights))
+            for name, changed in rows:
+                predictor.list_of_parameters = [changed]
+                print(f"  {name:<26} {cases.score(predictor):.1f}", flush=True)
+            if new is not None and place == "other site":
+                replaced = new.list_of_parameters[0]
+                for name, changed in list(banks(replaced))[:3]:
+                    new.list_of_parameters = [changed]
+                    name = "" if name == "as trained" else f", {name}"
+                    print(f"  {'new bank' + name:<26} {cases.score(new):.1f}", flush=True)
+            if args.plain:
+                print(f"  {'plain':<26} {cases.score(load(args.plain, args)):.1f}", flush=True)
 
 
 if __name__ == "__main__":

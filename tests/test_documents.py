@@ -242,8 +242,6 @@ def test_what_a_trainer_asks_to_cite_is_what_its_card_and_the_citation_file_name
     preprint = re.search(r"arXiv:([\d.]+)", entry)
     titles = [reference["title"] for reference in yaml.safe_load(read(CHECKOUT / "CITATION.cff"))["references"]]
     assert title in titles
-    if method.name == "jras" and not method.citation:
-        pytest.xfail("its outside.py names no citation yet")
     assert title in method.citation and (preprint is None or preprint[0] in method.citation)
 
 

@@ -122,10 +122,13 @@ def check_cases(cases: Sequence[Given], model: FinishedModel, not_drawn: Sequenc
         ignore: value in the label files that marks what nobody looked at, besides the model's own.
 
     Raises:
-        ValueError: a file is damaged, image and label do not fit, a label value is unknown, a case has no annotated
-            voxel, or a structure is absent from all labels and not named as not drawn, or the reverse.
+        ValueError: `ignore` is a label, a file is damaged, image and label do not fit, a value is unknown, a case has
+            no annotated voxel, or a structure is absent from all labels and not named as not drawn, or the reverse.
     """
     known = declared_values(model.dataset_json["labels"])
+    if ignore in known and ignore != model.labels.ignore_label:
+        name = next(n for n, v in model.dataset_json["labels"].items() if ignore in np.atleast_1d(v))
+        raise ValueError(f"--ignore {ignore} is the label of {name}: give unknown voxels a value of their own")
     reader = model.plans.image_reader_writer_class()
     ignored = {ignore, model.labels.ignore_label} - {None}
     values: dict[str, set[int]] = {}

@@ -17,7 +17,6 @@ _EDGE = 48  # samples along an axis are enough to compare shapes
 # each: ventricles of the heart 0.18 to 0.50, anterior and posterior hippocampus (a pair by their names) up to 0.13,
 # cord up to 0.25, fundus up to 0.15
 _ALIKE = 0.6
-_SYMMETRIC = 0.3  # a label that is its own mirror image, as nested ones are, is not told apart by its side
 
 
 class MirrorPair(NamedTuple):
@@ -68,15 +67,15 @@ def pairs_by_shape(thumbnails: Sequence[Array], values: Mapping[str, int]) -> li
         scores = [_mirrored(label == values[one], label == values[other]) for label in thumbnails]
         known = np.array([score for score in scores if score is not None])
         if len(known):
-            median = np.median(known, axis=0)  # (axes, 2)
-            axis = int(np.argmax(median[:, 0]))
-            if median[axis, 0] >= _ALIKE and median[axis, 1] <= _SYMMETRIC:
-                found.append(MirrorPair(one, other, axis, round(float(median[axis, 0]), 2)))
+            median = np.median(known, axis=0)  # of each axis
+            axis = int(np.argmax(median))
+            if median[axis] >= _ALIKE:
+                found.append(MirrorPair(one, other, axis, round(float(median[axis]), 2)))
     return found
 
 
-def _mirrored(first: Array, second: Array) -> list[tuple[float, float]] | None:
-    """Dice of the first mask's mirror image with the second and with the first, for each axis; None if one is empty.
+def _mirrored(first: Array, second: Array) -> list[float] | None:
+    """Dice of the first mask's mirror image with the second, for each axis; None if one is empty.
 
     Both masks are cut to their common bounding box, whose middle is the mirror.
     """
@@ -84,15 +83,11 @@ def _mirrored(first: Array, second: Array) -> list[tuple[float, float]] | None:
     if not (a and b):
         return None
     if 2 * min(a, b) < _ALIKE * (a + b):  # no Dice of theirs is higher: saves the time of most pairs of many labels
-        return [(0.0, 0.0)] * first.ndim
+        return [0.0] * first.ndim
     both = first | second
     box = []
     for axis in range(both.ndim):
         inside = np.flatnonzero(both.any(axis=tuple(a for a in range(both.ndim) if a != axis)))
         box.append(slice(int(inside[0]), int(inside[-1]) + 1))
     first, second = first[tuple(box)], second[tuple(box)]
-    scores = []
-    for axis in range(first.ndim):
-        image = np.flip(first, axis)
-        scores.append((2 * float((image & second).sum()) / (a + b), float((image & first).sum()) / a))
-    return scores
+    return [2 * float((np.flip(first, axis) & second).sum()) / (a + b) for axis in range(first.ndim)]

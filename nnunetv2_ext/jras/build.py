@@ -13,30 +13,20 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from nnunetv2_ext.data.subjects import members_of
-from nnunetv2_ext.jras.contrastive import flip
-from nnunetv2_ext.jras.labels import adaptive_pool, low_res_labels
-
-_PADDING = -2  # marks voxels outside the image; -1 is what nnU-Net writes into empty space inside of it
+from nnunetv2_ext.jras.bank import IGNORED
 
 
 class BankContent(NamedTuple):
     """N guides, ordered by case.
 
     Attributes:
-        images, labels: ``(N, C, *L)`` fp32, normalised; ``(N, *L)`` uint8, 255 = ignored or outside the image.
-        coordinates: ``(N, 3)`` int64, lowest voxel of the patch in the preprocessed case (2d: slice first); negative
-            where the patch is larger than the image.
-        centred: ``(N,)`` bool, drawn around a foreground voxel.
-        mirrored: ``(N, axes of L)`` bool, axes along which image and labels are mirrored.
+        images, labels: ``(N, C, *P)`` fp32, normalised; ``(N, *P)`` uint8, 255 = not annotated.
+        cases: of the guides.
     """
 
     images: Tensor
     labels: Tensor
     cases: tuple[str, ...]
-    coordinates: np.ndarray
-    centred: np.ndarray
-    mirrored: Tensor
 
 
 class _Case(NamedTuple):
@@ -63,47 +53,39 @@ def draw_bank(
     dataset: Any,
     cases: Sequence[str],
     patch_size: Sequence[int],
-    low_shape: Sequence[int],
     bank_size: int,
     fg_share: float,
     label_manager: LabelManager,
     seed: int,
-    subjects: Mapping[str, str] | None = None,
-    mirror_axes: Sequence[int] = (),
 ) -> BankContent:
     """Draw the guides: the same for the same arguments, in every process; no global random state is touched.
 
-    ``bank_size`` patches are spread evenly over the cases (more cases than that: one each of a random part of them). A
+    ``bank_size`` patches are spread evenly over the cases (more cases than that: one each of a random part of them);
+    of equal ones one is kept. A
     share ``fg_share`` is centred on a foreground voxel, all classes equally often as far as the cases have them; the
     others lie anywhere, or with an ignore label around an annotated voxel. Patches are moved inwards at the image's
     border, and reach outside only where the image is smaller.
 
     Args:
-        cases: the fold's training cases; no other case is read.
-        patch_size, low_shape: P and L; 2d configurations draw slices along the first axis.
-        subjects: case to subject, see ``group_ids``.
-        mirror_axes: axes of L along which training patches are mirrored. Every guide is stored in one of these
-            orientations, all equally often: a mirrored patch finds no guide of its shape among unmirrored ones.
+        cases: no other case is read.
+        patch_size: P; 2d configurations draw slices along the first axis.
 
     Raises:
-        ValueError: nothing to retrieve from (one subject only, no annotated voxel), or an image that is not finite.
+        ValueError: nothing is annotated, or an image is not finite.
     """
     names = sorted(set(cases))
     rng = np.random.default_rng(seed)
     offers = [_inspect(dataset, name, label_manager) for name in names]
     offers = [offer for offer in offers if offer.annotated is not None or not label_manager.has_ignore_label]
-    number = len(members_of([offer.name for offer in offers], subjects))
-    if number < 2:
+    if not offers:
         raise ValueError(
-            f"{len(offers)} of the {len(names)} training case(s) of this fold have annotated voxels, and they are of "
-            f"{number} subject(s): a patch never gets guides of its own subject, so there is nothing to retrieve; "
-            "add cases, check how they are grouped into subjects (group_regex), or set jras.retriever=none"
+            f"none of the {len(names)} case(s) for the guide bank has an annotated voxel; check the labels"
         )
     each, rest = divmod(bank_size, len(offers))
     one_more = set(rng.permutation(len(offers))[:rest].tolist())
     entries = [offer for i, offer in enumerate(offers) for _ in range(each + (i in one_more))]  # one per guide
     wanted = _assign_classes(entries, fg_share, rng)
-    images, labels, corners = [], [], []
+    images, labels, kept, taken = [], [], [], set()
     opened: tuple[str, Any] = ("", None)  # a case is opened once
     for entry, chosen in zip(entries, wanted):
         if opened[0] != entry.name:
@@ -115,29 +97,21 @@ def draw_bank(
             voxels = properties["class_locations"][key]
             channel_and_voxel = voxels[rng.integers(len(voxels))]
             corner = corner_around(channel_and_voxel[1:], entry.shape, patch_size)
-        corners.append(corner)
-        image, label, ignored = cut_patch(data, seg, corner, patch_size)
-        images.append(adaptive_pool(image[None], low_shape)[0])
+        if (entry.name, corner) in taken:  # a second one would only take another guide's place
+            continue
+        taken.add((entry.name, corner))
+        kept.append(entry.name)
+        image, label = cut_patch(data, seg, corner, patch_size)
+        images.append(image)
         if not torch.isfinite(images[-1]).all():
             raise ValueError(
                 f"the preprocessed image of case {entry.name} holds values that are not finite; check the raw image "
                 "and preprocess again"
             )
         if label_manager.has_ignore_label:
-            ignored |= label == label_manager.ignore_label
-        labels.append(low_res_labels(label, low_shape, ignored))
-    flips = rng.permutation(len(entries)) % 2 ** len(mirror_axes)  # bits: every combination of axes equally often
-    mirrored = torch.zeros((len(entries), len(low_shape)), dtype=torch.bool)
-    for bit, axis in enumerate(mirror_axes):
-        mirrored[:, axis] = torch.from_numpy(flips >> bit & 1).bool()
-    return BankContent(
-        images=flip(torch.stack(images), mirrored),
-        labels=flip(torch.stack(labels)[:, None], mirrored)[:, 0],
-        cases=tuple(entry.name for entry in entries),
-        coordinates=np.array(corners, dtype=np.int64),
-        centred=np.array([chosen is not None for chosen in wanted]),
-        mirrored=mirrored,
-    )
+            label[label == label_manager.ignore_label] = IGNORED
+        labels.append(label.clamp(min=0).to(torch.uint8))
+    return BankContent(torch.stack(images), torch.stack(labels), tuple(kept))
 
 
 def _inspect(dataset: Any, name: str, label_manager: LabelManager) -> _Case:
@@ -181,19 +155,16 @@ def _corners(shape: Sequence[int], patch_size: Sequence[int]) -> list[tuple[int,
     return [(low, max(n - p, low)) for p, n, low in zip(_three(patch_size), shape, lows)]
 
 
-def cut_patch(data: Any, seg: Any, corner: Sequence[int], patch_size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """A patch of a preprocessed case, ``(C, Z, Y, X)`` and ``(1, Z, Y, X)``, at full resolution, not augmented.
+def cut_patch(data: Any, seg: Any, corner: Sequence[int], patch_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A patch of a preprocessed case, ``(C, Z, Y, X)`` and ``(1, Z, Y, X)``, not augmented.
 
     Returns:
-        Image ``(C, *P)`` fp32, 0 outside; labels ``(*P)`` int16, negative = background or outside; outside, ``(*P)``
-        bool.
+        Image ``(C, *P)`` fp32, 0 outside; labels ``(*P)`` int16, negative = background or outside, as in nnU-Net.
     """
     box = [[int(c), int(c) + p] for c, p in zip(corner, _three(patch_size))]
     image = torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(data, box, 0))).float()
-    label = torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(seg, box, _PADDING, cast_cropped_to=np.int16)[0]))
-    if len(patch_size) == 2:
-        image, label = image[:, 0], label[0]
-    return image, label, label == _PADDING
+    label = torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(seg, box, -1, cast_cropped_to=np.int16)[0]))
+    return (image[:, 0], label[0]) if len(patch_size) == 2 else (image, label)
 
 
 def _three(patch_size: Sequence[int]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a trained J-RAS model retrieves for an image of a file, for ``nnUNetv2_ext guides``."""
+"""What a trained J-RAS model reads of its guides for an image of a file, for ``nnUNetv2_ext guides``."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,13 +10,15 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read, unwrap
 from nnunetv2_ext.core.labelmaps import logits_to_labels, target_to_labels
+from nnunetv2_ext.core.orientation import directions_of
 from nnunetv2_ext.core.quiet import quiet
-from nnunetv2_ext.data.case import Volume, read_image, read_label_map, require_same_grid
 from nnunetv2_ext.data.find import find_checkpoint
+from nnunetv2_ext.data.folders import preprocess_case
 from nnunetv2_ext.data.subjects import subjects_of_dataset
 from nnunetv2_ext.jras.build import corner_around, cut_patch, group_ids
 from nnunetv2_ext.jras.network import JRASNetwork
-from nnunetv2_ext.jras.panel import GuideView, view_of_patch
+from nnunetv2_ext.jras.panel import ReadingView, view_of_patch
+from nnunetv2_ext.jras.settings import FIRST_DESIGN
 
 
 def load_model(model_folder: Path, fold: str, checkpoint: str, device: torch.device) -> nnUNetPredictor:
@@ -27,9 +29,11 @@ def load_model(model_folder: Path, fold: str, checkpoint: str, device: torch.dev
     """
     file = find_checkpoint(model_folder, fold, checkpoint)
     weights = read(file)["network_weights"]
-    if "bank.keys" not in weights:
+    if "null_logit" in weights:
+        raise ValueError(FIRST_DESIGN)
+    if "bank.images" not in weights:
         raise ValueError(f"{file} has no guide bank: it was not trained with J-RAS, or with jras.retriever=none")
-    if not len(weights["bank.keys"]):
+    if not len(weights["bank.images"]):
         raise ValueError(f"the guide bank of {file} is empty: it was stripped; use the model it was exported from")
     with quiet():
         predictor = nnUNetPredictor(
@@ -58,7 +62,7 @@ def known_case(file: Path, dataset_json: Mapping[str, Any], image: Path) -> str 
     return case if bool(torch.isin(number, checkpoint["network_weights"]["bank.groups"].cpu()).any()) else None
 
 
-def look_at_image(predictor: nnUNetPredictor, images: Sequence[Path], label: Path | None = None) -> GuideView:
+def look_at_image(predictor: nnUNetPredictor, images: Sequence[Path], label: Path | None = None) -> ReadingView:
     """Predict an image, one file per channel, and look at the guides of the patch in the middle of what was found.
 
     Raises:
@@ -74,20 +78,12 @@ def look_at_image(predictor: nnUNetPredictor, images: Sequence[Path], label: Pat
             f"a cascaded configuration needs the prediction of {configuration.previous_stage_name} first, which this "
             "command does not make; look at the pictures in the fold folder, or at the previous stage's model"
         )
-    case, reader = images[0].name, plans.image_reader_writer_class()
-    image, properties = read_image(case, images, reader)
-    seg = None
-    if label is not None:
-        seg, of_label = read_label_map(case, label, reader)
-        here, there = Volume("label", seg.shape, of_label), Volume("image", image.shape[1:], properties)
-        require_same_grid(case, here, there, "give the label of this image")
-        seg = seg[None]
-    preprocessor = configuration.preprocessor_class(verbose=False)
-    image, seg, _ = preprocessor.run_case_npy(image, seg, properties, plans, configuration, predictor.dataset_json)
+    case = images[0].name
+    image, seg, properties = preprocess_case(case, images, label, plans, configuration, predictor.dataset_json)
     labels, device = predictor.label_manager, predictor.device
     logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(np.ascontiguousarray(image)))
     corner = middle_corner(logits_to_labels(logits.float(), labels) > 0, configuration.patch_size)
-    x, truth, _ = cut_patch(image, np.zeros_like(image[:1]) if seg is None else seg, corner, configuration.patch_size)
+    x, truth = cut_patch(image, np.zeros_like(image[:1]) if seg is None else seg, corner, configuration.patch_size)
     network, patch = unwrap(predictor.network), x[None].to(device)
     assert isinstance(network, JRASNetwork)
     with torch.inference_mode(), torch.autocast("cuda", enabled=device.type == "cuda"):
@@ -95,7 +91,8 @@ def look_at_image(predictor: nnUNetPredictor, images: Sequence[Path], label: Pat
     truth, regions = truth.clamp(min=0)[None], labels.foreground_regions if labels.has_regions else []
     target = torch.cat([torch.isin(truth, torch.tensor(region)) for region in regions]) if regions else truth
     known = None if seg is None else target_to_labels(target, labels)
-    return view_of_patch(network, logits, patch, case, labels, known)
+    view = view_of_patch(network, logits, patch, case, labels, known)
+    return view._replace(directions=directions_of(properties, plans.transpose_forward))
 
 
 def middle_corner(found: np.ndarray, patch_size: Sequence[int]) -> tuple[int, ...]:

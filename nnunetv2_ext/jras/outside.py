@@ -4,30 +4,25 @@ from nnunetv2_ext.core.outside import Command, ExportEdit, Method, Promise, Trai
 
 _LINUX_X86_64 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 _ELSEWHERE = "sys_platform != 'linux' or platform_machine != 'x86_64'"
-_SMALLEST = {
-    "jras.bank_size": 8,
-    "jras.num_guides": 2,
-    "jras.retriever_widths": [4, 8, 8],
-    "jras.guide_widths": [4, 8, 8],
-    "jras.key_dim": 8,
-}
+_SMALLEST = {"jras.bank_size": 8, "jras.num_guides": 2, "jras.key_dim": 8, "jras.value_dim": 4}
 
 METHOD = Method(
     name="jras",
-    summary="retrieved image-mask guides, the retriever trained jointly (arXiv 2510.09953)",
+    summary="image-mask guides that are read, the retriever trained jointly (arXiv 2510.09953)",
     trainers={
         "nnUNetTrainerJRAS": Trainer(
-            summary="a segmenter that retrieves guides from the training cases",
+            summary="a segmenter that reads guides, of a bank that can be replaced",
             smallest=_SMALLEST,
-            off={"jras.retriever": "none"},
-            # guides at the bottleneck are about 1 % of the FLOPs
-            promises={"": Promise(cpu=1.15, cuda=1.15, memory=1.2, predict=1.15)},
+            off={"jras.retriever": "none", "jras.style_share": 0},
+            # the encoder's fine stages run for every guide
+            promises={"": Promise(cpu=2.3, cuda=2.3, memory=1.6, predict=1.2)},
         ),
         "nnUNetTrainerMedContextJRAS": Trainer(
             summary="J-RAS and MedContext at once",
             smallest=_SMALLEST,
             off={
                 "jras.retriever": "none",
+                "jras.style_share": 0,
                 "medcontext.beta": 0,
                 "medcontext.masked_supervised_weight": 0,
                 "medcontext.supervised_weight": 1,
@@ -37,9 +32,14 @@ METHOD = Method(
     commands={
         "guides": Command(
             "nnunetv2_ext.jras.commands.guides",
-            "show what a J-RAS model retrieves for an image, and with which weights",
+            "show what a J-RAS model reads of its guides for an image",
             "hand on and look inside",
-        )
+        ),
+        "bank": Command(
+            "nnunetv2_ext.jras.commands.bank",
+            "replace the guides of a J-RAS model, or take them out",
+            "hand on and look inside",
+        ),
     },
     export_edits={
         "strip-bank": ExportEdit(
@@ -59,5 +59,7 @@ METHOD = Method(
     # faiss-gpu before 1.14.3 is for Python <= 3.10
     requires=(f"faiss-gpu>=1.14.3; {_LINUX_X86_64}", f"faiss-cpu; {_ELSEWHERE}"),
     card="methods/jras.md",
+    citation="Ahmed, Mohammed, & Asilian Bidgoli (2025). J-RAS: Enhancing Medical Image Segmentation via "
+    "Retrieval-Augmented Joint Training. arXiv:2510.09953",
     advice="nnunetv2_ext.jras.advice:advice",
 )

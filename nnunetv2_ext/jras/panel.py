@@ -1,4 +1,4 @@
-"""The picture of J-RAS at work: a patch, the guides it retrieved and their weights, prediction and truth.
+"""The picture of J-RAS at work: a patch, the mask its cells read of the guides, truth, prediction, and the guides.
 
 It shows image patches of patients: as private as the training data.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.style
 import numpy as np
@@ -16,114 +16,93 @@ import torch
 from matplotlib.figure import Figure
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
+from torch.nn import functional as F
 
 from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice
-from nnunetv2_ext.core.labelmaps import class_names, logits_to_labels, target_to_labels
+from nnunetv2_ext.core.labelmaps import class_names, logits_to_labels
 from nnunetv2_ext.core.orientation import view_across
-from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.jras.network import JRASNetwork
-from nnunetv2_ext.parts.consistency import valid_mask
-
-if TYPE_CHECKING:
-    from nnunetv2_ext.jras.training import JRASTraining
 
 Array = npt.NDArray[Any]
 
 
 class Guide(NamedTuple):
-    """A guide in a picture: its row of the bank, weight w, cosine, first channel `(*L)` and label map `(*L)`."""
+    """A guide in a picture: its row of the bank, its share of the attention, first channel and label map `(*P)`."""
 
     row: int
-    weight: float
-    cosine: float
+    attention: float
     image: Array
     labels: Array
 
 
-class GuideView(NamedTuple):
-    """One patch `(*P)`, its first channel, of a case or file, and what it retrieved: the valid guides, nearest first.
+class ReadingView(NamedTuple):
+    """One patch `(*P)`, its first channel, of a case or file; what its cells read, and the valid guides, nearest first.
 
-    Label maps are numbered as in core/labelmaps.py; `null_cosine` is b0.
+    Label maps are numbered as in core/labelmaps.py; that of `read` is the likeliest class of the transported masks.
     """
 
     name: str
     image: Array
     truth: Array | None
     prediction: Array
+    read: Array
     guides: Sequence[Guide]
-    null_weight: float
-    null_cosine: float
-
-
-def view_of_patch(
-    network: JRASNetwork, logits: Tensor, x: Tensor, name: str, labels: LabelManager, truth: Array | None = None
-) -> GuideView:
-    """What the forward that gave `logits` (1, M, *P) of `x` (1, C_in, *P) retrieved."""
-    last, bank = network.last, network.bank
-    assert last is not None  # with a bank every forward retrieves
-    ids = last.ids[0, last.valid[0]]  # the valid ones come first, so that the others' weights fall off the end
-    numbers = zip(ids.tolist(), last.weights[0, :-1].tolist(), last.similarities[0].tolist())
-    images = bank.stored_images(ids)[:, 0].cpu().numpy()
-    # half a unit off: a mask is a region's logit, or the class that is largest
-    maps = [logits_to_labels(mask - 0.5, labels) for mask in bank.masks(ids)]
-    guides = [Guide(*own, *drawn) for own, drawn in zip(numbers, zip(images, maps))]
-    image, prediction = x[0, 0].float().cpu().numpy(), logits_to_labels(logits[0].float(), labels)
-    null = float(last.weights[0, -1]), float(network.null_logit.detach())
-    return GuideView(name, image, truth, prediction, guides, *null)
+    directions: Array | None = None  # of the case, see core/orientation.py
 
 
 @torch.no_grad()
-def view_of_batch(trainer: JRASTraining, batch: Batch) -> GuideView:
-    """The sample of `batch` with the most foreground; guides of its own subject are excluded, as in training."""
-    network, labels = trainer.retrieval_network, trainer.label_manager
-    assert network is not None
-    valid = valid_mask(batch.top_target, labels.ignore_label, labels.has_regions)
-    foreground = batch.top_target > 0 if valid is None else (batch.top_target > 0) & valid
-    sample = batch.select([int(foreground.flatten(1).sum(1).argmax())])
-    was_training = network.training
-    network.eval()
-    try:
-        with torch.autocast("cuda", enabled=trainer.device.type == "cuda"):
-            output = trainer.forward(sample, network)
-    finally:
-        network.train(was_training)
-    logits = output[0] if isinstance(output, (list, tuple)) else output
-    truth = target_to_labels(sample.top_target[0], labels)
-    return view_of_patch(network, logits, sample.data, sample.keys[0], labels, truth)
+def view_of_patch(
+    network: JRASNetwork, logits: Tensor, x: Tensor, name: str, labels: LabelManager, truth: Array | None = None
+) -> ReadingView:
+    """What the forward that gave `logits` (1, M, *P) of `x` (1, C_in, *P) read of the bank."""
+    last, bank = network.last, network.bank
+    assert last is not None and last.ids is not None and last.valid is not None
+    ids = last.ids[0, last.valid[0]]
+    guides = network.bank_features(x.shape[1]).select(ids[None], torch.ones_like(ids[None], dtype=torch.bool))
+    attention = network.reader.masses(last.keys[:1], last.vectors[:1], guides)[0].tolist()
+    images = bank.stored_images(ids)[:, 0].cpu().numpy()
+    # half a unit off: a mask is a region's logit, or the class that is largest
+    maps = [logits_to_labels(mask - 0.5, labels) for mask in bank.masks(ids)[0]]
+    drawn = [Guide(*one) for one in zip(ids.tolist(), attention, images, maps)]
+    read = F.interpolate(last.transported[:1], x.shape[2:], mode="bilinear" if x.ndim == 4 else "trilinear")[0]
+    image, prediction = x[0, 0].float().cpu().numpy(), logits_to_labels(logits[0].float(), labels)
+    return ReadingView(name, image, truth, prediction, logits_to_labels(read.float() - 0.5, labels), drawn)
 
 
-def draw_guides(
-    view: GuideView, path: Path, title: str, dataset_json: dict, labels: LabelManager, spacing: Sequence[float]
+def draw_reading(
+    view: ReadingView,
+    path: Path,
+    title: str,
+    dataset_json: dict,
+    labels: LabelManager,
+    spacing: Sequence[float],
+    augmented: bool = False,
 ) -> None:
-    """Write the picture: the patch with truth and prediction, then each guide with its mask, weight and cosine.
+    """Write the picture: the patch with truth, read and prediction, then each guide with its mask and attention.
 
-    Guides are drawn as they are stored, at low resolution, each at its own fullest slice: they need not lie where the
-    patch does. The title continues with the patch's name and the null weight; `spacing` is in mm per patch axis.
+    Guides are drawn each at its own fullest slice. `spacing` is in mm per patch axis; the patch is `augmented` or not.
     """
     classes = class_names(dataset_json, labels)
     ignored = [value for value, name in classes.items() if name == "ignore"]
     size, ndim, mm = view.image.shape, view.image.ndim, np.asarray(spacing, dtype=float)
     organs = view.prediction if view.truth is None else np.where(np.isin(view.truth, ignored), 0, view.truth)
-    # name, image, labels, mm per voxel, labels whose fullest slice is drawn, opacity
-    columns = [("prediction", view.image, view.prediction, mm, organs, 0.35)]
+    # name, image, labels, labels whose fullest slice is drawn, opacity
+    columns = [("read of the guides", view.image, view.read, organs, 0.35)]
+    columns.append(("prediction", view.image, view.prediction, organs, 0.35))
     if view.truth is not None:
-        columns.insert(0, ("truth", view.image, view.truth, mm, organs, 0.35))
-    for row, weight, cosine, image, label in view.guides:
-        name = f"guide {row}: w {weight:.2f}, cos {cosine:.2f}"
-        columns.append((name, image, label, mm * size / image.shape, label, 0.0))
+        columns.insert(0, ("truth", view.image, view.truth, organs, 0.35))
+    for row, attention, image, label in view.guides:
+        columns.append((f"guide {row}: {100 * attention:.0f} %", image, label, label, 0.0))
     cuts = [None] if ndim == 2 else [0, 1, 2]
     with matplotlib.style.context("default"):  # nnU-Net's progress plot changes the fonts of the whole process
         figure = Figure(figsize=(2.35 * len(columns), 2.5 * len(cuts) + 1.0), layout="constrained")
-        figure.suptitle(
-            f"{title}: {view.name}, patch {' x '.join(map(str, size))}, no guide: w {view.null_weight:.2f} "
-            f"(b0 {view.null_cosine:.2f})"
-        )
+        figure.suptitle(f"{title}: {view.name}, patch {' x '.join(map(str, size))}; % of the attention")
         for cells, axis in zip(figure.subplots(len(cuts), len(columns), squeeze=False), cuts):
-            turned = view_across(axis)
-            for cell, (name, image, label, scale, where, fill) in zip(cells, columns):
+            turned = view_across(axis, view.directions, augmented)
+            for cell, (name, image, label, where, fill) in zip(cells, columns):
                 index = None if axis is None else fullest_slice(where, axis)
                 shown, mask = (turned.cut(part, index) for part in (image, label))
-                text = name if index is None else f"{name}\naxis {axis}, slice {index}"
-                draw_slice(cell, shown, mask, classes, fill=fill, spacing=turned.spacing(scale), title=text)
+                text = name if index is None else f"{name}\n{turned.caption(index)}"
+                draw_slice(cell, shown, mask, classes, fill=fill, spacing=turned.spacing(mm), title=text)
         add_legend(figure, classes, (int(value) for _, _, label, *_ in columns for value in np.unique(label)))
         figure.savefig(path, dpi=110)

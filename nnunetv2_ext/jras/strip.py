@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY
 from nnunetv2_ext.jras.bank import PER_GUIDE
+from nnunetv2_ext.jras.settings import FIRST_DESIGN
 
 _GUIDES = {f"bank.{name}" for name in PER_GUIDE}
 
@@ -18,8 +19,8 @@ _GUIDES = {f"bank.{name}" for name in PER_GUIDE}
 def plain_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """Weights of plain nnU-Net's network: what the J-RAS network computes with an empty bank.
 
-    Those of a plain network (`retriever=none`) come back as they are. Further inputs of the first convolution
-    (`fusion=concat`) are cut off to fit `shapes`, the `stock_shapes`.
+    Those of a plain network (`retriever=none`) come back as they are. Further inputs that the first convolution had in
+    the first design (`fusion=concat`) are cut off to fit `shapes`, the `stock_shapes`.
     """
     plain = {name.removeprefix("backbone."): v for name, v in weights.items() if name.startswith("backbone.")}
     for name, value in plain.items():
@@ -33,7 +34,7 @@ def without_bank(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint without guides, their cases' names and the optimiser's state; it predicts on the plain path.
 
     Raises:
-        ValueError: trained without a bank (`retriever=none`).
+        ValueError: trained without a bank (`retriever=none`), or a model of the first design.
     """
     return _for_prediction(checkpoint, "strip-bank", empty_bank(checkpoint["network_weights"]))
 
@@ -48,7 +49,7 @@ def without_groups(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint with the guides but without the numbers of their subjects, their cases' names and places.
 
     Raises:
-        ValueError: trained without a bank (`retriever=none`).
+        ValueError: as `without_bank`.
     """
     weights = checkpoint["network_weights"].items()
     blank = {name: torch.zeros_like(value) if name == "bank.groups" else value for name, value in weights}
@@ -56,7 +57,9 @@ def without_groups(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _for_prediction(checkpoint: Mapping[str, Any], option: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    if "bank.keys" not in weights:
+    if "null_logit" in weights:
+        raise ValueError(FIRST_DESIGN)
+    if "bank.images" not in weights:
         raise ValueError(f"this model has no guide bank (jras.retriever=none); export it without --{option}")
     left_out = (EXTENSION_KEY, "optimizer_state", "grad_scaler_state")
     return {name: value for name, value in checkpoint.items() if name not in left_out} | {"network_weights": weights}

@@ -15,8 +15,8 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from nnunetv2_ext.adapt import adaptation
 from nnunetv2_ext.adapt.adaptation import Job, adapt
+from nnunetv2_ext.adapt.segments import Segments
 from nnunetv2_ext.adapt.training import AdaptTraining
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
 from nnunetv2_ext.core.settings import PLANS_KEY
@@ -88,14 +88,14 @@ def test_every_weight_has_learnt_and_the_source_is_as_it_was(request_for, model)
 
 def test_no_given_case_is_scored_by_a_model_that_was_trained_on_it(request_for, trained, monkeypatch) -> None:
     scored: list[tuple[str, set[str]]] = []
-    new = adaptation._Segments.new
+    new = Segments.new
 
     def spied(self: Any, what: str, case: str, weights: Any = None):
         if what == "left_out" and weights is not None:
             scored.append((case, trained[-1][0]))
         return new(self, what, case, weights)
 
-    monkeypatch.setattr(adaptation._Segments, "new", spied)
+    monkeypatch.setattr(Segments, "new", spied)
     output = adapt(request_for(report="first"))
     assert len(scored) == 3 and all(case not in cases and len(cases) == 2 for case, cases in scored)
     new_rows = [row for row in rows(output) if row["cases"].startswith("new")]

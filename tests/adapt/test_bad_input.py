@@ -75,6 +75,10 @@ def test_a_label_value_that_the_model_does_not_know(request_for, refused, own_si
     Job(request_for(own_site, ignore=7), print)  # the remedy passes
 
 
+def test_an_ignore_value_that_is_a_label(request_for, refused) -> None:
+    assert "--ignore 2 is the label of organ_2" in refused(request_for(ignore=2))
+
+
 def test_several_unknown_values_have_no_single_ignore_value(request_for, refused, own_site) -> None:
     rewrite(label(own_site), lambda labels: labels + 5)
     text = refused(request_for(own_site))

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
@@ -126,14 +125,13 @@ def test_a_combination_has_the_parts_of_both_methods() -> None:
 
 
 @pytest.mark.parametrize("retriever", ["joint", "none"])
-def test_jras_has_a_lookup_of_its_own_where_it_looks_up(retriever: str, make_trainer, fixed_batches) -> None:
+def test_jras_has_guides_and_a_read_of_its_own_where_it_reads(retriever: str, make_trainer) -> None:
     trainer = make_trainer(nnUNetTrainerJRAS, f"{SMALL_JRAS} jras.retriever={retriever}")
     trainer.on_train_start()
     trainer.on_train_epoch_start()
-    (batch,) = fixed_batches(trainer, 1)
-    batch["keys"] = np.array(["phantom_002", "phantom_003"])
-    looks_up = {"lookup", "contrastive"} if retriever == "joint" else set()
-    assert set(parts.measure_parts(trainer, batch, 1)) & {"lookup", "contrastive"} == looks_up
+    batch = next(trainer.dataloader_train)
+    reads = {"guides", "read"} if retriever == "joint" else set()
+    assert set(parts.measure_parts(trainer, batch, 1)) & {"guides", "read"} == reads
 
 
 @pytest.mark.parametrize("compiled", [False, True])

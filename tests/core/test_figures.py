@@ -57,6 +57,14 @@ def test_image_alone_is_grey(axes):
     assert len(np.unique(pixels)) > 10
 
 
+def test_the_first_row_of_an_image_alone_is_on_top(axes):
+    image = np.zeros((8, 8))
+    image[:4] = 1
+    draw_slice(axes, image)
+    pixels = _pixels(axes)
+    assert (pixels[25, 50] == 255).all() and (pixels[75, 50] == 0).all()
+
+
 def test_fill_colours_the_labelled_half_only_and_the_first_rows_are_on_top(axes):
     label = np.zeros((8, 8), dtype=int)
     label[:4] = 2

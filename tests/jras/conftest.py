@@ -9,11 +9,11 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
-from nnunetv2_ext.jras.bank import PER_GUIDE, GuideBank
-from nnunetv2_ext.jras.network import JRASNetwork
+from nnunetv2_ext.jras.bank import PER_GUIDE, GuideBank, stored
+from nnunetv2_ext.jras.network import Episode, JRASNetwork
 from nnunetv2_ext.jras.settings import JRASSettings
 
-SMALL_JRAS = "jras.retriever_widths=[4,8,8] jras.guide_widths=[4,8,8] jras.key_dim=16 jras.bank_size=24"
+SMALL_JRAS = "jras.key_dim=8 jras.value_dim=4 jras.num_guides=2 jras.bank_size=24"
 
 
 def empty(bank: GuideBank) -> None:
@@ -36,7 +36,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _unet(input_channels: int, heads: int, dim: int, residual: bool) -> nn.Module:
+def unet(input_channels: int, heads: int, dim: int, residual: bool = False) -> nn.Module:
+    """Three resolutions of 4, 8 and 12 channels."""
     common = {
         "input_channels": input_channels,
         "n_stages": 3,
@@ -58,33 +59,51 @@ def _unet(input_channels: int, heads: int, dim: int, residual: bool) -> nn.Modul
     return PlainConvUNet(**common, n_conv_per_stage=1)
 
 
+def random_bank(guides: int, dim: int, channels: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random images and masks of three classes, patch 16 per axis; guide i belongs to subject i // 3."""
+    generator = torch.Generator().manual_seed(seed)
+    lut = torch.zeros(256, 3, dtype=torch.uint8)
+    lut[[0, 1, 2], [0, 1, 2]] = 1
+    labels = torch.randint(0, 3, (guides, *(16,) * dim), dtype=torch.uint8, generator=generator)
+    images = torch.randn(guides, channels, *(16,) * dim, generator=generator)
+    return stored(images, labels, torch.arange(guides) // 3, lut)
+
+
+def random_episode(batch: int, guides: int, dim: int, seed: int = 0) -> Episode:
+    """As `random_bank`; all samples read."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, guides, 1, *(16,) * dim)
+    labels = torch.randint(0, 3, shape, generator=generator)
+    masks = torch.cat([(labels == n).float() for n in range(3)], 2)
+    known = torch.ones(shape, dtype=torch.bool)
+    return Episode(torch.randn(shape, generator=generator), masks, known, torch.ones(batch, dtype=torch.bool))
+
+
 @pytest.fixture
 def make_network() -> Callable[..., JRASNetwork]:
-    """``make_network(dim=, guides=, residual=, input_channels=, **settings)``.
+    """``make_network(dim=, guides=, residual=, input_channels=, moved=, **settings)``.
 
-    Image channel 1, heads 3, patch 16 per axis. The bank holds random images and masks; guide i belongs to subject
-    i // 3.
+    Image channel 1, heads 3, patch 16 per axis, bank of `random_bank`. If `moved`, the further columns are not zero.
     """
 
     def make(
-        dim: int = 3, guides: int = 12, residual: bool = False, input_channels: int = 1, seed: int = 0, **settings
+        dim: int = 2,
+        guides: int = 12,
+        residual: bool = False,
+        input_channels: int = 1,
+        seed: int = 0,
+        moved: bool = True,
+        **settings,
     ) -> JRASNetwork:
         torch.manual_seed(seed)
-        chosen = JRASSettings(**{"retriever_widths": [4, 8, 8], "guide_widths": [4, 8, 8], "key_dim": 16} | settings)
-        extra = 1 + 3 if chosen.fusion == "concat" else 0
-        network = JRASNetwork(
-            _unet(input_channels + extra, 3, dim, residual), chosen, image_channels=1, heads=3, patch_size=(16,) * dim
-        )
+        chosen = JRASSettings(**{"key_dim": 8, "value_dim": 4, "num_guides": 3} | settings)
+        backbone = unet(input_channels, 3, dim, residual)
+        network = JRASNetwork(backbone, chosen, image_channels=1, heads=3, patch_size=(16,) * dim)
+        if moved:
+            for columns in network.columns.values():
+                nn.init.normal_(columns.weight, std=0.3)
         if guides:
-            lut = torch.zeros(256, 3, dtype=torch.uint8)
-            lut[[0, 1, 2], [0, 1, 2]] = 1
-            network.bank.fill(
-                torch.randn(guides, 1, *network.low_shape),
-                torch.randint(0, 3, (guides, *network.low_shape), dtype=torch.uint8),
-                torch.arange(guides) // 3,
-                lut,
-            )
-            network.bank.set_keys(network.embed_bank())
+            network.bank.fill(random_bank(guides, dim))
         return network
 
     return make

@@ -43,14 +43,14 @@ def image_of(dataset: TinyDataset) -> Path:
     return sorted(dataset.images_ts.glob("*_0000.nii.gz"))[0]
 
 
-def test_guides_draws_a_picture_and_prints_the_weights(model, tiny, tmp_path, capsys):
+def test_guides_draws_a_picture_and_prints_the_attention(model, tiny, tmp_path, capsys):
     label = tiny.raw / tiny.name / "labelsTs" / image_of(tiny).name.replace("_0000", "")
     assert ext_main(["guides", str(model), str(image_of(tiny)), "-o", str(tmp_path / "p.png"), "-l", str(label)]) == 0
     assert (tmp_path / "p.png").stat().st_size > 5000
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["guide", "weight", "cosine"]  # not where nnU-Net found the trainer
-    table = [line for line in lines if len(line) == 3 and (line[0].isdigit() or line[0] == "none")]
-    assert len(table) == 5 and sum(float(line[1]) for line in table) == pytest.approx(1, abs=0.01)
+    assert lines[0] == ["guide", "attention"]  # not where nnU-Net found the trainer
+    table = [line for line in lines if len(line) == 2 and line[0].isdigit()]
+    assert len(table) == 2 and sum(float(line[1]) for line in table) == pytest.approx(1, abs=0.01)
 
 
 def test_guides_warns_for_a_case_of_the_bank(model, tiny, tmp_path, capsys):

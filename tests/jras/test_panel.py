@@ -1,4 +1,4 @@
-"""The picture shows what was retrieved, and drawing it changes nothing."""
+"""The picture shows what was read, and drawing it changes nothing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from nnunetv2_ext.core.labelmaps import target_to_labels
 from nnunetv2_ext.core.step import Batch
-from nnunetv2_ext.jras.panel import GuideView, draw_guides, view_of_batch
+from nnunetv2_ext.jras.panel import ReadingView, draw_reading, view_of_patch
 from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -25,36 +26,37 @@ def trainer(make_trainer, small_jras, request):
     return trainer
 
 
-def test_the_view_is_what_the_network_retrieved_for_the_fullest_sample(trainer):
-    batch = Batch.from_loader(trainer.last_batch, trainer.device)
+def test_the_view_is_what_the_network_read(trainer):
+    batch = Batch.from_loader(trainer.last_batch, trainer.device).select([1])
+    found, logits = trainer.read_bank(batch)
+    truth = target_to_labels(batch.top_target[0], trainer.label_manager)
+    view = view_of_patch(trainer.network, logits, batch.data, batch.keys[0], trainer.label_manager, truth)
+    patch = tuple(trainer.configuration_manager.patch_size)
+    assert view.name == batch.keys[0] and view.image.shape == view.prediction.shape == view.read.shape == patch
+    assert np.array_equal(view.truth, batch.top_target[0, 0].numpy())
+    assert view.guides and sum(guide.attention for guide in view.guides) == pytest.approx(1, abs=1e-4)
+    bank = trainer.network.bank
+    for guide, row in zip(view.guides, found.ids[0].tolist()):
+        assert guide.row == row and trainer._bank_state["cases"][row] != view.name
+        assert np.array_equal(guide.labels, bank.labels[row].numpy())
+    # at the resolution of the read itself, the likeliest of the transported masks
+    if found.transported.shape[2:] == batch.data.shape[2:]:
+        assert np.array_equal(view.read, found.transported[0].argmax(0).numpy())
+
+
+def test_the_trainer_draws_it_beside_other_methods_pictures_and_changes_nothing(trainer, tmp_path):
     mode, state = trainer.network.training, trainer.generator.get_state()
-    view = view_of_batch(trainer, batch)
-    assert trainer.network.training == mode and torch.equal(trainer.generator.get_state(), state)
-    fullest = int((batch.top_target > 0).flatten(1).sum(1).argmax())
-    assert view.name == batch.keys[fullest]
-    assert np.array_equal(view.truth, batch.top_target[fullest, 0].numpy())
-    assert view.prediction.shape == view.image.shape == tuple(trainer.configuration_manager.patch_size)
-    bank, ids = trainer.network.bank, [guide.row for guide in view.guides]
-    assert np.allclose([guide.image for guide in view.guides], bank.stored_images(torch.tensor(ids))[:, 0].numpy())
-    stored = bank.labels[ids].numpy()
-    assert np.array_equal([guide.labels for guide in view.guides], np.where(stored == 255, 0, stored))
-    assert sum(guide.weight for guide in view.guides) + view.null_weight == pytest.approx(1, abs=1e-5)
-    assert trainer._bank_state["cases"][ids[0]] != view.name
-    for number, guide in zip(ids, view.guides):
-        assert guide.cosine == pytest.approx(float(trainer.network.last.queries[0] @ bank.keys[number]), abs=1e-5)
-
-
-def test_the_trainer_draws_it_beside_other_methods_pictures(trainer, tmp_path):
     trainer.draw_panel(tmp_path / "panel_epoch_0000.png")
+    assert trainer.network.training == mode and torch.equal(trainer.generator.get_state(), state)
     assert [p.name for p in tmp_path.glob("*.png")] == ["panel_epoch_0000_guides.png"]
     picture = imread(tmp_path / "panel_epoch_0000_guides.png")
     assert min(picture.shape[:2]) > 100 and picture[..., :3].std() > 0.05
 
 
-def test_a_patch_without_any_guide_can_be_drawn(trainer, tmp_path):
+def test_a_patch_without_truth_and_guides_can_be_drawn(trainer, tmp_path):
     shape = tuple(trainer.configuration_manager.patch_size)
-    view = GuideView("case", np.zeros(shape), None, np.zeros(shape, int), [], 1.0, 0.5)
-    draw_guides(
-        view, tmp_path / "none.png", "title", trainer.dataset_json, trainer.label_manager, [1] * view.image.ndim
-    )
-    assert Path(tmp_path / "none.png").stat().st_size > 1000
+    empty = np.zeros(shape, int)
+    view = ReadingView("case", np.zeros(shape), None, empty, empty, [])
+    file = tmp_path / "none.png"
+    draw_reading(view, file, "title", trainer.dataset_json, trainer.label_manager, [1] * len(shape))
+    assert Path(file).stat().st_size > 1000

@@ -24,7 +24,7 @@ from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
 from nnunetv2_ext.trainers.nnUNetTrainerMedContextJRAS import nnUNetTrainerMedContextJRAS
 
-SMALL_JRAS = "jras.retriever_widths=[4,8,8] jras.guide_widths=[4,8,8] jras.key_dim=16 jras.bank_size=24"
+SMALL_JRAS = "jras.key_dim=8 jras.value_dim=4 jras.num_guides=2 jras.bank_size=24"
 
 
 def unet(channels: int = 1, heads: int = 3, dim: int = 2, residual: bool = False, seed: int = 0, **kwargs) -> nn.Module:

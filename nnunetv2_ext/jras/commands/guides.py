@@ -1,4 +1,4 @@
-"""``nnUNetv2_ext guides MODEL_FOLDER IMAGE -o PANEL.png``: what a J-RAS model retrieves for an image, as a picture."""
+"""``nnUNetv2_ext guides MODEL_FOLDER IMAGE -o PANEL.png``: what a J-RAS model reads of its guides, as a picture."""
 
 import argparse
 from pathlib import Path
@@ -16,14 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the picture and print the guides with their weights."""
+    """Write the picture and print the guides with their shares of the attention."""
     import torch
 
     from nnunetv2_ext.core.devices import check_device
     from nnunetv2_ext.core.files import require_picture, require_writable
     from nnunetv2_ext.data.find import find_checkpoint
     from nnunetv2_ext.jras.look import known_case, load_model, look_at_image
-    from nnunetv2_ext.jras.panel import draw_guides
+    from nnunetv2_ext.jras.panel import draw_reading
 
     check_device(args.device)
     require_writable(args.output.absolute().parent)
@@ -33,16 +33,15 @@ def run(args: argparse.Namespace) -> int:
     configuration = predictor.configuration_manager
     spacing = configuration.spacing[-len(configuration.patch_size) :]
     title = f"{args.model_folder.name}, fold {args.fold}"
-    draw_guides(view, args.output, title, predictor.dataset_json, predictor.label_manager, spacing)
+    draw_reading(view, args.output, title, predictor.dataset_json, predictor.label_manager, spacing)
     file = find_checkpoint(args.model_folder, args.fold, args.checkpoint)
     if (case := known_case(file, predictor.dataset_json, args.image[0])) is not None:
         print(
             f"WARNING: {case}, or another case of its subject, is in the guide bank: it retrieves itself. Look at an "
             "image that the model was not trained on"
         )
-    print(f"{'guide':>8}  {'weight':>6}  {'cosine':>6}")
+    print(f"{'guide':>8}  {'attention':>9}")
     for guide in view.guides:
-        print(f"{guide.row:>8}  {guide.weight:6.3f}  {guide.cosine:6.3f}")
-    print(f"{'none':>8}  {view.null_weight:6.3f}  {view.null_cosine:6.3f}")
-    print(f"wrote {args.output}; it shows image patches of training cases")
+        print(f"{guide.row:>8}  {guide.attention:9.3f}")
+    print(f"wrote {args.output}; it shows image patches of the guides' cases")
     return 0
