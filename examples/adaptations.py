@@ -27,7 +27,7 @@ from nnunetv2_ext.data.case import read_label_map
 
 RECIPES = {
     "default": [],
-    "replay 0.7": ["--replay", "0.7"],
+    "replay 0.5": ["--replay", "0.5"],
     "no replay": ["--no-replay"],
     "head only": ["--head-only"],
     "head only, no replay": ["--head-only", "--no-replay"],

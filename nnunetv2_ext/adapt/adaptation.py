@@ -32,6 +32,7 @@ from nnunetv2_ext.adapt.recipes import Solved, Trained
 from nnunetv2_ext.adapt.report import Comparison, Pictured, draw_cases, warning, write_csv
 from nnunetv2_ext.adapt.score import dice
 from nnunetv2_ext.adapt.segments import Segments, Weights
+from nnunetv2_ext.adapt.settings import REPLAY
 from nnunetv2_ext.adapt.training import RATE, STEPS, hidden_heads
 from nnunetv2_ext.core.export import write_descriptions
 from nnunetv2_ext.core.files import atomic_torch_save, atomic_write_text, read_json, require_writable
@@ -147,7 +148,7 @@ class Job:
         wanted = self.request.replay
         found = find_old_data(self.model)
         if isinstance(found, OldData):
-            return found, 0.5 if wanted is None else wanted
+            return found, REPLAY if wanted is None else wanted
         if wanted:
             raise ValueError(
                 f"--replay needs the model's own preprocessed data, and {found}: set {PREPROCESSED} to where it is, or "

@@ -33,8 +33,7 @@ class GuideBank(nn.Module):
         patch_size: P.
 
     Attributes:
-        is_empty: a plain bool that compiled code may branch on; reading a buffer's shape there would cost one
-            compilation per bank size.
+        is_empty: a bool for compiled code, which a buffer's shape would cost one compilation per bank size.
         version: changes with every content.
     """
 

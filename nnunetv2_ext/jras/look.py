@@ -25,7 +25,7 @@ def load_model(model_folder: Path, fold: str, checkpoint: str, device: torch.dev
     """nnU-Net's predictor with one fold of a J-RAS model.
 
     Raises:
-        ValueError: no such model or fold, no J-RAS model, or one without guides.
+        ValueError: no such model or fold, not a J-RAS model, or one without guides.
     """
     file = find_checkpoint(model_folder, fold, checkpoint)
     weights = read(file)["network_weights"]

@@ -58,10 +58,8 @@ def reading(context: Episode | Exclusion) -> Iterator[None]:
 
 
 class Reading(NamedTuple):
-    """What the last forward read.
-
-    The transported masks `(B, M, *s)`, with their graph in training; and of the bank's guides ids and validity `(B, K)`
-    (None in an episode), with the keys and vectors of the queries that found them.
+    """What the last forward read: the transported masks `(B, M, *s)`, in an episode with their graph; of the bank's
+    guides ids and validity `(B, K)`, None in an episode; keys and vectors of the queries.
     """
 
     transported: Tensor
@@ -111,7 +109,7 @@ class JRASNetwork(nn.Module):
         channels: Sequence[int] = backbone.encoder.output_channels  # type: ignore[assignment, union-attr]
         self.settings, self.backbone = settings, backbone
         self.image_channels, self.heads, dim = image_channels, heads, len(patch_size)
-        self.num_guides, self.gradients = settings.guides_for(dim), settings.gradients_for(dim)
+        self.num_guides, self.gradients = settings.guides_for(dim), settings.guides_with_gradient
         self.level = read_level(patch_size, backbone.encoder.strides)  # type: ignore[union-attr, arg-type]
         self.fine = tuple(range(min(2, len(stages))))  # levels of the prototypes
         scores = settings.retriever == "joint"

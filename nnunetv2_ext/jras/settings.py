@@ -50,11 +50,11 @@ class JRASSettings(Settings):
         0.75, ge=0, le=1, description="Share of the guides whose patch is centred on a foreground voxel. Source: ours."
     )
     # ---- the training
-    guides_with_gradient: int | None = Field(
-        None,
+    guides_with_gradient: int = Field(
+        1,
         ge=1,
-        description="Guides of a patch through which the loss reaches the encoder; the others are only read. Unset: 2 "
-        "in 2-D, 1 in 3-D. Source: ours (memory).",
+        description="Guides of a patch through which the loss reaches the encoder; the others are only read. "
+        "Source: measured (each costs 0.4 of plain nnU-Net's saved tensors).",
     )
     transport_weight: float = Field(
         0.3, ge=0, description="Weight of the cross entropy of the mask that attention transports. Source: ours."
@@ -82,7 +82,6 @@ class JRASSettings(Settings):
 
     @property
     def has_retrieval(self) -> bool:
-        """Whether there is a bank at all."""
         return self.retriever != "none"
 
     def guides_for(self, dim: int) -> int:
@@ -92,11 +91,6 @@ class JRASSettings(Settings):
     def bank_size_for(self, dim: int) -> int:
         """N for patches of `dim` axes."""
         return self.bank_size or (256 if dim == 2 else 48)
-
-    def gradients_for(self, dim: int) -> int:
-        """Guides with gradient for patches of `dim` axes."""
-        chosen = self.guides_with_gradient
-        return min(self.guides_for(dim), (2 if dim == 2 else 1) if chosen is None else chosen)
 
 
 def is_of_first_design(block: Mapping[str, Any]) -> bool:

@@ -95,14 +95,10 @@ class JRASTraining(MethodTrainer):
         s = self.jras
         if not s.has_retrieval and not s.style_share:
             return super().make_train_loader(dataset, **nnunet_arguments)
-        channels = len(self.configuration_manager.normalization_schemes)
-        number = s.guides_for(self._dim) if s.has_retrieval else 0
+        plan = self.configuration_manager
+        channels, number = len(plan.normalization_schemes), s.guides_for(len(plan.patch_size)) if s.has_retrieval else 0
         how = (number, s.fg_share, s.style_share, channels, self._subjects(dataset.identifiers))
         return EpisodeLoader(dataset, *how, **nnunet_arguments)
-
-    @property
-    def _dim(self) -> int:
-        return len(self.configuration_manager.patch_size)
 
     def on_train_start(self) -> None:
         """nnU-Net's, which unpacks the data; then the bank is drawn, unless the checkpoint brought it."""
@@ -165,8 +161,8 @@ class JRASTraining(MethodTrainer):
         if self.is_ddp:
             distributed.broadcast_object_list(key, 0)
         seed = (self.settings.seed or 0) * 1000 + (999 if self.fold == "all" else int(self.fold))
-        patch, size = self.configuration_manager.patch_size, s.bank_size_for(self._dim)
-        content = draw_bank(self._datasets[0], cases, patch, size, s.fg_share, labels, seed)
+        patch = self.configuration_manager.patch_size
+        content = draw_bank(self._datasets[0], cases, patch, s.bank_size_for(len(patch)), s.fg_share, labels, seed)
         foreground = [n for n in labels.all_labels if n]
         if missing := [str(n) for n in foreground if not (content.labels == n).any()]:
             self.print_to_log_file(

@@ -22,8 +22,8 @@ LOGITS = 0.02  # float16 of values up to 10, and other builds of torch
 CHANGED: dict[str, str] = {}
 # models whose network this version does not compute any more: it says so, and their export is the plain network
 REFUSED = {
-    "jras": "a J-RAS model of the first design .* `nnUNetv2_ext export MODEL OUT`",
-    "medcontext_jras": "a J-RAS model of the first design .* `nnUNetv2_ext export MODEL OUT`",
+    "jras": "a J-RAS model of the first design.* `nnUNetv2_ext export MODEL OUT`",
+    "medcontext_jras": "a J-RAS model of the first design.* `nnUNetv2_ext export MODEL OUT`",
 }
 
 

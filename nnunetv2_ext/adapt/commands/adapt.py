@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     replay = parser.add_mutually_exclusive_group()
     replay.add_argument(
         "--replay", type=float, metavar="SHARE",
-        help="share of each batch that is old training cases (default: 0.5 where nnUNet_preprocessed has them)",
+        help="share of each batch that is old training cases (default: 0.7 where nnUNet_preprocessed has them)",
     )  # fmt: skip
     replay.add_argument("--no-replay", dest="replay", action="store_const", const=0.0, help="new cases only")
     parser.add_argument(

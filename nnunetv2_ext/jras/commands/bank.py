@@ -29,15 +29,13 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_ext.core.export import export_model
     from nnunetv2_ext.jras.replace import replace_bank
 
-    if args.strip == (args.images is not None or args.labels is not None) or (
-        not args.strip and None in (args.images, args.labels)
-    ):
+    given = [folder is not None for folder in (args.images, args.labels)]
+    if any(given) if args.strip else not all(given):
         raise ValueError("give the new guides with --images and --labels, or --strip to leave none")
     if args.strip:
         written = export_model(args.model_folder, args.output, edits=("strip-bank",))
     else:
-        how = (args.images, args.labels, args.output, args.queries, args.seed)
-        written = replace_bank(args.model_folder, *how)
+        written = replace_bank(args.model_folder, args.images, args.labels, args.output, args.queries, args.seed)
     for path in written:
         print(f"wrote {path}")
     return 0
