@@ -14,8 +14,9 @@ from scipy import stats
 from nnunetv2_ext.compare import scores, statistics
 from nnunetv2_ext.compare.arms import Arm, Repeat
 from nnunetv2_ext.compare.scores import Scores, common_values
-from nnunetv2_ext.compare.statistics import NO_INTERVAL, bootstrap_interval, headline, paired_difference, verdict
+from nnunetv2_ext.compare.statistics import headline, paired_difference, verdict
 from nnunetv2_ext.evaluate.folder import MEAN, Source
+from nnunetv2_ext.evaluate.intervals import NO_INTERVAL, bootstrap_interval
 from nnunetv2_ext.evaluate.metrics import Rules
 from nnunetv2_ext.evaluate.structures import Labels, Structure
 

@@ -184,6 +184,13 @@ def test_pairs_of_one_subject_narrow_the_interval() -> None:
     assert paired.high - paired.low < 0.02 < 0.3 < strangers.high - strangers.low
 
 
+def test_each_draw_has_as_many_subjects_of_a_group() -> None:
+    """Of two subjects beside ten, every draw has two; drawn from all twelve, some draws would have none."""
+    values = pd.Series([0.4, 0.6, *[0.5] * 10])
+    found = gap_interval(values, pd.Series([True] * 2 + [False] * 10), pd.Series(range(12)))
+    assert tuple(found) == pytest.approx((-0.1, 0.1))  # the mean of the two is 0.4, 0.5 or 0.6
+
+
 def test_no_interval_of_a_gap() -> None:
     values = pd.Series([0.5, 0.6, 0.7])
     assert gap_interval(values, pd.Series([True, False, False]), pd.Series(list("abc"))) is NO_INTERVAL
