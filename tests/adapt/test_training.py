@@ -17,12 +17,13 @@ from tests.contract.same import differences, finished
 
 @pytest.fixture
 def build(make_trainer: Callable[..., Any], tiny) -> Callable[..., Any]:
-    """``build("key=value", replay=True)``: in 2d, with the tiny dataset's own cases as old ones."""
+    """``build("key=value", replay=True)``: in 2d, with the tiny dataset's own cases as old ones, half of each batch."""
 
     def make(settings: str = "", replay: bool = True, **options: Any) -> Any:
         old = tiny.preprocessed / tiny.name / "nnUNetPlans_2d"
         names = sorted(file.stem for file in old.glob("*.pkl"))[:2]
-        replayed = f"adapt.old_data={old} adapt.old_cases=[{','.join(names)}]"
+        share = "" if "adapt.replay=" in settings else "adapt.replay=0.5 "
+        replayed = f"{share}adapt.old_data={old} adapt.old_cases=[{','.join(names)}]"
         return make_trainer(nnUNetTrainerAdapt, f"{settings} {replayed if replay else ''}", "2d", **options)
 
     return make
