@@ -21,11 +21,6 @@ def findings() -> list[Finding]:
     if any(isinstance(try_to_load_from_cache(repository, name), str) for name in names):
         return [Finding(OK, subject, f"{what}, downloaded")]
     download = f"import open_clip; open_clip.create_model('{source.model}', pretrained='{source.weights}')"
-    return [
-        Finding(
-            WARN,
-            subject,
-            f"{what} are not downloaded; nnUNetTrainerRADA does that at its first start, which needs the network",
-            f'python -c "{download}"   (or train with rada.semantics=off)',
-        )
-    ]
+    missing = f"{what} are not downloaded; nnUNetTrainerRADA does that at its first start, which needs the network"
+    remedy = f'python -c "{download}"   (or train with rada.semantics=off)'
+    return [Finding(WARN, subject, missing, remedy)]

@@ -25,7 +25,7 @@ class RADASettings(Settings):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # what a digest by others says of the paper; the paper itself could not be read in full
-        "paper-digest": {"registration": "on"},
+        "paper-digest": {"registration": "on"}
     }
 
     preset: Literal["paper-digest"] | None = Field(

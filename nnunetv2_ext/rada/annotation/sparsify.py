@@ -11,15 +11,7 @@ import numpy as np
 from nnunetv2_ext import __version__
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.data.case import by
-from nnunetv2_ext.data.derive import (
-    DENSE,
-    final_folder,
-    link_folder,
-    link_images,
-    link_label,
-    new_dataset,
-    write_json,
-)
+from nnunetv2_ext.data.derive import DENSE, final_folder, link_folder, link_images, link_label, new_dataset, write_json
 from nnunetv2_ext.data.raw import RawDataset, Target, measure, open_raw, require_free_id, target_grids
 from nnunetv2_ext.data.split import write_split_for
 from nnunetv2_ext.data.subjects import BLOCK, divided, pairs_suggested, recorded_subjects
