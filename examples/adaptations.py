@@ -21,9 +21,10 @@ import torch
 from nnunetv2_ext.adapt.cases import find_cases, preprocess, read_truth
 from nnunetv2_ext.adapt.model import open_model
 from nnunetv2_ext.adapt.old import OldData, find_old_data
-from nnunetv2_ext.adapt.score import Segmenter, dice, read_preprocessed
+from nnunetv2_ext.adapt.score import Segmenter, read_preprocessed
 from nnunetv2_ext.core.files import atomic_write_text
 from nnunetv2_ext.data.case import read_label_map
+from nnunetv2_ext.parts.dice import dice
 
 RECIPES = {
     "default": [],

@@ -30,7 +30,6 @@ from nnunetv2_ext.adapt.model import open_model
 from nnunetv2_ext.adapt.old import OldData, find_old_data
 from nnunetv2_ext.adapt.recipes import Solved, Trained
 from nnunetv2_ext.adapt.report import Comparison, Pictured, draw_cases, warning, write_csv
-from nnunetv2_ext.adapt.score import dice
 from nnunetv2_ext.adapt.segments import Segments, Weights
 from nnunetv2_ext.adapt.settings import REPLAY
 from nnunetv2_ext.adapt.training import RATE, STEPS, hidden_heads
@@ -43,6 +42,7 @@ from nnunetv2_ext.data.find import PREPROCESSED
 from nnunetv2_ext.data.preprocessed import file_stamp
 from nnunetv2_ext.data.raw import declared_values
 from nnunetv2_ext.data.subjects import members_of, pairs_suggested, subjects_of_dataset
+from nnunetv2_ext.parts.dice import dice
 
 FIRST, ALL = "first", "all"  # folds of which a report is made; else of none
 REPORT = "adaptation"  # folder in the result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from nnunetv2_ext.adapt.model import FinishedModel
 from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.data.case import Volume, read_image, read_label_map, require_same_grid, short, spacing_of
+from nnunetv2_ext.data.channels import channel_names
+from nnunetv2_ext.data.folders import find_pairs
 from nnunetv2_ext.data.raw import declared_values
 
 FAR = 2.0  # spacing and the plans' differ by more than this factor: ours
@@ -37,56 +38,21 @@ def find_cases(images: Path, labels: Path, model: FinishedModel, previous: Path 
         ValueError: a folder, an image, a label or a channel is missing, or a dataset.json beside them names other
             channels or labels than the model.
     """
-    ending = str(model.dataset_json["file_ending"])
-    for folder, what in ((images, "images (-i)"), (labels, "labels (-l)")):
-        if not folder.is_dir():
-            raise ValueError(f"the folder of {what}, {folder}, does not exist")
     if images.resolve().parent == labels.resolve().parent and (images.parent / "dataset.json").is_file():
         _compare_site(images.parent / "dataset.json", model)
-    channels: dict[str, set[str]] = {}
-    for name in _names(images, ending):
-        case, _, channel = name.rpartition("_")
-        if not case or len(channel) != 4 or not channel.isdecimal():
-            raise ValueError(f"{images / (name + ending)} is not named CASE_0000{ending}: rename it as nnU-Net asks")
-        channels.setdefault(case, set()).add(channel)
-    labelled = set(_names(labels, ending))
-    if not channels and not labelled:
-        raise ValueError(f"{images} and {labels} hold no file that ends in {ending}, as the model's images do")
-    wanted = {f"{number:04d}": name for number, name in enumerate(model.channels)}
-    for case, there in sorted(channels.items()):
-        if case not in labelled:
-            raise ValueError(f"case {case} has an image and no label {labels / (case + ending)}: draw it, or move the "
-                             "image away")  # fmt: skip
-        if missing := [f"{wanted[number]} ({case}_{number}{ending})" for number in sorted(wanted.keys() - there)]:
-            raise ValueError(f"case {case} lacks the channel {', '.join(missing)}, which the model was trained with; "
-                             f"it wants {', '.join(wanted.values())}: add the file")  # fmt: skip
-        if further := sorted(there - wanted.keys()):
-            raise ValueError(f"case {case} has {len(there)} channels, and the model wants {', '.join(wanted.values())}:"
-                             f" move {case}_{further[0]}{ending} and its like away")  # fmt: skip
-    if without := sorted(labelled - channels.keys()):
-        raise ValueError(f"case {without[0]} has a label and no image {images / (without[0] + '_0000' + ending)}: add "
-                         "the image, or move the label away")  # fmt: skip
-    given = []
-    for case in sorted(channels):
+    ending, given = str(model.dataset_json["file_ending"]), []
+    for case, (files, label) in find_pairs(images, labels, model.dataset_json).items():
         stage = None if previous is None else previous / f"{case}{ending}"
         if stage is not None and not stage.is_file():
             raise ValueError(f"case {case} has no segmentation {stage} by the previous stage: predict it with that "
                              "stage's model (nnUNetv2_predict)")  # fmt: skip
-        files = tuple(images / f"{case}_{number}{ending}" for number in wanted)
-        given.append(Given(case, files, labels / f"{case}{ending}", stage))
+        given.append(Given(case, tuple(files), label, stage))
     return given
-
-
-def _names(folder: Path, ending: str) -> list[str]:
-    return sorted(
-        name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending) and not name.startswith(".")
-    )
 
 
 def _compare_site(file: Path, model: FinishedModel) -> None:
     site = read_json(file)
-    names = site.get("channel_names") or site.get("modality") or {}
-    theirs = [str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+    theirs = channel_names(site)
     if theirs and theirs != model.channels:
         raise ValueError(
             f"{file} declares the channels {', '.join(theirs)}, the model was trained on {', '.join(model.channels)}: "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,9 +18,11 @@ from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, first_difference, read
 from nnunetv2_ext.core.export import portable
 from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.core.labelmaps import foreground_names
+from nnunetv2_ext.core.quiet import quiet
 from nnunetv2_ext.core.settings import PLANS_KEY
 from nnunetv2_ext.core.stock import stock_network
 from nnunetv2_ext.core.trainer import ExtTrainer
+from nnunetv2_ext.data.channels import channel_names
 from nnunetv2_ext.data.find import find_checkpoint
 
 
@@ -63,8 +63,7 @@ class FinishedModel:
     @property
     def channels(self) -> list[str]:
         """Names of the image channels."""
-        names = self.dataset_json.get("channel_names") or self.dataset_json.get("modality") or {}
-        return [str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+        return channel_names(self.dataset_json)
 
     def checkpoint(self, fold: str) -> dict[str, Any]:
         """Of a fold, as one of nnU-Net's own trainer, without what only continuing needs.
@@ -119,7 +118,7 @@ def open_model(folder: Path, folds: Sequence[str] = (), checkpoint: str = "check
 
 def _found(name: str) -> type[nnUNetTrainer] | None:
     """A trainer by name, of nnU-Net's, ours or others; None if it is not installed here."""
-    with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints where it looks
+    with quiet():  # nnU-Net prints where it looks
         try:
             return recursive_find_trainer_class_by_name(name)
         except RuntimeError:

@@ -1,15 +1,13 @@
-"""Segmenting preprocessed cases with nnU-Net's predictor, and their Dice against the labels as they were drawn."""
+"""Segmenting preprocessed cases with nnU-Net's predictor."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, region_or_label_to_mask
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -69,21 +67,3 @@ class Segmenter:
             num_threads_torch=torch.get_num_threads(),
         )
         return np.asarray(segmentation)
-
-
-def dice(
-    segmentation: np.ndarray, truth: np.ndarray, ignored: np.ndarray | None, structures: Mapping[str, Any]
-) -> dict[str, float]:
-    """nnU-Net's Dice of each structure; NaN where truth and segmentation are empty.
-
-    Args:
-        segmentation, truth: label maps of one shape.
-        ignored: voxels that do not count, or None.
-        structures: name to label value or values.
-    """
-    scores = {}
-    for name, value in structures.items():
-        masks = [region_or_label_to_mask(labels, value) for labels in (truth, segmentation)]
-        tp, fp, fn, _ = compute_tp_fp_fn_tn(*masks, ignored)
-        scores[name] = float(2 * tp / (2 * tp + fp + fn)) if tp + fp + fn else math.nan
-    return scores

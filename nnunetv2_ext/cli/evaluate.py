@@ -80,8 +80,11 @@ def run(args: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise ValueError(f"the folder of {what}, {folder}, does not exist")
     require_roles(predictions, truth)
-    given = args.labels is not None
-    content, labels = ({}, from_values(args.labels, args.ignore)) if given else read_labels(dataset_json_file(args))
+    content: dict[str, Any] = {}
+    if args.labels is None:
+        content, labels = read_labels(dataset_json_file(args, predictions, truth))
+    else:
+        labels = from_values(args.labels, args.ignore)
     source = make_source(args, labels, content, "" if content.get("file_ending") else file_ending(truth))
     groups, notes = (None, []) if args.by is None else groups_of(args, content, source.ending)
     output = require_output(args.o or predictions / "evaluation", folders)
@@ -122,18 +125,18 @@ def short_name(folder: Path) -> str:
     return "/".join(parts[starts[-1] :] if starts else parts[-1:])
 
 
-def dataset_json_file(args: argparse.Namespace) -> Path:
-    """The dataset.json that the arguments name, or the one beside the files."""
+def dataset_json_file(args: argparse.Namespace, predictions: Path, truth: Path | None) -> Path:
+    """The dataset.json that the arguments (djfile, d) name, or the one beside the files."""
     if args.djfile is not None:
-        return args.djfile
+        return Path(args.djfile)
     if args.d is not None:
         from nnunetv2_ext.data.find import find_dataset_json
 
         return find_dataset_json(args.d)
-    for folder in (args.predictions, args.truth, args.truth.absolute().parent):
+    for folder in (predictions, *((truth, truth.absolute().parent) if truth else ())):
         if (folder / "dataset.json").is_file():
             return folder / "dataset.json"
     raise ValueError(
-        f"there is no dataset.json in {args.predictions} or beside {args.truth}: give -d DATASET, -djfile FILE, or "
-        "--labels 1 2 ..."
+        f"there is no dataset.json in {predictions}{f' or beside {truth}' if truth else ''}: give -d DATASET, "
+        f"-djfile FILE{', or --labels 1 2 ...' if hasattr(args, 'labels') else ''}"
     )

@@ -28,11 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw every case, and say where the pictures are."""
+    from nnunetv2_ext.cli.evaluate import dataset_json_file
     from nnunetv2_ext.core.files import read_json, require_writable
     from nnunetv2_ext.core.progress import progress_bar
+    from nnunetv2_ext.data.folders import cases_of_images
     from nnunetv2_ext.evaluate.pairs import case_files
 
-    content = read_json(_dataset_json(args))
+    content = read_json(dataset_json_file(args, args.p, args.truth))
     ending = str(content["file_ending"])
     there = case_files(args.p, ending, "segmentations")
     truth = case_files(args.truth, ending, "the truth") if args.truth else {}
@@ -40,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     for what, files in (("segmentation", there), *([("truth", truth)] if args.truth else [])):
         if missing := [case for case in cases if case not in files]:
             raise ValueError(f"case {missing[0]} has no {what}; name cases that have, with --cases")
-    images = {case: _images(args.i, case, ending) for case in cases}
+    images = cases_of_images(args.i, ending)
+    if missing := [case for case in cases if case not in images]:
+        raise ValueError(f"case {missing[0]} has no image {missing[0]}_0000{ending} in {args.i}: give its folder")
     if args.o.exists() and any(args.o.iterdir()):
         raise ValueError(f"{args.o} is not empty, and nothing is overwritten: name another folder")
     args.o.mkdir(parents=True, exist_ok=True)
@@ -50,25 +54,6 @@ def run(args: argparse.Namespace) -> int:
         draw_case(case, images[case], maps, content, args.o / f"{case}.png")
     print(f"{len(cases)} pictures in {args.o}; they show patients")
     return 0
-
-
-def _dataset_json(args: argparse.Namespace) -> Path:
-    if args.djfile is not None:
-        return Path(args.djfile)
-    if args.d is not None:
-        from nnunetv2_ext.data.find import find_dataset_json
-
-        return find_dataset_json(args.d)
-    if (args.p / "dataset.json").is_file():
-        return Path(args.p / "dataset.json")
-    raise ValueError(f"there is no dataset.json in {args.p}: give -d DATASET or -djfile FILE")
-
-
-def _images(folder: Path, case: str, ending: str) -> list[Path]:
-    found = sorted(folder.glob(f"{case}_[0-9][0-9][0-9][0-9]{ending}")) if folder.is_dir() else []
-    if not found:
-        raise ValueError(f"case {case} has no image {case}_0000{ending} in {folder}: give the folder of the images")
-    return found
 
 
 def draw_case(case: str, images: list[Path], maps: dict[str, Path], dataset_json: dict[str, Any], path: Path) -> None:
@@ -82,9 +67,10 @@ def draw_case(case: str, images: list[Path], maps: dict[str, Path], dataset_json
     from matplotlib.figure import Figure
 
     from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice
+    from nnunetv2_ext.core.labelmaps import names_of_values
     from nnunetv2_ext.core.orientation import directions_of, view_across
     from nnunetv2_ext.data.case import Volume, find_reader, read_image, read_label_map, require_same_grid, spacing_of
-    from nnunetv2_ext.data.channels import are_colours
+    from nnunetv2_ext.data.channels import are_colours, channel_names
 
     ending = str(dataset_json["file_ending"])
     reader = find_reader(ending, dataset_json.get("overwrite_image_reader_writer"), images[0])
@@ -94,11 +80,9 @@ def draw_case(case: str, images: list[Path], maps: dict[str, Path], dataset_json
         labels[name], of_label = read_label_map(case, file, reader, name)
         volumes = Volume(name, labels[name].shape, of_label), Volume("image", image.shape[1:], properties)
         require_same_grid(case, *volumes, "give the image that was segmented")
-    names = dataset_json.get("channel_names") or dataset_json.get("modality") or {}
-    shown = (
-        image[:3].transpose(1, 2, 3, 0) / max(255.0, float(image.max())) if are_colours(names.values()) else image[0]
-    )
-    classes = _class_names(dataset_json)
+    in_colours = are_colours(channel_names(dataset_json))
+    shown = image[:3].transpose(1, 2, 3, 0) / max(255.0, float(image.max())) if in_colours else image[0]
+    classes = names_of_values(dataset_json)
     fullest = next(iter(labels.values()))
     flat = image.shape[1] == 1
     directions, spacing = directions_of(properties), spacing_of(properties)
@@ -122,13 +106,3 @@ def draw_case(case: str, images: list[Path], maps: dict[str, Path], dataset_json
         present = {int(v) for label in labels.values() for v in np.unique(label)}
         add_legend(figure, classes, present)
         figure.savefig(path, dpi=110)
-
-
-def _class_names(dataset_json: dict[str, Any]) -> dict[int, str]:
-    """Label value to name; of regions the values as nnU-Net writes them, named by the first region that has them."""
-    order = dataset_json.get("regions_class_order")
-    labels = {name: value for name, value in dataset_json["labels"].items() if name != "background" and value != 0}
-    if order is None:
-        return {int(value): name for name, value in labels.items()}
-    regions = [name for name in labels if name != "ignore"]
-    return {int(value): name for value, name in zip(order, regions)}

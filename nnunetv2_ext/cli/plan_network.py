@@ -7,7 +7,8 @@ import json
 import pydoc
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -55,6 +56,8 @@ def _options(known: Mapping[str, Network]) -> dict[str, tuple[str, list[str]]]:
 
 def run(args: argparse.Namespace) -> int:
     """Write the plans, print what they cost against the old ones, and the next command."""
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
     from nnunetv2_ext.core.files import atomic_write_text, read_json
     from nnunetv2_ext.data.preprocessed import open_preprocessed
 
@@ -73,19 +76,20 @@ def run(args: argparse.Namespace) -> int:
     if file.is_file() and not args.force and read_json(file) != plans:
         raise ValueError(f"{file} exists with another network or plan: give another name with -o, or --force")
 
-    build = _builder(found, whole)
-    new, old = build(architecture), build(whole["architecture"])
-    check_network(new, whole, found.plans.get_label_manager(found.dataset_json).num_segmentation_heads, args.network)
-    costs = [_cost(network, whole, not args.no_timing) for network in (old, new)]
-    if not args.no_timing:
-        costs = _timed(costs, (old, new), whole)
+    channels = determine_num_input_channels(found.plans, found.configuration, found.dataset_json)
+    heads = found.plans.get_label_manager(found.dataset_json).num_segmentation_heads
+    old, new = (_build(a, channels, heads) for a in (whole["architecture"], architecture))
+    shape = (2, channels, *whole["patch_size"])
+    check_network(new, shape, heads, architecture, args.network)
+    costs = _costs((old, new), shape, timing=not args.no_timing)
     atomic_write_text(file, json.dumps(plans, indent=4) + "\n")
-    print(_table(costs, whole, (args.p, plans["plans_name"])))
+    print(_table(costs, whole["patch_size"], (args.p, plans["plans_name"])))
     print(f"wrote {file}; the preprocessed data of {args.p} are used as they are")
     print(f"next: nnUNetv2_train {args.d} {args.c} 0 -p {plans['plans_name']}")
     where = architecture["network_class_name"].partition(".")[0]
     if where not in ("dynamic_network_architectures", "nnunetv2"):
-        print(f"whoever predicts with such a model needs {where} installed; the export to plain nnU-Net is refused")
+        refused = "; its export to plain nnU-Net is refused" if where == "nnunetv2_ext" else ""
+        print(f"whoever predicts with such a model needs {where} installed{refused}")
     return 0
 
 
@@ -141,58 +145,59 @@ def network_architecture(
     own = configuration["architecture"]["arch_kwargs"]
     kept = {key: value for key, value in own.items() if everything or key in takes}
     imports = [key for key in configuration["architecture"]["_kw_requires_import"] if key in kept and key not in kwargs]
-    # nnU-Net takes the deep-supervision resolutions from the strides of the plans
     return {"network_class_name": network, "arch_kwargs": {**kept, **kwargs}, "_kw_requires_import": imports}
 
 
-def _builder(found: Any, whole: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
+def _build(architecture: Mapping[str, Any], channels: int, heads: int) -> Any:
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-    channels = determine_num_input_channels(found.plans, found.configuration, found.dataset_json)
-    heads = found.plans.get_label_manager(found.dataset_json).num_segmentation_heads
-
-    def build(architecture: Mapping[str, Any]) -> Any:
-        name, kwargs = architecture["network_class_name"], architecture["arch_kwargs"]
-        try:
-            network = get_network_from_plans(
-                name, kwargs, architecture["_kw_requires_import"], channels, heads, deep_supervision=True
-            )
-        except Exception as error:  # whatever the constructor of a foreign class raises
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"the network {name} cannot be built from these plans: {reason}") from error
-        network.input_channels_of_plans = channels
-        return network
-
-    return build
+    name, kwargs = architecture["network_class_name"], architecture["arch_kwargs"]
+    try:
+        return get_network_from_plans(
+            name, kwargs, architecture["_kw_requires_import"], channels, heads, deep_supervision=True
+        )
+    except Exception as error:  # whatever the constructor of a foreign class raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the network {name} cannot be built from these plans: {reason}") from error
 
 
-def check_network(network: Any, configuration: Mapping[str, Any], heads: int, name: str) -> None:
-    """Raise ValueError unless a network does on the plan's patch what nnU-Net's trainers expect of it.
+def check_network(network: Any, shape: tuple[int, ...], heads: int, architecture: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError unless a network does on a batch of the plan's patches what nnU-Net's trainers expect of it.
 
-    With ``decoder.deep_supervision`` it returns the list over the resolutions that the strides name, the finest first;
-    without, the logits alone.
+    With ``decoder.deep_supervision`` it returns the list over the resolutions that the strides of its own architecture
+    name, the finest first; without, the logits alone.
+
+    Args:
+        network: to be checked.
+        shape: ``(B, C, *S)`` of the batch.
+        heads: channels of the logits.
+        architecture: as it is to stand in the plans.
+        name: of the network, for messages.
     """
     import numpy as np
     import torch
 
-    patch = tuple(configuration["patch_size"])
-    strides = network_strides(configuration, network)
-    scales = np.cumprod(np.array(strides), axis=0)[:-1]
-    x = torch.zeros(2, network.input_channels_of_plans, *patch)
+    strides = architecture["arch_kwargs"].get("strides")
+    if strides is None:
+        raise ValueError(
+            f"the network {name} takes no strides, from which nnU-Net reads the resolutions of deep supervision: let "
+            "its constructor take an argument strides"
+        )
     if not hasattr(network, "decoder"):
         raise ValueError(
             f"the network {name} has no attribute decoder, whose deep_supervision nnU-Net switches: add one"
         )
-    wanted = [(2, heads, *(round(n / s) for n, s in zip(patch, scale))) for scale in scales]
+    scales = np.cumprod(np.array(strides), axis=0)[:-1]  # as nnUNetTrainer._get_deep_supervision_scales
+    wanted = [(shape[0], heads, *(round(n / s) for n, s in zip(shape[2:], scale))) for scale in scales]
     with torch.no_grad():
-        for deep in (True, False):
+        for deep in (False, True):
             network.decoder.deep_supervision = deep
             try:
-                outputs = network(x)
+                outputs = network(torch.zeros(shape))
             except RuntimeError as error:
                 reason = " ".join(str(error).split())
-                raise ValueError(f"the network {name} fails on the plan's patch {list(patch)}: {reason}") from error
+                patch = list(shape[2:])
+                raise ValueError(f"the network {name} fails on the plan's patch {patch}: {reason}") from error
             got = [tuple(o.shape) for o in outputs] if isinstance(outputs, (list, tuple)) else [tuple(outputs.shape)]
             expected = wanted if deep else wanted[:1]
             if got != expected or isinstance(outputs, (list, tuple)) != deep:
@@ -201,12 +206,6 @@ def check_network(network: Any, configuration: Mapping[str, Any], heads: int, na
                     f"the network {name} returns {got} {how} deep supervision on the plan's patch, nnU-Net needs "
                     f"{expected}: let its outputs follow the strides in arch_kwargs, {[list(s) for s in strides]}"
                 )
-    network.decoder.deep_supervision = True
-
-
-def network_strides(configuration: Mapping[str, Any], network: Any) -> Any:
-    """The strides nnU-Net takes the deep-supervision resolutions from."""
-    return getattr(network, "strides_of_plans", None) or configuration["architecture"]["arch_kwargs"]["strides"]
 
 
 class _Cost(NamedTuple):
@@ -215,41 +214,37 @@ class _Cost(NamedTuple):
     seconds: float | None  # of forward and backward, a sample
 
 
-def _cost(network: Any, configuration: Mapping[str, Any], timing: bool) -> _Cost:
+def _costs(networks: tuple[Any, Any], shape: tuple[int, ...], timing: bool) -> list[_Cost]:
+    """Of both; timed by turns, so that both see the same machine."""
     from nnunetv2_ext.bench.memory import saved_tensor_peak
 
-    saved = saved_tensor_peak(lambda: _step(network, configuration), 1) // 2
-    return _Cost(sum(p.numel() for p in network.parameters()), saved, None)
-
-
-def _timed(costs: list[_Cost], networks: tuple[Any, Any], configuration: Mapping[str, Any]) -> list[_Cost]:
-    """By turns, so that both see the same machine."""
+    parameters = [sum(p.numel() for p in network.parameters()) for network in networks]
+    saved = [saved_tensor_peak(partial(_step, network, shape), 1) // shape[0] for network in networks]
     seconds: list[list[float]] = [[], []]
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if timing else 0):
         for own, network in zip(seconds, networks):
             start = time.perf_counter()
-            _step(network, configuration)
-            own.append((time.perf_counter() - start) / 2)
-    return [cost._replace(seconds=median(own)) for cost, own in zip(costs, seconds)]
+            _step(network, shape)
+            own.append((time.perf_counter() - start) / shape[0])
+    timed = [median(own) if own else None for own in seconds]
+    return [_Cost(*cost) for cost in zip(parameters, saved, timed)]
 
 
-def _step(network: Any, configuration: Mapping[str, Any]) -> None:
+def _step(network: Any, shape: tuple[int, ...]) -> None:
     import torch
 
-    outputs = network(torch.randn(2, network.input_channels_of_plans, *configuration["patch_size"]))
-    sum(output.square().mean() for output in outputs).backward()
+    sum(output.square().mean() for output in network(torch.randn(shape))).backward()
     network.zero_grad(set_to_none=True)
 
 
-def _table(costs: list[_Cost], configuration: Mapping[str, Any], names: tuple[str, str]) -> str:
-    patch = " x ".join(map(str, configuration["patch_size"]))
-    lines = [f"on the plan's patch of {patch}, on the CPU:",
+def _table(costs: list[_Cost], patch: list[int], names: tuple[str, str]) -> str:
+    lines = [f"on the plan's patch of {' x '.join(map(str, patch))}, on the CPU:",
              f"  {'plans':<40} {'parameters':>12} {'saved MB a sample':>18} {'step s a sample':>16}"]  # fmt: skip
     for cost, name in zip(costs, names):
         seconds = "" if cost.seconds is None else f"{cost.seconds:.3f}"
         lines.append(f"  {name:<40} {cost.parameters:>12,} {cost.saved / 1e6:>18.1f} {seconds:>16}")
     old, new = costs
-    ratios = [new.parameters / old.parameters, new.saved / old.saved]
     step = "" if old.seconds is None or new.seconds is None else f"{new.seconds / old.seconds:.2f}"
+    ratios = [new.parameters / old.parameters, new.saved / old.saved]
     lines.append(f"  {'ratio':<40} {ratios[0]:>12.2f} {ratios[1]:>18.2f} {step:>16}")
     return "\n".join(lines)

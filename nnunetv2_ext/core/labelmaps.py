@@ -17,6 +17,13 @@ def class_names(dataset_json: dict, labels: LabelManager) -> dict[int, str]:
     return classes
 
 
+def names_of_values(dataset_json: dict) -> dict[int, str]:
+    """Value in nnU-Net's segmentation files to name, without the background; of regions that whose value it writes."""
+    labels = {name: value for name, value in dataset_json["labels"].items() if name not in ("background", "ignore")}
+    order = dataset_json.get("regions_class_order")
+    return {int(value): name for value, name in zip(labels.values() if order is None else order, labels)}
+
+
 def foreground_names(dataset_json: dict, labels: LabelManager) -> list[str]:
     """Names of the foreground classes or regions in the order in which nnU-Net lists their Dice."""
     return [name for _, name in sorted(class_names(dataset_json, labels).items()) if name != "ignore"]

@@ -3,8 +3,20 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+# nnU-Net's classes of normalisation
+SCALED_BY_255, OF_CT = "RGBTo01Normalization", "CTNormalization"
+
 _COLOURS = (("r", "g", "b"), ("red", "green", "blue"))
 SCALED = "rgb_to_0_1"  # nnU-Net's name for channels that are divided by 255
+
+
+def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
+    """In their order; datasets of nnU-Net v1 call them ``modality``."""
+    names = dataset_json.get("channel_names") or dataset_json.get("modality") or {}
+    if not isinstance(names, Mapping):
+        return []
+    # numbers as text: 10 comes behind 2
+    return [str(name) for _, name in sorted(names.items(), key=lambda item: (len(str(item[0])), str(item[0])))]
 
 
 def are_colours(names: Iterable[str]) -> bool:
@@ -18,8 +30,7 @@ def hint_on_rgb(dataset_json: Mapping[str, Any]) -> str | None:
 
     nnU-Net chooses the normalisation by a channel's name: any but a few means that each image is z-scored.
     """
-    channels = dataset_json.get("channel_names") or dataset_json.get("modality") or {}
-    names = [str(name) for name in channels.values()] if isinstance(channels, Mapping) else []
+    names = channel_names(dataset_json)
     if not are_colours(names) or all(name == SCALED for name in names):
         return None
     return (

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from torch import Tensor
 
 from nnunetv2_ext.core.files import require_writable
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.data.case import read_label_map
+from nnunetv2_ext.data.folders import cases_of_images, require_channels
+from nnunetv2_ext.data.raw import declared_values
 from nnunetv2_ext.estimate.calibration import alarm, is_outside, local_correction, set_interval
 from nnunetv2_ext.estimate.features import of_case
-from nnunetv2_ext.estimate.fit import Fitted, dice_of
+from nnunetv2_ext.estimate.fit import Fitted
 from nnunetv2_ext.estimate.prediction import FoldPredictor
+from nnunetv2_ext.parts.dice import dice
 
 NOT_FOUND = "not found"
 
@@ -92,7 +94,7 @@ def apply(
     if axes != fitted.mirrored:
         raise ValueError(f"predictions are mirrored along {axes}, in the fit along {fitted.mirrored}: fit again")
     ending = str(predictor.predictor.dataset_json["file_ending"])
-    files = _images(images, ending)
+    files = _images(images, predictor.predictor.dataset_json)
     labels = _labels(local_labels, ending, files) if local_labels else {}
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty, and nothing is overwritten: name another folder")
@@ -105,13 +107,12 @@ def apply(
     return _judged(found, fitted, predictor.folds, threshold, len(labels))
 
 
-def _images(folder: Path, ending: str) -> dict[str, list[Path]]:
-    if not folder.is_dir():
-        raise ValueError(f"-i {folder} is not a folder")
-    lists = create_lists_from_splitted_dataset_folder(str(folder), ending)
-    if not lists:
+def _images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, list[Path]]:
+    ending = str(dataset_json["file_ending"])
+    found = cases_of_images(folder, ending)
+    if not found:
         raise ValueError(f"{folder} holds no image CASE_0000{ending}")
-    return {Path(own[0]).name[: -len(f"_0000{ending}")]: [Path(file) for file in own] for own in lists}
+    return {case: require_channels(case, files, dataset_json) for case, files in found.items()}
 
 
 def _labels(folder: Path, ending: str, files: dict[str, list[Path]]) -> dict[str, Path]:
@@ -150,15 +151,16 @@ def _of_case(
     if label is not None:
         reader = predictor.predictor.plans_manager.image_reader_writer_class()
         truth, _ = read_label_map(case, label, reader)
-        known = {0, *(v for values in predictor.values() for v in values)}
-        ignore = predictor.predictor.label_manager.ignore_label
-        known |= {int(ignore)} if ignore is not None else set()
+        known = declared_values(predictor.predictor.dataset_json["labels"])
         if unknown := sorted(set(np.unique(truth).tolist()) - known):
             raise ValueError(f"case {case}: {label} holds the value {unknown[0]}, which the model does not know")
         if truth.shape != segmentation.shape:
             raise ValueError(f"case {case}: {label} has shape {truth.shape}, the image {segmentation.shape}")
+    ignore, measured = predictor.predictor.label_manager.ignore_label, dict[str, float]()
+    if truth is not None:
+        measured = dice(segmentation, truth, None if ignore is None else truth == ignore, predictor.structures)
     rows = []
-    for i, (name, values) in enumerate(zip(predictor.structures(), predictor.values(), strict=True)):
+    for i, (name, value) in enumerate(predictor.structures.items()):
         sizes = [own[i][1] for own in by_fold]
         estimates = [fitted.calibration.line.predict(name, own[i][0]) for own in by_fold if own[i][1] > 0]
         outside = [is_outside(fitted.calibration, name, own[i][0]) for own in by_fold if own[i][1] > 0]
@@ -166,10 +168,10 @@ def _of_case(
             {
                 "case": case,
                 "structure": name,
-                "found": bool(np.isin(segmentation, values).any()) and any(sizes),
+                "found": bool(np.isin(segmentation, value).any()) and any(sizes),
                 "estimate": float(np.mean(estimates)) if estimates else math.nan,
                 "outside": any(o for o in outside if o is not None),
-                "measured": None if truth is None else dice_of(segmentation, truth, values, None),
+                "measured": None if math.isnan(measured.get(name, math.nan)) else measured[name],
             }
         )
     return rows
@@ -221,5 +223,5 @@ def _judged(rows: Sequence[dict[str, Any]], fitted: Fitted, folds: list[int], th
         clean = sum(r["structure"] == structure and not r["corrupted"] for r in calibration.rows)
         if alarm([r["outside"] for r in own if r["found"]], clean):
             unlike.append(structure)
-    worst = sorted(estimates, key=lambda e: (not math.isnan(e.estimate), e.estimate if e.estimate == e.estimate else 0))
+    worst = sorted(estimates, key=lambda e: -1.0 if math.isnan(e.estimate) else e.estimate)
     return Result(worst, sets, unlike, local, folds, threshold)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.data.case import read_label_map
 from nnunetv2_ext.data.find import as_model, find_checkpoint
 from nnunetv2_ext.data.preprocessed import Preprocessed, open_preprocessed
+from nnunetv2_ext.data.split import read_split
 from nnunetv2_ext.data.subjects import subjects_from_table, subjects_of_dataset
 from nnunetv2_ext.estimate.calibration import Calibration, Row, calibrate
 from nnunetv2_ext.estimate.corruption import corrupt
 from nnunetv2_ext.estimate.features import of_case
 from nnunetv2_ext.estimate.prediction import FoldPredictor
+from nnunetv2_ext.parts.dice import dice
 
 Array = npt.NDArray[Any]
 
@@ -90,12 +93,7 @@ class Fitted:
 def sha256(file: Path) -> str:
     """Of a file's content."""
     with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Path) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
+        digest = hashlib.sha256()
         while block := content.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -149,7 +147,7 @@ def fit(
     with _Partial(model.folder / _PARTIAL, {"sha256": hashes, "corrupted": corrupted}) as partial:
         for fold in wanted:
             predictor = FoldPredictor(model.folder, [int(fold)], checkpoint, device)
-            structures = predictor.structures()
+            structures = list(predictor.structures)
             mirrored = list(predictor.predictor.allowed_mirroring_axes or ())
             for case in progress_bar(cases[fold], f"fold {fold}"):
                 key = f"{fold}/{case}"  # splits of one's own may let two folds validate on a case
@@ -169,7 +167,7 @@ def _validation_cases(data: Preprocessed, folds: Sequence[str]) -> dict[str, lis
         raise ValueError(
             f"{data.splits_file} is missing: without the split nobody knows which cases a fold has not seen"
         )
-    split = read_json(data.splits_file)
+    split = read_split(data.splits_file)
     if unknown := [fold for fold in folds if int(fold) >= len(split)]:
         raise ValueError(
             f"{data.splits_file} has {len(split)} folds, and the model has fold {unknown[0]}: restore the split"
@@ -193,15 +191,15 @@ def _rows_of(case: str, predictor: FoldPredictor, data: Preprocessed, corrupted:
             probabilities = only_where(probabilities, labelled, predictor.has_regions)
         features = of_case(probabilities, predictor.has_regions)
         segmentation = predictor.segmentation(logits, properties)
-        for name, values, (found, _) in zip(predictor.structures(), predictor.values(), features, strict=True):
-            dice = dice_of(segmentation, truth, values, ignore)
-            if dice is not None:
+        scores = dice(segmentation, truth, None if ignore is None else truth == ignore, predictor.structures)
+        for (name, score), (found, _) in zip(scores.items(), features, strict=True):
+            if not math.isnan(score):
                 yield {
                     "case": case,
                     "subject": "",
                     "structure": name,
                     "features": found,
-                    "dice": dice,
+                    "dice": score,
                     "corrupted": is_corrupted,
                 }
 
@@ -218,14 +216,6 @@ def _truth(case: str, data: Preprocessed, predictor: FoldPredictor) -> Array:
     file = data.base / "gt_segmentations" / f"{case}{data.dataset_json['file_ending']}"
     reader = predictor.predictor.plans_manager.image_reader_writer_class()
     return read_label_map(case, file, reader, "truth")[0]
-
-
-def dice_of(segmentation: Array, truth: Array, values: Sequence[int], ignore: int | None = None) -> float | None:
-    """2 |P and T| / (|P| + |T|) in voxels that have a truth; None if both are empty."""
-    valid = truth != ignore if ignore is not None else np.ones(truth.shape, bool)
-    p, t = np.isin(segmentation, values) & valid, np.isin(truth, values) & valid
-    size = int(p.sum()) + int(t.sum())
-    return None if size == 0 else 2 * int((p & t).sum()) / size
 
 
 class _Partial:

@@ -1,8 +1,7 @@
 """nnU-Net's own predictor, one case at a time: logits on the network's grid, and the segmentation it would write."""
 
-import contextlib
-import io
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,10 @@ from nnunetv2.inference.export_prediction import (
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
+
+from nnunetv2_ext.core.labelmaps import foreground_names
+from nnunetv2_ext.core.quiet import quiet
+from nnunetv2_ext.data.channels import OF_CT
 
 Array = npt.NDArray[Any]
 
@@ -33,7 +36,7 @@ class FoldPredictor:
     """
 
     def __init__(self, model: Path, folds: Sequence[int], checkpoint: str, device: str) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net's search for the trainer
+        with quiet():  # nnU-Net's search for the trainer
             self.predictor = nnUNetPredictor(
                 device=torch.device(device), perform_everything_on_device=device == "cuda", allow_tqdm=False
             )
@@ -49,20 +52,14 @@ class FoldPredictor:
     @property
     def is_ct(self) -> bool:
         """Whether all channels are normalised as CT."""
-        return set(self.predictor.configuration_manager.normalization_schemes) == {"CTNormalization"}
+        return set(self.predictor.configuration_manager.normalization_schemes) == {OF_CT}
 
-    def structures(self) -> list[str]:
-        """Names in the order of the heads, without the background."""
+    @cached_property
+    def structures(self) -> dict[str, int | tuple[int, ...]]:
+        """Name to label value, or to the values of a region, in the order of the heads without the background."""
         labels = self.predictor.label_manager
-        names = {_key(value): name for name, value in self.predictor.dataset_json["labels"].items()}
-        wanted = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-        return [names[_key(value)] for value in wanted]
-
-    def values(self) -> list[tuple[int, ...]]:
-        """Label values of each structure."""
-        labels = self.predictor.label_manager
-        wanted = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-        return [tuple(int(v) for v in np.atleast_1d(value)) for value in wanted]
+        values = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+        return dict(zip(foreground_names(self.predictor.dataset_json, labels), values, strict=True))
 
     def logits(self, data: Array) -> Iterator[Tensor]:
         """Of each fold ``(heads, *S)`` on the CPU.
@@ -73,7 +70,7 @@ class FoldPredictor:
         tensor = torch.from_numpy(np.asarray(data, dtype=np.float32))
         for weights in self._weights:
             self.predictor.list_of_parameters = [weights]
-            with contextlib.redirect_stdout(io.StringIO()):
+            with quiet():
                 yield self.predictor.predict_logits_from_preprocessed_data(tensor)
 
     def probabilities(self, logits: Tensor) -> Array:
@@ -108,7 +105,3 @@ class FoldPredictor:
         export_prediction_from_logits(
             logits, properties, p.configuration_manager, p.plans_manager, p.dataset_json, str(target)
         )
-
-
-def _key(value: Any) -> tuple[int, ...]:
-    return tuple(int(v) for v in np.atleast_1d(value))

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice
 from nnunetv2_ext.core.files import atomic_write_text
+from nnunetv2_ext.core.labelmaps import names_of_values
 from nnunetv2_ext.core.orientation import directions_of, view_across
 from nnunetv2_ext.data.case import find_reader, read_image, read_label_map, spacing_of
 from nnunetv2_ext.estimate.apply import Result
@@ -149,10 +150,7 @@ def draw_worst(result: Result, images: Path, output: Path, dataset_json: dict[st
     ending = str(dataset_json["file_ending"])
     lowest = {e.case: e for e in reversed(result.estimates)}
     cases = sorted(lowest, key=lambda case: result.estimates.index(lowest[case]))[:_WORST]
-    classes = {}
-    for name, value in dataset_json["labels"].items():
-        if name not in ("background", "ignore") and not isinstance(value, (list, tuple)):
-            classes[int(value)] = name
+    classes = names_of_values(dataset_json)
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(3.4 * len(cases), 4.4), layout="constrained")
         figure.suptitle(f"worst cases: {NOT_A_MEASUREMENT}", fontsize=11)
@@ -170,12 +168,11 @@ def draw_worst(result: Result, images: Path, output: Path, dataset_json: dict[st
                 axes,
                 view.cut(image[0], index),
                 view.cut(label, index),
-                classes or None,
+                classes,
                 spacing=view.spacing(spacing_of(properties)),
                 letters=view.letters,
                 title=f"{case}\n{e.structure}: {value}",
             )
             present |= {int(v) for v in np.unique(label)}
-        if classes:
-            add_legend(figure, classes, present)
+        add_legend(figure, classes, present)
         figure.savefig(path, dpi=110)

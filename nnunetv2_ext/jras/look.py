@@ -12,6 +12,7 @@ from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read, unwrap
 from nnunetv2_ext.core.labelmaps import logits_to_labels, target_to_labels
 from nnunetv2_ext.core.orientation import directions_of
 from nnunetv2_ext.core.quiet import quiet
+from nnunetv2_ext.data.channels import channel_names
 from nnunetv2_ext.data.find import find_checkpoint
 from nnunetv2_ext.data.folders import preprocess_case
 from nnunetv2_ext.data.subjects import subjects_of_dataset
@@ -70,7 +71,7 @@ def look_at_image(predictor: nnUNetPredictor, images: Sequence[Path], label: Pat
             configuration.
     """
     configuration, plans = predictor.configuration_manager, predictor.plans_manager
-    channels = len(predictor.dataset_json.get("channel_names", predictor.dataset_json.get("modality")))
+    channels = len(channel_names(predictor.dataset_json))
     if len(images) != channels:
         raise ValueError(f"this model takes {channels} channel(s), one file each, not {len(images)}; give all of them")
     if configuration.previous_stage_name is not None:

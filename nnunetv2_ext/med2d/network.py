@@ -4,7 +4,8 @@ The paper names the block's parts and the number of parameters, 2.07 million. St
 downsamples, how the pooled vector rejoins, decoder, norm and activation are ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -77,18 +78,21 @@ class _Encoder(nn.Module):
     """Skips of all stages, the finest first, with nnU-Net's attributes of an encoder."""
 
     def __init__(
-        self, input_channels: int, widths: Sequence[int], blocks: Sequence[int], strides: Sequence[Sequence[int]],
-        **block: object,
-    ) -> None:  # fmt: skip
+        self,
+        input_channels: int,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        strides: Sequence[Sequence[int]],
+        block: Callable[..., MedBlock],
+        norm: Norm,
+    ) -> None:
         super().__init__()
-        norm: Norm = block["norm"]  # type: ignore[assignment]
         layers: list[nn.Module] = [_convolution(input_channels if i == 0 else widths[0], widths[0], norm)
                                    for i in range(blocks[0])]  # fmt: skip
         stages: list[nn.Module] = [nn.Sequential(*layers)]
         for before, width, number, stride in zip(widths, widths[1:], blocks[1:], strides[1:]):
-            first = MedBlock(before, width, stride[0], **block)  # type: ignore[arg-type]
-            rest = [MedBlock(width, width, **block) for _ in range(number - 1)]  # type: ignore[arg-type]
-            stages.append(nn.Sequential(first, *rest))
+            rest = [block(width, width) for _ in range(number - 1)]
+            stages.append(nn.Sequential(block(before, width, stride[0]), *rest))
         self.stages = nn.Sequential(*stages)
         self.output_channels = list(widths)
         self.strides = [list(stride) for stride in strides]
@@ -179,8 +183,8 @@ class Med2DSegNet(nn.Module):
                 f"Med2DSegNet knows gap=gate|add|none, norm=batch|instance and odd kernel sizes; got gap={gap}, "
                 f"norm={norm}, kernel_size={kernel_size}"
             )
-        block = {"expansion": expansion, "kernel_size": kernel_size, "gap": gap, "norm": norm}
-        self.encoder = _Encoder(input_channels, features_per_stage, n_blocks_per_stage, strides, **block)
+        block = partial(MedBlock, expansion=expansion, kernel_size=kernel_size, gap=gap, norm=norm)
+        self.encoder = _Encoder(input_channels, features_per_stage, n_blocks_per_stage, strides, block, norm)
         self.decoder = _Decoder(features_per_stage, num_classes, norm, deep_supervision)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

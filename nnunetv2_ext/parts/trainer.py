@@ -14,7 +14,7 @@ from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.compat import pretrained_weights_file
 from nnunetv2_ext.core.randomness import make_repeatable
 from nnunetv2_ext.core.trainer import ExtTrainer
-from nnunetv2_ext.data.channels import hint_on_rgb
+from nnunetv2_ext.data.channels import OF_CT, SCALED_BY_255, channel_names, hint_on_rgb
 from nnunetv2_ext.data.derive import notices
 from nnunetv2_ext.data.split import write_split_if_absent
 from nnunetv2_ext.data.store import CaseStore
@@ -23,8 +23,6 @@ from nnunetv2_ext.parts.augmentation import VARIANTS, variant_geometry
 from nnunetv2_ext.parts.random_convolution import RandomConvolution, insert
 from nnunetv2_ext.parts.settings import HouseSettings
 from nnunetv2_ext.parts.start import require_all_of, start_from
-
-RGB, CT = "RGBTo01Normalization", "CTNormalization"
 
 
 class MethodTrainer(ExtTrainer):
@@ -117,7 +115,7 @@ class MethodTrainer(ExtTrainer):
                 make_repeatable(transforms)
         if s.gin > 0:
             schemes = self.configuration_manager.normalization_schemes
-            joint = s.gin_channels == "joint" or (s.gin_channels == "auto" and set(schemes) == {RGB})
+            joint = s.gin_channels == "joint" or (s.gin_channels == "auto" and set(schemes) == {SCALED_BY_255})
             self._gin_probability = torch.zeros(1).share_memory_()
             self._set_gin()
             one = RandomConvolution(self._gin_probability, "joint" if joint else "separate", s.gin_layers, s.gin_hidden)
@@ -125,13 +123,8 @@ class MethodTrainer(ExtTrainer):
         return transforms
 
     def _hint_on_gin(self) -> str | None:
-        ct = [
-            str(name)
-            for name, scheme in zip(
-                self.dataset_json["channel_names"].values(), self.configuration_manager.normalization_schemes
-            )
-            if scheme == CT
-        ]
+        schemes = self.configuration_manager.normalization_schemes
+        ct = [name for name, scheme in zip(channel_names(self.dataset_json), schemes) if scheme == OF_CT]
         if not ct or self.settings.gin == 0:  # type: ignore[attr-defined]  # common_settings
             return None
         return (

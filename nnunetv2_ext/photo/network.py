@@ -22,6 +22,7 @@ ARCHITECTURES = (
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # nnU-Net's trainers need two resolutions, of which the coarser one has weight 0
 STRIDES = ((1, 1), (2, 2), (2, 2))
+DIVISOR = 32  # of the sides, for five halvings; SMP's dilated networks have fewer
 
 
 def import_smp() -> Any:
@@ -81,7 +82,6 @@ class SMPNetwork(nn.Module):
             ) from error
         self.encoder, self.decoder, self.segmentation_head = model.encoder, model.decoder, model.segmentation_head
         self.decoder.deep_supervision = deep_supervision
-        self.divisor = max(int(model.encoder.output_stride), 2 ** (len(STRIDES) - 1), 32)
         self.has_pooled_norm = architecture in ("DeepLabV3", "DeepLabV3Plus", "PSPNet")
         shape = (1, -1, 1, 1)
         self.register_buffer("mean", None if mean is None else torch.tensor(mean).view(shape), persistent=False)
@@ -92,7 +92,7 @@ class SMPNetwork(nn.Module):
         if isinstance(self.mean, Tensor) and isinstance(self.std, Tensor):
             x = (x - self.mean) / self.std
         height, width = x.shape[2:]
-        pad = [-n % self.divisor for n in (width, height)]
+        pad = [-n % DIVISOR for n in (width, height)]
         if any(pad):
             x = functional.pad(x, (0, pad[0], 0, pad[1]), mode="replicate")
         # SMP's depthwise convolutions are 1.3 to 1.4 times faster so, also on a CPU

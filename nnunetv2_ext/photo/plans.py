@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nnunetv2_ext.data.channels import SCALED_BY_255
 from nnunetv2_ext.photo.network import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, STRIDES, SMPNetwork, import_smp
 
 NETWORK = f"{SMPNetwork.__module__}.{SMPNetwork.__name__}"  # as plans name it
-_RGB = "RGBTo01Normalization"
 _SMALLEST_PATCH = {"DeepLabV3": 64, "DeepLabV3Plus": 64, "PSPNet": 64}  # their pooling has fixed bins
 
 
@@ -37,7 +37,7 @@ def architecture(
     if min(patch) < smallest:
         raise ValueError(f"smp:{name} needs patches of at least {smallest} x {smallest}, the plan's is {patch}")
     kwargs: dict[str, Any] = {"architecture": name, "encoder": encoder, "strides": [list(s) for s in STRIDES]}
-    if list(configuration["normalization_schemes"]) == [_RGB] * 3:
+    if list(configuration["normalization_schemes"]) == [SCALED_BY_255] * 3:
         kwargs["mean"], kwargs["std"] = normalisation(encoder)
     return {"network_class_name": NETWORK, "arch_kwargs": kwargs, "_kw_requires_import": []}
 

@@ -102,7 +102,7 @@ def _break(folder: Path, how: str) -> list[str]:
     ("how", "words"),
     [
         ("image", "case p1 has no image p1_0000.png"),
-        ("json", "give -d DATASET or -djfile FILE"),
+        ("json", "give -d DATASET, -djfile FILE"),
         ("grid", "case p0: the segmentation has"),
         ("damaged", "case p0: the image"),
         ("output", "is not empty"),

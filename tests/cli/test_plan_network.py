@@ -31,6 +31,11 @@ class Net(nn.Module):
         return [y, y[..., ::2, ::2]] if self.decoder.deep_supervision else y
 
 
+class NoStrides(Net):
+    def __init__(self, input_channels, num_classes, deep_supervision=False):
+        super().__init__(input_channels, num_classes)
+
+
 class Flat(Net):
     def forward(self, x):
         return self.layer(x)
@@ -122,6 +127,38 @@ def test_a_class_of_the_users_own(world: Path, capsys: pytest.CaptureFixture[str
     assert "needs own_networks installed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("network", "resolutions"), [("med2d", 5), ("smp:Unet:tu-mobilenetv3_small_050", 2)])
+def test_networks_with_fewer_stages_than_the_plan(world: Path, make_trainer, network: str, resolutions: int) -> None:
+    """nnU-Net plans seven stages for photographs: the network's own strides say what it returns."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    if network.startswith("smp"):
+        pytest.importorskip("segmentation_models_pytorch", reason="needs the extra photo")
+    plans = json.loads((world / "tiny.json").read_text())
+    configuration = plans["configurations"]["2d"]
+    configuration["patch_size"] = [64, 64]
+    configuration["architecture"]["arch_kwargs"].update(
+        n_stages=7,
+        features_per_stage=[4] * 7,
+        strides=[[1, 1]] + [[2, 2]] * 6,
+        kernel_sizes=[[3, 3]] * 7,
+        n_conv_per_stage=[1] * 7,
+        n_conv_per_stage_decoder=[1] * 6,
+    )
+    (world / "deep.json").write_text(json.dumps(plans | {"plans_name": "deep"}))
+    # nnU-Net's own network of such a plan cannot train a map of one voxel; only its cost is asked for here
+    configuration["architecture"]["arch_kwargs"]["norm_op"] = None
+    configuration["architecture"]["arch_kwargs"]["norm_op_kwargs"] = None
+    (world / "deep.json").write_text(json.dumps(plans | {"plans_name": "deep"}))
+    command = ["plan-network", "-d", "1", "-p", "deep", "-network", network, "-o", "shallow", "--no-timing"]
+    assert main(command) == 0
+    trainer = make_trainer(
+        nnUNetTrainer, "", configuration="2d", plans=json.loads((world / "shallow.json").read_text())
+    )
+    trainer.initialize()
+    assert len(trainer._get_deep_supervision_scales()) == resolutions
+
+
 def test_existing_plans_of_another_network_stay(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("-network", "med2d", "-o", "other") == 0
     content = (world / "other.json").read_bytes()
@@ -139,6 +176,7 @@ def test_existing_plans_of_another_network_stay(world: Path, capsys: pytest.Capt
         (["-network", "own_networks.Nothing"], "Python can import"),
         (["-network", "own_networks.Flat"], "with deep supervision"),
         (["-network", "own_networks.Fails"], "no such thing"),
+        (["-network", "own_networks.NoStrides"], "takes no strides"),
         (["-network", "own_networks.Net", "--gap", "none"], "takes --kwargs"),
         (["-network", "own_networks.Net", "--kwargs", "{"], "is not JSON"),
         (["-network", "own_networks.Net", "--kwargs", "[1]"], "an object"),

@@ -13,7 +13,7 @@ import SimpleITK as sitk
 
 from nnunetv2_ext.cli import main
 from nnunetv2_ext.estimate.corruption import KINDS, KINDS_OF_CT, corrupt
-from nnunetv2_ext.estimate.fit import FILE, Fitted, dice_of, only_where
+from nnunetv2_ext.estimate.fit import FILE, Fitted, only_where
 from tests.conftest import TinyDataset, run_command
 
 
@@ -29,14 +29,6 @@ def test_a_corrupted_copy_repeats_and_changes_the_image() -> None:
             kinds.add(kind)
     assert kinds == {*KINDS, *KINDS_OF_CT}
     assert np.isfinite(corrupt(np.zeros((1, 1, 8, 8), np.float32), "flat", False)[0]).all()
-
-
-def test_dice_by_hand() -> None:
-    p, t = np.array([1, 1, 0, 2, 3]), np.array([1, 0, 0, 2, 9])
-    assert dice_of(p, t, (1,)) == pytest.approx(2 / 3)
-    assert dice_of(p, t, (1, 2)) == pytest.approx(4 / 5)
-    assert dice_of(p, t, (3,)) == 0.0 and dice_of(p, t, (3,), ignore=9) is None
-    assert dice_of(p, t, (7,)) is None
 
 
 def test_voxels_without_truth_are_background_for_the_features() -> None:

@@ -131,10 +131,10 @@ def spoil(given: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("empty", "has no file that ends in .nii.gz: give at least one labelled case"),
-        ("channels", "case phantom_000 has the channel files .*the model takes 1 channel"),
-        ("no label", "case phantom_000 has an image, but no label"),
-        ("no image", "case phantom_000 has a label, but no image"),
+        ("empty", "hold no file that ends in .nii.gz, as the model's images do"),
+        ("channels", "case phantom_000 has 2 channels, and the model wants"),
+        ("no label", "case phantom_000 has an image and no label"),
+        ("no image", "case phantom_000 has a label and no image"),
         ("background", "no label of phantom_000, .* has a foreground voxel"),
         ("values", "phantom_000.nii.gz holds the label values 9, which the model does not know .it knows 0, 1, 2"),
         ("grid", "case phantom_000: the label has .* voxels, the image .* give the label of this image"),

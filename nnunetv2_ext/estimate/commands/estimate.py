@@ -40,9 +40,11 @@ def run(args: argparse.Namespace) -> int:
     """Fit or apply, and say where the results are."""
     import torch
 
+    from nnunetv2_ext.core.devices import check_device
     from nnunetv2_ext.estimate import report
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     if args.step == "fit":
         from nnunetv2_ext.core.files import atomic_write_text
         from nnunetv2_ext.estimate.fit import FILE, fit
