@@ -23,6 +23,6 @@ def advice(facts: DatasetFacts) -> list[Advice]:
             ),
             'plain nnU-Net with the same optimiser: nnUNet_ext_settings="optimizer=adamw initial_lr=0.001 '
             f'weight_decay=0.01" nnUNetv2_train {facts.id} 2d 0 -tr nnUNetTrainerExt',
-            "you have no weights file: with random weights it was no better than plain nnU-Net",
+            "you have no weights file: with random weights the polyps had 0.42",
         )
     ]

@@ -52,8 +52,8 @@ class PhotoTraining(MethodTrainer):
             )
         if self.photo.weights is None:
             self.print_to_log_file(
-                "WARNING: photo.weights is not set: the encoder starts from random weights, with which this network "
-                "was no better than plain nnU-Net"
+                "WARNING: photo.weights is not set: the encoder starts from random weights, which lost all of the gain "
+                "on colour photographs (docs/methods/photo.md)"
             )
         elif not self._takes_weights_of_checkpoint and self.settings.init_from is None:  # type: ignore[attr-defined]
             kwargs = self.configuration_manager.network_arch_init_kwargs
