@@ -1,6 +1,8 @@
 """Random state: seeding, saving and restoring it, so that a continued training draws what an unbroken one would."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -50,3 +52,18 @@ def make_repeatable(transform: BasicTransform) -> None:
     for inner in (*getattr(transform, "transforms", ()), getattr(transform, "transform", None)):
         if isinstance(inner, BasicTransform):
             make_repeatable(inner)
+
+
+@contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """Python's, numpy's and torch's random numbers start at a seed, and go on afterwards as if nothing was drawn."""
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.default_generator.set_state(before[2])

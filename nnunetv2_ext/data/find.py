@@ -218,12 +218,7 @@ def find_checkpoint(folder: Path, fold: str, checkpoint: str = "checkpoint_final
     Raises:
         ValueError: not a model folder, or no such fold or checkpoint; says which there are.
     """
-    missing = [name for name in ("plans.json", "dataset.json") if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder} is not a trained model ({missing[0]} is missing): give the folder TRAINER__PLANS__CONFIGURATION "
-            "below nnUNet_results"
-        )
+    require_model(folder)
     file = folder / f"fold_{fold}" / checkpoint
     if not file.is_file():
         there = sorted(p.relative_to(folder).as_posix() for p in folder.glob("fold_*/checkpoint_*.pth"))
@@ -231,3 +226,13 @@ def find_checkpoint(folder: Path, fold: str, checkpoint: str = "checkpoint_final
             f"{file} does not exist (there is {', '.join(there) or 'no checkpoint'}): give another -f or -chk"
         )
     return file
+
+
+def require_model(folder: Path) -> None:
+    """Raise ValueError unless a folder has the plans and the dataset.json of a trained model."""
+    missing = [name for name in ("plans.json", "dataset.json") if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is not a trained model ({missing[0]} is missing): give the folder TRAINER__PLANS__CONFIGURATION "
+            "below nnUNet_results"
+        )

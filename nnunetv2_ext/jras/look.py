@@ -15,8 +15,9 @@ from nnunetv2_ext.core.quiet import quiet
 from nnunetv2_ext.data.channels import channel_names
 from nnunetv2_ext.data.find import find_checkpoint
 from nnunetv2_ext.data.folders import preprocess_case
+from nnunetv2_ext.data.patches import corner_around, cut_patch
 from nnunetv2_ext.data.subjects import subjects_of_dataset
-from nnunetv2_ext.jras.build import corner_around, cut_patch, group_ids
+from nnunetv2_ext.jras.build import group_ids
 from nnunetv2_ext.jras.network import JRASNetwork
 from nnunetv2_ext.jras.panel import ReadingView, view_of_patch
 from nnunetv2_ext.jras.settings import FIRST_DESIGN
@@ -51,7 +52,7 @@ def known_case(file: Path, dataset_json: Mapping[str, Any], image: Path) -> str 
     """
     checkpoint = read(file)
     extension = checkpoint.get(EXTENSION_KEY) or {}
-    state = extension.get("methods", {}).get("jras", {})
+    state = _bank_state(checkpoint)
     if "group_key" not in state:
         return None
     case = image.name.removesuffix(dataset_json["file_ending"]).removesuffix("_0000")
@@ -63,8 +64,23 @@ def known_case(file: Path, dataset_json: Mapping[str, Any], image: Path) -> str 
     return case if bool(torch.isin(number, checkpoint["network_weights"]["bank.groups"].cpu()).any()) else None
 
 
-def look_at_image(predictor: nnUNetPredictor, images: Sequence[Path], label: Path | None = None) -> ReadingView:
+def cases_of_guides(file: Path) -> Sequence[str] | None:
+    """The case of each guide of a checkpoint; None for one that was exported or whose bank was replaced."""
+    return _bank_state(read(file)).get("cases")
+
+
+def _bank_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    return (checkpoint.get(EXTENSION_KEY) or {}).get("methods", {}).get("jras", {})
+
+
+def look_at_image(
+    predictor: nnUNetPredictor, images: Sequence[Path], label: Path | None = None, cases: Sequence[str] | None = None
+) -> ReadingView:
     """Predict an image, one file per channel, and look at the guides of the patch in the middle of what was found.
+
+    Args:
+        label: drawn beside the prediction.
+        cases: of the guides, if they are known.
 
     Raises:
         ValueError: missing, damaged or misfitting files, another number of channels than the model's, or a cascaded
@@ -92,7 +108,7 @@ def look_at_image(predictor: nnUNetPredictor, images: Sequence[Path], label: Pat
     truth, regions = truth.clamp(min=0)[None], labels.foreground_regions if labels.has_regions else []
     target = torch.cat([torch.isin(truth, torch.tensor(region)) for region in regions]) if regions else truth
     known = None if seg is None else target_to_labels(target, labels)
-    view = view_of_patch(network, logits, patch, case, labels, known)
+    view = view_of_patch(network, logits, patch, case, labels, known, cases)
     return view._replace(directions=directions_of(properties, plans.transpose_forward))
 
 

@@ -27,12 +27,20 @@ Array = npt.NDArray[Any]
 
 
 class Guide(NamedTuple):
-    """A guide in a picture: its row of the bank, its share of the attention, first channel and label map `(*P)`."""
+    """A guide in a picture: its row of the bank and its case, its share of the attention, first channel and label map
+    `(*P)`.
+    """
 
     row: int
+    case: str | None  # None: the checkpoint does not say, after an export or `bank`
     attention: float
     image: Array
     labels: Array
+
+    @property
+    def title(self) -> str:
+        """As people name it."""
+        return f"guide {self.row} (case hidden)" if self.case is None else f"guide {self.case}"
 
 
 class ReadingView(NamedTuple):
@@ -52,9 +60,15 @@ class ReadingView(NamedTuple):
 
 @torch.no_grad()
 def view_of_patch(
-    network: JRASNetwork, logits: Tensor, x: Tensor, name: str, labels: LabelManager, truth: Array | None = None
+    network: JRASNetwork,
+    logits: Tensor,
+    x: Tensor,
+    name: str,
+    labels: LabelManager,
+    truth: Array | None = None,
+    cases: Sequence[str] | None = None,
 ) -> ReadingView:
-    """What the forward that gave `logits` (1, M, *P) of `x` (1, C_in, *P) read of the bank."""
+    """What the forward that gave `logits` (1, M, *P) of `x` (1, C_in, *P) read of the bank; `cases` of its rows."""
     last, bank = network.last, network.bank
     assert last is not None and last.ids is not None and last.valid is not None
     ids = last.ids[0, last.valid[0]]
@@ -63,7 +77,8 @@ def view_of_patch(
     images = bank.stored_images(ids)[:, 0].cpu().numpy()
     # half a unit off: a mask is a region's logit, or the class that is largest
     maps = [logits_to_labels(mask - 0.5, labels) for mask in bank.masks(ids)[0]]
-    drawn = [Guide(*one) for one in zip(ids.tolist(), attention, images, maps)]
+    names = [None if cases is None else cases[row] for row in ids.tolist()]
+    drawn = [Guide(*one) for one in zip(ids.tolist(), names, attention, images, maps)]
     read = F.interpolate(last.transported[:1], x.shape[2:], mode="bilinear" if x.ndim == 4 else "trilinear")[0]
     image, prediction = x[0, 0].float().cpu().numpy(), logits_to_labels(logits[0].float(), labels)
     return ReadingView(name, image, truth, prediction, logits_to_labels(read.float() - 0.5, labels), drawn)
@@ -91,8 +106,9 @@ def draw_reading(
     columns.append(("prediction", view.image, view.prediction, organs, 0.35))
     if view.truth is not None:
         columns.insert(0, ("truth", view.image, view.truth, organs, 0.35))
-    for row, attention, image, label in view.guides:
-        columns.append((f"guide {row}: {100 * attention:.0f} %", image, label, label, 0.0))
+    for guide in view.guides:
+        title_of_guide = f"{guide.title}: {100 * guide.attention:.0f} %"
+        columns.append((title_of_guide, guide.image, guide.labels, guide.labels, 0.0))
     cuts = [None] if ndim == 2 else [0, 1, 2]
     with matplotlib.style.context("default"):  # nnU-Net's progress plot changes the fonts of the whole process
         figure = Figure(figsize=(2.35 * len(columns), 2.5 * len(cuts) + 1.0), layout="constrained")

@@ -15,8 +15,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_ext.core.checkpoint import read
 from nnunetv2_ext.core.export import export_model
 from nnunetv2_ext.core.files import atomic_torch_save, read_json, require_writable
+from nnunetv2_ext.core.labelmaps import names_of_values
 from nnunetv2_ext.core.settings import PLANS_KEY
 from nnunetv2_ext.core.trainer_settings import method_settings_in
+from nnunetv2_ext.data.find import require_model
 from nnunetv2_ext.data.folders import cases_of_images, find_pairs, preprocess_case
 from nnunetv2_ext.data.subjects import members_of, subjects_by_regex
 from nnunetv2_ext.jras.bank import stored
@@ -63,7 +65,8 @@ def replace_bank(
         ValueError: not a J-RAS model with guides, a cascade's second stage excepted; no cases, files that are missing
             or do not fit the model (channels, label values), labels without foreground, or a case among the queries.
     """
-    plans_json, dataset_json = (_json(model, name) for name in ("plans.json", "dataset.json"))
+    require_model(model)
+    plans_json, dataset_json = (read_json(model / name) for name in ("plans.json", "dataset.json"))
     if is_of_first_design(plans_json.get(PLANS_KEY, {}).get("jras") or {}):
         raise ValueError(FIRST_DESIGN)
     if "jras" not in plans_json.get(PLANS_KEY, {}):
@@ -83,6 +86,13 @@ def replace_bank(
             f"no label of {', '.join(files)} has a foreground voxel, so such guides would say that nothing is there; "
             "give labelled cases, or take all guides out with --strip"
         )
+    for value in manager.foreground_labels:
+        if not any((label == value).any() for _, label, _ in dataset.content.values()):
+            absent = names_of_values(dataset_json).get(value, f"the label value {value}")
+            tell(
+                f"WARNING: no label has {absent}: no guide shows it, and guides that have it speak against it where "
+                "it is. Add a case that has it, or keep the model's own guides"
+            )
     patch = configuration.patch_size
     size = settings.bank_size_for(len(patch))
     content = draw_bank(dataset, list(files), patch, size, settings.fg_share, manager, seed)
@@ -128,12 +138,3 @@ def _subjects(
                 "mask would be read; take one of the two out"
             )
     return {case: subjects[case] for case in cases}
-
-
-def _json(model: Path, name: str) -> dict[str, Any]:
-    if not (model / name).is_file():
-        raise ValueError(
-            f"{model} is not a trained model folder ({name} missing); give the folder named "
-            "TRAINER__PLANS__CONFIGURATION below nnUNet_results"
-        )
-    return read_json(model / name)

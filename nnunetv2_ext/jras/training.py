@@ -267,7 +267,8 @@ class JRASTraining(MethodTrainer):
         _, known = masks_of_target(batch.top_target, self.label_manager)
         sample = batch.select([int(((batch.top_target > 0) & known).flatten(1).sum(1).argmax())])
         logits, truth = self.read_bank(sample)[1], target_to_labels(sample.top_target[0], self.label_manager)
-        view = view_of_patch(network, logits, sample.data, sample.keys[0], self.label_manager, truth)
+        cases = None if self._bank_state is None else self._bank_state["cases"]
+        view = view_of_patch(network, logits, sample.data, sample.keys[0], self.label_manager, truth, cases)
         view = view._replace(directions=self.directions_of_case(sample.keys[0]))
         file = path.with_name(f"{path.stem}_guides{path.suffix}")  # another method may draw to the path itself
         title, spacing = f"{self.picture_title}, epoch {self.current_epoch - 1}", plan.spacing[-len(plan.patch_size) :]

@@ -48,9 +48,20 @@ def test_guides_draws_a_picture_and_prints_the_attention(model, tiny, tmp_path, 
     assert ext_main(["guides", str(model), str(image_of(tiny)), "-o", str(tmp_path / "p.png"), "-l", str(label)]) == 0
     assert (tmp_path / "p.png").stat().st_size > 5000
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["guide", "attention"]  # not where nnU-Net found the trainer
-    table = [line for line in lines if len(line) == 2 and line[0].isdigit()]
-    assert len(table) == 2 and sum(float(line[1]) for line in table) == pytest.approx(1, abs=0.01)
+    assert lines[0] == ["attention", "guide"]  # not where nnU-Net found the trainer
+    table = [line for line in lines[1:] if line[0][0].isdigit()]
+    assert len(table) == 2 and sum(float(line[0]) for line in table) == pytest.approx(1, abs=0.01)
+    trained = {file.name.removesuffix("_0000.nii.gz") for file in tiny.raw.glob("*/imagesTr/*_0000.nii.gz")}
+    assert all(line[3] in trained for line in table)
+
+
+def test_an_export_with_blank_groups_hides_the_cases(model, tiny, tmp_path, capsys):
+    blank = tmp_path / model.name
+    assert ext_main(["export", str(model), str(blank), "--blank-groups"]) == 0
+    capsys.readouterr()
+    assert ext_main(["guides", str(blank), str(image_of(tiny)), "-o", str(tmp_path / "p.png")]) == 0
+    said = capsys.readouterr().out
+    assert "a case that this model does not name" in said and "phantom_" not in said
 
 
 def test_guides_warns_for_a_case_of_the_bank(model, tiny, tmp_path, capsys):

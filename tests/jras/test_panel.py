@@ -30,14 +30,16 @@ def test_the_view_is_what_the_network_read(trainer):
     batch = Batch.from_loader(trainer.last_batch, trainer.device).select([1])
     found, logits = trainer.read_bank(batch)
     truth = target_to_labels(batch.top_target[0], trainer.label_manager)
-    view = view_of_patch(trainer.network, logits, batch.data, batch.keys[0], trainer.label_manager, truth)
+    cases = trainer._bank_state["cases"]
+    view = view_of_patch(trainer.network, logits, batch.data, batch.keys[0], trainer.label_manager, truth, cases)
     patch = tuple(trainer.configuration_manager.patch_size)
     assert view.name == batch.keys[0] and view.image.shape == view.prediction.shape == view.read.shape == patch
     assert np.array_equal(view.truth, batch.top_target[0, 0].numpy())
     assert view.guides and sum(guide.attention for guide in view.guides) == pytest.approx(1, abs=1e-4)
     bank = trainer.network.bank
     for guide, row in zip(view.guides, found.ids[0].tolist()):
-        assert guide.row == row and trainer._bank_state["cases"][row] != view.name
+        assert guide.row == row and guide.title == f"guide {cases[row]}" and cases[row] != view.name
+        assert guide._replace(case=None).title == f"guide {row} (case hidden)"
         assert np.array_equal(guide.labels, bank.labels[row].numpy())
     # at the resolution of the read itself, the likeliest of the transported masks
     if found.transported.shape[2:] == batch.data.shape[2:]:

@@ -149,6 +149,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(model, given, tmp_path, capsys
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_structure_that_no_label_has_is_pointed_out(model, given, tmp_path, capsys):
+    assert bank(model, given, tmp_path / "all") == 0
+    assert "WARNING" not in capsys.readouterr().out
+    for file in (given / "labelsTr").iterdir():
+        picture = sitk.ReadImage(str(file))
+        sitk.WriteImage(sitk.ChangeLabel(picture, {2: 0}), str(file))
+    assert bank(model, given, tmp_path / "one") == 0
+    assert "WARNING: no label has organ_2: no guide shows it" in capsys.readouterr().out
+
+
 def test_a_case_whose_subject_is_to_be_predicted_is_refused(model, given, tmp_path, capsys):
     queries = tmp_path / "queries"
     queries.mkdir()
@@ -176,7 +186,7 @@ def test_what_is_no_jras_model_or_no_request_is_refused(model, given, tmp_path, 
     output = ["-o", str(tmp_path / "out")]
     assert "--images and --labels, or --strip" in refused(str(model), *output)
     assert "--images and --labels, or --strip" in refused(str(model), *output, "--strip", "-i", str(given))
-    assert "not a trained model folder" in refused(str(tmp_path), *output, "-i", str(given), "-l", str(given))
+    assert "is not a trained model" in refused(str(tmp_path), *output, "-i", str(given), "-l", str(given))
     (tmp_path / "there").mkdir()
     assert bank(model, given, tmp_path / "there") == 2 and "exists; name a folder" in capsys.readouterr().err
     plans = json.loads((model / "plans.json").read_text())

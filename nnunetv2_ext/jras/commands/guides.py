@@ -22,26 +22,26 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_ext.core.devices import check_device
     from nnunetv2_ext.core.files import require_picture, require_writable
     from nnunetv2_ext.data.find import find_checkpoint
-    from nnunetv2_ext.jras.look import known_case, load_model, look_at_image
+    from nnunetv2_ext.jras.look import cases_of_guides, known_case, load_model, look_at_image
     from nnunetv2_ext.jras.panel import draw_reading
 
     check_device(args.device)
     require_writable(args.output.absolute().parent)
     require_picture(args.output, "-o")
     predictor = load_model(args.model_folder, args.fold, args.checkpoint, torch.device(args.device))
-    view = look_at_image(predictor, args.image, args.label)
+    file = find_checkpoint(args.model_folder, args.fold, args.checkpoint)
+    view = look_at_image(predictor, args.image, args.label, cases_of_guides(file))
     configuration = predictor.configuration_manager
     spacing = configuration.spacing[-len(configuration.patch_size) :]
     title = f"{args.model_folder.name}, fold {args.fold}"
     draw_reading(view, args.output, title, predictor.dataset_json, predictor.label_manager, spacing)
-    file = find_checkpoint(args.model_folder, args.fold, args.checkpoint)
     if (case := known_case(file, predictor.dataset_json, args.image[0])) is not None:
         print(
             f"WARNING: {case}, or another case of its subject, is in the guide bank: it retrieves itself. Look at an "
             "image that the model was not trained on"
         )
-    print(f"{'guide':>8}  {'attention':>9}")
+    print("attention  guide")
     for guide in view.guides:
-        print(f"{guide.row:>8}  {guide.attention:9.3f}")
+        print(f"{guide.attention:9.3f}  {guide.row} of {guide.case or 'a case that this model does not name'}")
     print(f"wrote {args.output}; it shows image patches of the guides' cases")
     return 0
