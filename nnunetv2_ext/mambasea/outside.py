@@ -1,6 +1,6 @@
 """Mamba-Sea as the rest of the house sees it."""
 
-from nnunetv2_ext.core.outside import Method, Network, Trainer
+from nnunetv2_ext.core.outside import Method, Network, Promise, Trainer
 
 METHOD = Method(
     name="mambasea",
@@ -9,6 +9,12 @@ METHOD = Method(
         "nnUNetTrainerMambaSea": Trainer(
             summary="augmentation of feature statistics, and a second branch behind a brightening network",
             off={"mambasea.lsa": 0, "mambasea.gva": 0},
+            # two plain steps, and GVA at the resolution of the image; promised for the plan's own network
+            promises={
+                "": Promise(cpu=2.4, cuda=2.2, memory=1.15, predict=1.0),
+                "mambasea.branch=shared": Promise(cpu=2.4, cuda=2.2, memory=1.15, predict=1.0),
+                "mambasea.gva=0": Promise(cpu=1.2, cuda=1.2, memory=1.15, predict=1.0),
+            },
         )
     },
     networks={
