@@ -67,7 +67,11 @@ class MambaSeaTraining(MethodTrainer):
                     f"mambasea.weights={s.weights} are for the network vmunet, and these plans have "
                     f"{type(network).__name__}: unset it, or plan with nnUNetv2_ext plan-network -network vmunet"
                 )
-            if not self._takes_weights_of_checkpoint and self.settings.init_from is None:  # type: ignore[attr-defined]
+            if not self._takes_weights_of_checkpoint:
+                if self.settings.init_from is not None:  # type: ignore[attr-defined]  # common_settings
+                    raise ValueError(
+                        "init_from and mambasea.weights both say which weights to start from; give one of the two"
+                    )
                 table = load_vmamba(network, Path(s.weights).expanduser())
                 self.print_to_log_file(f"mambasea.weights={s.weights}: {table}", add_timestamp=False)
         elif isinstance(network, VMUNet):

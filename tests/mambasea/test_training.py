@@ -194,3 +194,11 @@ def test_vmambas_weights_are_read_once(build, vmunet_plans, tmp_path: Path) -> N
     for network in (trainer.network, trainer.training_modules[BRANCH]):
         assert torch.equal(network.state_dict()[f"encoder.{key}"], theirs[key])
     assert "values are loaded" in log_of(trainer)
+    file = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(file))
+    (tmp_path / "w.pth").unlink()
+    again = build(f"mambasea.weights={tmp_path / 'w.pth'}", plans=vmunet_plans, continued=True)
+    again.load_checkpoint(str(file))
+    assert torch.equal(again.network.state_dict()[f"encoder.{key}"], theirs[key])
+    with pytest.raises(ValueError, match="give one of the two"):
+        build(f"mambasea.weights=w.pth init_from={file}", plans=vmunet_plans).initialize()

@@ -107,6 +107,49 @@ def test_four_directions_and_back() -> None:
     assert torch.allclose(four_folds(four_scans(x), x.shape[2:]), 4 * x)
 
 
+def slow_block(block: SS2D, x: Tensor) -> Tensor:
+    """Direction by direction, token by token, of one image ``(H, W, C)``."""
+    height, width, _ = x.shape
+    inner, gate = (x @ block.in_proj.weight.T).chunk(2, -1)
+    inner = torch.nn.functional.silu(block.conv2d(inner.permute(2, 0, 1)[None])[0]).permute(1, 2, 0)
+    rows = [(a, b) for a in range(height) for b in range(width)]
+    columns = [(a, b) for b in range(width) for a in range(height)]
+    total = torch.zeros_like(inner)
+    decays, rank, D = -torch.exp(block.A_logs).view(4, -1, 16), block.rank, inner.shape[-1]
+    for k, places in enumerate((rows, columns, rows[::-1], columns[::-1])):
+        h = torch.zeros(D, 16, dtype=x.dtype)
+        for a, b in places:
+            u = inner[a, b]
+            low, B, C = (block.x_proj_weight[k] @ u).split((rank, 16, 16))
+            delta = torch.log1p(torch.exp(block.dt_projs_weight[k] @ low + block.dt_projs_bias[k]))
+            h = torch.exp(delta[:, None] * decays[k]) * h + delta[:, None] * B * u[:, None]
+            total[a, b] += h @ C + block.Ds.view(4, -1)[k] * u
+    normed = torch.nn.functional.layer_norm(total, (D,), block.out_norm.weight, block.out_norm.bias)
+    return (normed * torch.nn.functional.silu(gate)) @ block.out_proj.weight.T
+
+
+def test_a_block_is_its_slow_reference() -> None:
+    torch.manual_seed(0)
+    block = SS2D(8).double()
+    nn.init.normal_(block.Ds)
+    x = torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    with torch.no_grad():
+        slow = torch.stack([slow_block(block, image) for image in x])
+        # the steps of time are taken in float32
+        assert torch.allclose(block(x), slow, atol=1e-5)
+
+
+def test_the_decoder_adds_the_map_in_front_of_each_stage() -> None:
+    network = VMUNet(1, 2, **SMALL).eval()
+    x, up = torch.randn(1, 1, 32, 32), network.decoder.layers_up
+    with torch.no_grad():
+        patches, one, two, three, four = network.encoder(x)
+        assert [m.shape[-1] for m in (patches, one, two, three, four)] == [8, 16, 24, 32, 32]
+        y = up[3](up[2](up[1](up[0](four) + three) + two) + one)
+        assert y.shape == patches.shape
+        assert torch.equal(network(x), network.decoder.final_conv(network.decoder.final_up(y).permute(0, 3, 1, 2)))
+
+
 def test_the_paper_s_number_of_parameters() -> None:
     assert sum(p.numel() for p in VMUNet(1, 4).parameters()) == 27_424_564  # the literature: 27.43 million
 
