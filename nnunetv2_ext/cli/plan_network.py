@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from nnunetv2_ext.core.outside import Network, load, methods
+from nnunetv2_ext.core.settings import PLANS_KEY
 
 EPILOG = """\
 Examples:
@@ -70,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plans["plans_name"]) or "__" in plans["plans_name"]:
         raise ValueError(f"-o {plans['plans_name']} cannot be a plans name: use letters, digits and single underscores")
     plans["configurations"][args.c] = {**plans["configurations"].get(args.c, {}), "architecture": architecture}
+    network = _networks().get(args.network.partition(":")[0])
+    if network is not None and network.settings:
+        plans[PLANS_KEY] = {**plans.get(PLANS_KEY, {}), **network.settings}
     file = found.base / f"{plans['plans_name']}.json"
     if plans["plans_name"] == args.p:
         raise ValueError(f"-o {args.p} are the plans to start from, which stay as they are: give another name")
@@ -85,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
     atomic_write_text(file, json.dumps(plans, indent=4) + "\n")
     print(_table(costs, whole["patch_size"], (args.p, plans["plans_name"])))
     print(f"wrote {file}; the preprocessed data of {args.p} are used as they are")
+    if network is not None and network.settings:
+        said = " ".join(f"{key}={value}" for key, value in network.settings.items())
+        print(f"trainers of this package train it with {said}, unless you set something else")
     print(f"next: nnUNetv2_train {args.d} {args.c} 0 -p {plans['plans_name']}")
     where = architecture["network_class_name"].partition(".")[0]
     if where not in ("dynamic_network_architectures", "nnunetv2"):

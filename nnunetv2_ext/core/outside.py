@@ -127,6 +127,7 @@ class Network:
     summary: str  # one sentence for the command's help
     architecture: str  # "module:function"
     options: Mapping[str, str] = field(default_factory=dict)  # name and help of each option, without dashes
+    settings: Mapping[str, Any] = field(default_factory=dict)  # written into the plans, which our trainers read
 
 
 @dataclass(frozen=True)

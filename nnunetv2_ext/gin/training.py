@@ -14,7 +14,7 @@ class GINTraining(MethodTrainer):
 
     def draw_panel(self, path: Path) -> None:
         """Patches of the last batch before and after a random convolution of their own."""
-        if self.last_batch is None or self._gin_probability is None:
+        if self.last_batch is None or self._gin is None:
             return
         s: Any = self.settings
         title = f"{self.picture_title}, epoch {self.current_epoch - 1}"

@@ -42,6 +42,11 @@ class HouseSettings(CommonSettings):
         description="separate: each channel has a random network of its own; joint: one for all; auto: joint for RGB "
         "channels (rgb_to_0_1), else separate",
     )
+    gin_on: Literal["workers", "device"] = Field(
+        "workers",
+        description="where the random convolutions are computed: in the processes that load batches, or in the step; "
+        "device is for few processes and a fast GPU",
+    )
     gin_layers: int = Field(4, ge=1, le=16, description="convolutions of the random network. Source: paper")
     gin_hidden: int = Field(2, ge=1, le=64, description="channels between them. Source: paper")
 

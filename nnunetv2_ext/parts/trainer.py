@@ -1,7 +1,8 @@
 """MethodTrainer: what a method subclasses."""
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from torch import distributed, nn
 from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.compat import pretrained_weights_file
 from nnunetv2_ext.core.randomness import make_repeatable
+from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.core.trainer import ExtTrainer
 from nnunetv2_ext.data.channels import OF_CT, SCALED_BY_255, channel_names, hint_on_rgb
 from nnunetv2_ext.data.derive import notices
@@ -37,7 +39,7 @@ class MethodTrainer(ExtTrainer):
 
     case_store: CaseStore | None = None
 
-    _gin_probability: torch.Tensor | None = None  # shared with the loader's workers
+    _gin: RandomConvolution | None = None  # its probability is shared with the loader's workers
     _takes_weights_of_checkpoint = False
     _started: list[int] | None = None  # versions of the weights after init_from was read
 
@@ -116,11 +118,31 @@ class MethodTrainer(ExtTrainer):
         if s.gin > 0:
             schemes = self.configuration_manager.normalization_schemes
             joint = s.gin_channels == "joint" or (s.gin_channels == "auto" and set(schemes) == {SCALED_BY_255})
-            self._gin_probability = torch.zeros(1).share_memory_()
+            probability = torch.zeros(1).share_memory_()
+            self._gin = RandomConvolution(probability, "joint" if joint else "separate", s.gin_layers, s.gin_hidden)
             self._set_gin()
-            one = RandomConvolution(self._gin_probability, "joint" if joint else "separate", s.gin_layers, s.gin_hidden)
-            insert(transforms, one)
+            if s.gin_on == "workers":
+                insert(transforms, self._gin)
         return transforms
+
+    def on_device(self, batch: dict) -> Batch:
+        """As a loader made it; with ``gin_on=device`` random convolutions follow, of every stream of patches.
+
+        One number is drawn from the methods' generator, and everything else from a generator of its own on the CPU.
+        """
+        found, gin = super().on_device(batch), self._gin
+        where: str = self.settings.gin_on  # type: ignore[attr-defined]  # common_settings
+        if gin is None or where == "workers" or float(gin.probability) == 0:
+            return found
+        masked = self.configuration_manager.use_mask_for_norm
+        draw = partial(torch.randint, 2**62, (1,), generator=self.generator, device=self.device)
+        streams = {
+            name: {**value, "data": gin.of_batch(value["data"], masked, int(draw()))}
+            for name, value in found.extras.items()
+            if isinstance(value, Mapping) and "data" in value
+        }
+        data = gin.of_batch(found.data, masked, int(draw()))
+        return replace(found, data=data, extras={**found.extras, **streams})
 
     def _hint_on_gin(self) -> str | None:
         schemes = self.configuration_manager.normalization_schemes
@@ -133,9 +155,9 @@ class MethodTrainer(ExtTrainer):
         )
 
     def _set_gin(self) -> None:
-        if self._gin_probability is not None:
+        if self._gin is not None:
             s: HouseSettings = self.settings  # type: ignore[assignment]  # common_settings
-            self._gin_probability.fill_(s.gin if self.current_epoch < s.gin_until * self.num_epochs else 0.0)
+            self._gin.probability.fill_(s.gin if self.current_epoch < s.gin_until * self.num_epochs else 0.0)
 
     def new_case_store(self, channels: Sequence[int] = (), fill: float = 0) -> CaseStore | None:
         """A store of arrays ``(*channels, X, Y, Z)`` of the preprocessed cases, beside the fold; first rank only.

@@ -1,44 +1,12 @@
-"""Weights of a pre-trained encoder from a local file, without executing code of the file."""
+"""Weights of a pre-trained encoder from a local file."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_CONTAINERS = ("state_dict", "model", "model_state_dict")
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from a ``.safetensors`` file or one of ``torch.save``.
-
-    Raises:
-        ValueError: no such file, or one that holds something else than tensors.
-    """
-    if not path.is_file():
-        raise ValueError(f"photo.weights={path} is not a file; name a weights file on this machine")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(str(path))
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)  # refuses code
-    except Exception as error:  # each reader has its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"photo.weights={path} cannot be read as plain tensors ({reason}): give a .safetensors file, or "
-            "a state_dict saved by torch.save"
-        ) from error
-    for key in _CONTAINERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    if not tensors:
-        raise ValueError(f"photo.weights={path} holds no tensors by name; give the encoder's state_dict")
-    return tensors
+from nnunetv2_ext.parts.weights import read_weights
 
 
 def load_encoder(encoder: nn.Module, name: str, path: Path) -> str:
@@ -55,7 +23,7 @@ def load_encoder(encoder: nn.Module, name: str, path: Path) -> str:
     Raises:
         ValueError: a tensor is missing or has another shape; the first is named.
     """
-    theirs = read_weights(path)
+    theirs = read_weights(path, "photo.weights")
     if broken := next((k for k, v in theirs.items() if v.is_floating_point() and not torch.isfinite(v).all()), None):
         raise ValueError(f"photo.weights={path}: its tensor {broken} holds NaN or infinite values; use another file")
     target: nn.Module = getattr(encoder, "model", encoder)  # SMP holds timm's network in ``model``

@@ -172,7 +172,7 @@ def test_existing_plans_of_another_network_stay(world: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["-network", "nothing"], "-network takes med2d"),
+        (["-network", "nothing"], "-network takes "),
         (["-network", "own_networks.Nothing"], "Python can import"),
         (["-network", "own_networks.Flat"], "with deep supervision"),
         (["-network", "own_networks.Fails"], "no such thing"),

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2_ext.parts.random_convolution import RandomConvolution, random_convolution
+from nnunetv2_ext.parts import random_convolution as module
+from nnunetv2_ext.parts.random_convolution import RandomConvolution, convolve_volume, random_convolution
 
 
 def slow(x: torch.Tensor, layers: int, hidden: int, seed: int) -> torch.Tensor:
@@ -47,6 +48,16 @@ def test_it_is_the_slow_reference(channels: int, layers: int, hidden: int) -> No
     for seed in range(4):
         found = random_convolution(x, layers, hidden, torch.Generator().manual_seed(seed))
         assert torch.allclose(found, slow(x, layers, hidden, seed), atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [7, 100, 1 << 17])
+@pytest.mark.parametrize(("shape", "outputs"), [((1, 6, 5, 4), 2), ((2, 1, 7, 8), 2), ((3, 5, 2, 3), 1)])
+def test_the_fast_convolution_of_volumes_is_torchs(shape: Any, outputs: int, chunk: int, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(shape), torch.randn(outputs, shape[0], 3, 3, 3), torch.randn(outputs)
+    expected = torch.nn.functional.conv3d(x[None], weight, bias, padding=1)[0]
+    assert torch.allclose(convolve_volume(x, weight, bias), expected, atol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -111,6 +122,29 @@ def test_labels_are_left_alone() -> None:
     assert torch.equal(found["segmentation"], label)
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 9, 8), (2, 2, 3, 6, 5)])
+@pytest.mark.parametrize("channels", ["separate", "joint"])
+def test_a_batch_on_the_device_is_changed_as_a_worker_changes_it(shape: tuple[int, ...], channels: Any) -> None:
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    one_hot = (torch.rand(shape[0], 1, *shape[2:]) < 0.5).float()  # of a previous stage
+    gin = transform(0.7, channels)
+    torch.manual_seed(4)
+    expected = torch.stack([gin(image=image.clone())["image"] for image in images])
+    state = torch.get_rng_state()
+    found = gin.of_batch(torch.cat((images, one_hot), 1), [False, False], seed=4)
+    assert torch.equal(found[:, :2], expected) and torch.equal(found[:, 2:], one_hot)
+    assert torch.equal(torch.get_rng_state(), state), "nnU-Net's stream is left alone"
+    assert not torch.equal(expected, images)
+
+
+def test_zeros_outside_of_a_mask_stay_on_the_device() -> None:
+    images = torch.randn(2, 2, 8, 8)
+    images[..., :3] = 0
+    found = transform(1).of_batch(images, [True, False], seed=0)
+    assert bool((found[:, 0, :, :3] == 0).all()) and bool((found[:, 0, :, 3:] != images[:, 0, :, 3:]).all())
+    assert bool((found[:, 1, :, :3] != 0).all())
+
+
 # ---- in trainers
 
 
@@ -171,13 +205,37 @@ def test_what_a_mask_blanks_stays_exactly_zero(build) -> None:
 def test_it_is_off_after_its_share_of_the_training(build) -> None:
     trainer = build("gin=0.5 gin_until=0.5 num_epochs=4")
     trainer.on_train_start()
-    shared = trainer._gin_probability
+    shared = trainer._gin.probability
     found = []
     for epoch in range(4):
         trainer.current_epoch = epoch
         trainer.on_train_epoch_start()
         found.append(float(shared))
     assert found == [0.5, 0.5, 0, 0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_on_the_device_the_pipeline_is_nnunets_and_the_step_changes_every_stream(build, stream: bool) -> None:
+    trainer = build("gin=1 gin_on=device gin_until=0.5 num_epochs=2")
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    names = [repr(t).partition("(")[0] for t in pipeline(trainer).transforms]
+    assert "RandomConvolution" not in names and "SpatialTransform" in names
+    batch = next(trainer.dataloader_train)
+    if stream:
+        batch["unlabelled"] = {"data": batch["data"].clone(), "keys": batch["keys"]}
+    state = trainer.generator.get_state()
+    first = trainer.on_device(batch)
+    changed = [not torch.equal(a, b) for a, b in zip(first.data, batch["data"])]
+    assert all(changed) and torch.equal(first.top_target, batch["target"][0])
+    if stream:
+        other = first.stream("unlabelled").data
+        assert not torch.equal(other, batch["data"]) and not torch.equal(other, first.data)
+    trainer.generator.set_state(state)  # as --c does
+    assert torch.equal(trainer.on_device(batch).data, first.data)
+    trainer.current_epoch = 1
+    trainer.on_train_epoch_start()
+    assert torch.equal(trainer.on_device(batch).data, batch["data"])
 
 
 def test_ct_is_warned_of_by_name(build, tiny) -> None:

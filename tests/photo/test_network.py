@@ -11,9 +11,10 @@ import torch
 
 pytest.importorskip("segmentation_models_pytorch", reason="needs the extra photo")
 
+from nnunetv2_ext.parts.weights import read_weights
 from nnunetv2_ext.photo.network import IMAGENET_MEAN, SMPNetwork
 from nnunetv2_ext.photo.plans import architecture, normalisation
-from nnunetv2_ext.photo.weights import load_encoder, read_weights
+from nnunetv2_ext.photo.weights import load_encoder
 
 SMALL = "tu-mobilenetv3_small_050"
 
@@ -127,17 +128,17 @@ def test_files_that_do_not_fit_or_run_code_are_refused(tmp_path: Path, monkeypat
         load_encoder(target.encoder, SMALL, tmp_path / "other.pth")
     torch.save({"model": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="cannot be read as plain tensors"):
-        read_weights(tmp_path / "evil.pth")
+        read_weights(tmp_path / "evil.pth", "photo.weights")
     assert not (tmp_path / "evil").exists()
     broken = {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in other.items()}
     torch.save(broken, tmp_path / "nan.pth")
     with pytest.raises(ValueError, match="NaN"):
         load_encoder(target.encoder, SMALL, tmp_path / "nan.pth")
     with pytest.raises(ValueError, match="is not a file"):
-        read_weights(tmp_path / "gone.pth")
+        read_weights(tmp_path / "gone.pth", "photo.weights")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds no tensors"):
-        read_weights(tmp_path / "list.pth")
+        read_weights(tmp_path / "list.pth", "photo.weights")
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
 
 
