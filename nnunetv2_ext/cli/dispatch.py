@@ -27,6 +27,8 @@ HOUSE = {
         },
         "train": {
             "settings": "list every setting of a trainer: type, default, meaning",
+            "weights": "say what a file of weights holds, and what init_from would load of it for a dataset",
+            "plan-like": "write plans on which all of a file's weights load: its network, patch and spacing",
             "plan-network": "write plans with another network, for any trainer; no new preprocessing",
             "bench": "measure what trainers cost against plain nnUNetTrainer: step, prediction, memory",
         },

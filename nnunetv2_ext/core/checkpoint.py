@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -16,7 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 EXTENSION_KEY = "nnunetv2_ext"  # stock nnU-Net ignores keys it does not know
 FORMAT = 1
-_UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
+TRUSTED = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own variable
+_UNREADABLE = (
+    *(RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
+    *(LookupError, TypeError, AttributeError),  # of torch's own unpickler, for bytes that mean something else
+)
+_GLOBAL = re.compile(r"GLOBAL:? (\S+) (?:was not|whose module)")  # torch's words
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -28,34 +35,66 @@ def unwrap(network: nn.Module) -> nn.Module:
     return network
 
 
-def read(path: Path, whole: bool = False) -> dict[str, Any]:
-    """Read a checkpoint written by nnU-Net or by us, tensors memory-mapped on the CPU (only those used are read).
+def load(path: Path, whole: bool = False, trust: bool = False, remedy: str = f"set {TRUSTED}=1") -> Any:
+    """What torch saved in a file, tensors memory-mapped on the CPU (only those used are read).
 
     With `whole` all of it is read first and compared with its checksums. Otherwise torch looks at the directory at the
-    file's end only, and a damaged tensor comes to light later, or never.
-    nnU-Net's checkpoints hold numpy scalars, which ``weights_only=True`` refuses: open files of people you trust only.
+    file's end only, and a damaged tensor comes to light later, or never. A file of pickles can run any program when it
+    is opened. Only tensors, plain values and numpy's arrays and scalars are read from it, unless `trust` or the
+    variable `TRUSTED` says otherwise; torch before 2.5 cannot tell them apart and reads all of it. `remedy` is what the
+    message names.
 
     Raises:
-        ValueError: the file is missing, truncated, damaged, or not an nnU-Net checkpoint.
+        ValueError: the file is missing, truncated or damaged, or holds something else, which is named.
     """
+    trust = trust or os.environ.get(TRUSTED, "0").lower() in ("1", "y", "yes", "true")
+    allowed = getattr(torch.serialization, "safe_globals", None)
     try:
         if whole and zipfile.is_zipfile(path):  # a file of an old torch has no checksums
             with zipfile.ZipFile(path) as file:
                 if damaged := file.testzip():
                     raise ValueError(f"{damaged} does not match its checksum")
-        checkpoint = torch.load(str(path), map_location="cpu", weights_only=False, mmap=True)
+        zipped = zipfile.is_zipfile(path) or not path.is_file()
+        options: dict[str, Any] = {"map_location": "cpu", "mmap": True if zipped else None}
+        if trust or allowed is None:
+            return torch.load(str(path), weights_only=False, **options)
+        with allowed(_of_numpy()):
+            return torch.load(str(path), weights_only=True, **options)
     except FileNotFoundError as error:
         raise ValueError(f"the checkpoint {path} does not exist; train first, or name another one") from error
     except _UNREADABLE as error:
+        if needed := _GLOBAL.search(str(error)):
+            raise ValueError(
+                f"the checkpoint {path} holds {needed[1]}, which is neither a tensor nor a plain value; "
+                f"such a file can run any program when it is opened. If you trust whoever wrote it, {remedy}"
+            ) from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if path.is_file() and not zipfile.is_zipfile(path):  # torch then speaks of its options
             reason = "it is not a file of torch.save"
         raise ValueError(
             f"the checkpoint {path} is broken or cut short ({reason}); move it away and use another one"
         ) from error
+
+
+def read(path: Path, whole: bool = False) -> dict[str, Any]:
+    """A checkpoint written by nnU-Net or by us, as `load` reads it.
+
+    Raises:
+        ValueError: as `load`, or the file is not an nnU-Net checkpoint.
+    """
+    checkpoint = load(path, whole)
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise ValueError(f"{path} is not an nnU-Net checkpoint (it has no network_weights)")
     return checkpoint
+
+
+def _of_numpy() -> list[Any]:
+    """What nnU-Net's checkpoints need besides torch's own list, by the names of numpy 1 and 2."""
+    core = getattr(np, "_core", None) or np.core
+    made = [core.multiarray._reconstruct, core.multiarray.scalar]
+    named = [(f, f"numpy.{room}.multiarray.{f.__name__}") for f in made for room in ("core", "_core")]
+    dtypes = [getattr(np.dtypes, name) for name in dir(np.dtypes) if name.endswith("DType")]
+    return [np.dtype, np.ndarray, *named, *dtypes]
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """A preprocessed configuration of a dataset, as ``nnUNetv2_plan_and_preprocess`` leaves it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
 
 from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.data.find import PREPROCESSED, find_dataset, read_plans
@@ -61,6 +64,27 @@ class Preprocessed:
             raise ValueError(
                 f"{self.folder} does not hold preprocessed cases only ({type(error).__name__}): {self._remedy}"
             ) from error
+
+    @property
+    def is_cascaded(self) -> bool:
+        """Whether it reads a previous stage."""
+        return self.configuration.previous_stage_name is not None
+
+    def with_plans(self, plans: dict[str, Any], configuration: str) -> "Preprocessed":
+        """The same dataset with other plans."""
+        manager = PlansManager(plans)
+        return replace(
+            self,
+            plans=manager,
+            configuration=manager.get_configuration(configuration),
+            configuration_name=configuration,
+        )
+
+    def build_network(self) -> nn.Module:
+        """Plain nnU-Net's network of the plans, with fresh weights, on the CPU."""
+        channels = determine_num_input_channels(self.plans, self.configuration, self.dataset_json)
+        heads = self.plans.get_label_manager(self.dataset_json).num_segmentation_heads
+        return nnUNetTrainer.build_network_architecture(self.plans, self.configuration, channels, heads, True)
 
     def require_files(self) -> None:
         """Raise ValueError if the configuration's folder is missing."""

@@ -83,7 +83,7 @@ class JRASNetwork(nn.Module):
         heads, patch_size: M and P.
 
     Attributes:
-        stock_prefixes: where nnU-Net's own network sits (see parts/start.py).
+        stock_prefixes: where nnU-Net's own network sits (see parts/start/).
         buffers_of_any_size: names of those that take the size of what is loaded into them (see core/checkpoint.py).
         gradients: how many of an episode's guides pass gradients on.
         last: what the last forward read; None after one without guides.

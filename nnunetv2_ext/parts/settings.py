@@ -13,10 +13,31 @@ class HouseSettings(CommonSettings):
     init_from: str | None = Field(
         None,
         min_length=1,
-        description="checkpoint of an nnU-Net training whose weights this one starts from; what fits the network of "
-        "the plans is loaded, the rest stays random, and the log has a table of both. It is read once, at the start",
+        description="checkpoint, or folder of a fold, whose weights this training starts from; what fits the network "
+        "of the plans is loaded, the rest stays random, and the log has a table of both. It is read once, at the start",
         json_schema_extra=LOCAL_PATH,
     )
+    init_parts: Literal["all", "encoder"] = Field("all", description="which part of the network starts from init_from")
+    init_min_share: float = Field(
+        0.5, ge=0, le=1, description="share of the encoder's convolutions; if fewer fit, init_from is an error"
+    )
+    init_heads: bool | None = Field(
+        None,
+        description="segmentation layers of init_from too; none: where its labels have the names and values of ours",
+    )
+    init_channels: Literal["repeat", "mean", "first"] = Field(
+        "repeat",
+        description="how input channels of init_from become ours. repeat: a multiple repeats them, else mean; mean: "
+        "their mean; first: the first ones, further ones start with weight 0 (a cascade always does so)",
+    )
+    init_trust: bool = Field(
+        False, description="read init_from although it holds more than tensors and plain values, and may run a program"
+    )
+    warmup_epochs: int = Field(
+        0, ge=0, description="epochs in which the learning rate rises linearly to initial_lr, before it decays"
+    )
+    encoder_lr_factor: float = Field(1.0, gt=0, le=10, description="the encoder learns at this times the rate")
+    freeze_encoder_epochs: int = Field(0, ge=0, description="epochs at the start in which the encoder does not change")
     optimizer: Literal["sgd", "adamw"] | None = Field(
         None,
         description="sgd: nnU-Net's, momentum 0.99; adamw: torch.optim.AdamW, which wants an initial_lr near 1e-3 and "

@@ -22,9 +22,15 @@ from nnunetv2_ext.data.split import write_split_if_absent
 from nnunetv2_ext.data.store import CaseStore
 from nnunetv2_ext.data.subjects import divided, pairs_suggested, subjects_of_dataset
 from nnunetv2_ext.parts.augmentation import VARIANTS, variant_geometry
+from nnunetv2_ext.parts.encoder import encoders, hold_still, scale_rate
 from nnunetv2_ext.parts.random_convolution import RandomConvolution, insert
+from nnunetv2_ext.parts.schedule import ScaledPolyLR
 from nnunetv2_ext.parts.settings import HouseSettings
-from nnunetv2_ext.parts.start import require_all_of, start_from
+from nnunetv2_ext.parts.start.source import read_source
+from nnunetv2_ext.parts.start.start import Home, look_at, require_all_of
+from nnunetv2_ext.parts.start.units import asked_by
+
+_TWO_STARTS = "init_from and -pretrained_weights both say which weights to start from; give one of the two"
 
 
 class MethodTrainer(ExtTrainer):
@@ -42,59 +48,96 @@ class MethodTrainer(ExtTrainer):
     _gin: RandomConvolution | None = None  # its probability is shared with the loader's workers
     _takes_weights_of_checkpoint = False
     _started: list[int] | None = None  # versions of the weights after init_from was read
+    _start_table: str | None = None  # what init_from loaded, for the checkpoints
 
     def initialize(self) -> None:
         """nnU-Net's, then the weights of ``init_from``: before a method copies them, on every rank.
 
         Raises:
-            ValueError: the file cannot be used (see `parts.start.start_from`), or that of ``-pretrained_weights``.
+            ValueError: the file cannot be used (see `parts.start.start`), or that of ``-pretrained_weights``.
         """
         super().initialize()
-        if given := pretrained_weights_file():
-            require_all_of(self.network, Path(given))
-        file: str | None = self.settings.init_from  # type: ignore[attr-defined]  # common_settings
-        if file is None or self._takes_weights_of_checkpoint:
+        s = self._house
+        if self._takes_weights_of_checkpoint:
+            if s.init_from is not None:
+                self.print_to_log_file("init_from is not read again: the checkpoint has the weights.")
             return
-        path = Path(file).expanduser()
-        if path.resolve().parent == Path(self.output_folder).resolve():
+        if given := pretrained_weights_file():
+            if s.init_from is not None:
+                raise ValueError(_TWO_STARTS)
+            require_all_of(self.network, Path(given))
+        if s.init_from is None:
+            return
+        path = Path(s.init_from).expanduser()
+        own = Path(self.output_folder).resolve()
+        if own in (path.resolve().parent, path.resolve()):
             raise ValueError(
                 f"init_from={path} is a checkpoint of the very training that starts here, which will move it away: "
                 "copy it to another folder, or continue the training with --c and without init_from"
             )
-        table = start_from(self.network, path)
-        self.print_to_log_file(f"init_from={path}: {table}", add_timestamp=False)
+        home = Home(self.configuration_manager.configuration, self.dataset_json)
+        source = read_source(path, s.init_trust)
+        self._start_table = look_at(self.network, source, home, asked_by(s, self.is_cascaded)).apply()
+        self.print_to_log_file(f"init_from={path}: {self._start_table}", add_timestamp=False)
         self._started = _versions(self.network)
 
+    @property
+    def _house(self) -> HouseSettings:
+        return self.settings  # type: ignore[return-value]  # common_settings
+
+    def method_state(self) -> dict[str, Any]:
+        """The table of what ``init_from`` loaded, under its name."""
+        return super().method_state() | ({} if self._start_table is None else {"init_from": self._start_table})
+
+    def load_method_state(self, states: dict[str, Any]) -> None:
+        """Counterpart of `method_state`."""
+        super().load_method_state(states)
+        self._start_table = states.get("init_from")
+
     def configure_optimizers(self, *args: Any, **kwargs: Any) -> tuple[torch.optim.Optimizer, Any]:
-        """The base trainer's, or the one that the setting ``optimizer`` names, over the same groups of parameters.
+        """The base trainer's, or what the settings ask for: another optimiser, a warm-up, another rate of the encoder.
 
         Raises:
-            ValueError: another optimiser is asked for, and the base trainer has a schedule of its own.
+            ValueError: something is asked for, and the base trainer has a schedule of its own.
         """
         optimizer, scheduler = super().configure_optimizers(*args, **kwargs)
-        kind: str | None = self.settings.optimizer  # type: ignore[attr-defined]  # common_settings
-        if kind is None or type(optimizer).__name__.lower() == kind:
-            return optimizer, scheduler
-        if type(scheduler) is not PolyLRScheduler:
+        s = self._house
+        changes = s.optimizer is not None and type(optimizer).__name__.lower() != s.optimizer
+        scaled, frozen = s.encoder_lr_factor != 1, s.freeze_encoder_epochs > 0
+        if (changes or scaled or s.warmup_epochs) and type(scheduler) is not PolyLRScheduler:
+            key = "optimizer" if changes else "encoder_lr_factor" if scaled else "warmup_epochs"
             raise ValueError(
-                f"optimizer={kind} goes with nnU-Net's polynomial schedule, and the base trainer has "
-                f"{type(scheduler).__name__}: unset optimizer"
+                f"{key}={getattr(s, key)} goes with nnU-Net's polynomial schedule, and the base trainer has "
+                f"{type(scheduler).__name__}: unset {key}"
             )
+        if s.warmup_epochs and s.warmup_epochs >= self.num_epochs:
+            raise ValueError(
+                f"warmup_epochs={s.warmup_epochs} leaves nothing of num_epochs={self.num_epochs}: use fewer"
+            )
+        if changes:
+            optimizer = self._other_optimizer(optimizer)
+            scheduler = PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+        if scaled:
+            scale_rate(optimizer, self.network, s.encoder_lr_factor)
+        if scaled or s.warmup_epochs:
+            scheduler = ScaledPolyLR(optimizer, self.initial_lr, self.num_epochs, s.warmup_epochs)
+        if frozen:
+            hold_still(optimizer, self.network, lambda: self.current_epoch < s.freeze_encoder_epochs)
+        return optimizer, scheduler
+
+    def _other_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         rest = {"lr": self.initial_lr, "weight_decay": self.weight_decay}
         groups: list[dict[str, Any]] = [
             {key: group[key] for key in ("params", "name") if key in group} for group in optimizer.param_groups
         ]
-        chosen: torch.optim.Optimizer = (
-            torch.optim.AdamW(groups, **rest)
-            if kind == "adamw"
-            else torch.optim.SGD(groups, **rest, momentum=0.99, nesterov=True)
-        )
-        return chosen, PolyLRScheduler(chosen, self.initial_lr, self.num_epochs)
+        if self._house.optimizer == "adamw":
+            return torch.optim.AdamW(groups, **rest)
+        return torch.optim.SGD(groups, **rest, momentum=0.99, nesterov=True)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
         """nnU-Net's, or that of the setting ``augmentation``; without mirroring if ``mirroring`` says so."""
         found = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        variant: str = self.settings.augmentation  # type: ignore[attr-defined]  # common_settings
+        variant = self._house.augmentation
         if variant == "base":
             return found
         rotation, dummy_2d, initial_patch_size, mirror_axes = variant_geometry(self, variant)
@@ -108,7 +151,7 @@ class MethodTrainer(ExtTrainer):
         Raises:
             ValueError: the pipeline has no place for it.
         """
-        s: HouseSettings = self.settings  # type: ignore[assignment]  # common_settings
+        s = self._house
         if s.augmentation == "base":
             transforms = super().get_training_transforms(*args, **kwargs)
         else:
@@ -147,7 +190,7 @@ class MethodTrainer(ExtTrainer):
     def _hint_on_gin(self) -> str | None:
         schemes = self.configuration_manager.normalization_schemes
         ct = [name for name, scheme in zip(channel_names(self.dataset_json), schemes) if scheme == OF_CT]
-        if not ct or self.settings.gin == 0:  # type: ignore[attr-defined]  # common_settings
+        if not ct or self._house.gin == 0:
             return None
         return (
             f"gin changes the intensities of {', '.join(ct)}, which have absolute units: compare with gin=0 before you "
@@ -156,7 +199,7 @@ class MethodTrainer(ExtTrainer):
 
     def _set_gin(self) -> None:
         if self._gin is not None:
-            s: HouseSettings = self.settings  # type: ignore[assignment]  # common_settings
+            s = self._house
             self._gin.probability.fill_(s.gin if self.current_epoch < s.gin_until * self.num_epochs else 0.0)
 
     def new_case_store(self, channels: Sequence[int] = (), fill: float = 0) -> CaseStore | None:
@@ -209,9 +252,7 @@ class MethodTrainer(ExtTrainer):
                 does not go back as far as the checkpoint.
         """
         if self._started is not None and self._started != _versions(self.network):
-            raise ValueError(
-                "init_from and -pretrained_weights both say which weights to start from; give one of the two"
-            )
+            raise ValueError(_TWO_STARTS)
         self._started = None
         said = (*notices(self.dataset_json), hint_on_rgb(self.dataset_json), self._hint_on_gin())
         for notice in filter(None, said):
@@ -226,6 +267,9 @@ class MethodTrainer(ExtTrainer):
         """nnU-Net's; the state of the cases is kept, to which checkpoint_before_nan.pth goes back."""
         super().on_train_epoch_start()
         self._set_gin()
+        if self.current_epoch < self._house.freeze_encoder_epochs:
+            for encoder in encoders(self.network):
+                encoder.eval()  # running statistics stay too
         if self.case_store is not None and not self.disable_checkpointing:
             self.case_store.flush(self.global_step)
 

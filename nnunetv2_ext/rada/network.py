@@ -72,7 +72,7 @@ class RADANet(nn.Module):
 
     @property
     def stock_prefixes(self) -> tuple[str, ...]:
-        """Where nnU-Net's own networks sit (see parts/start.py)."""
+        """Where nnU-Net's own networks sit (see parts/start/)."""
         return tuple(f"members.{k}.network." for k in range(len(self.members)))
 
     def member(self, k: int) -> Member:

@@ -1,7 +1,8 @@
-"""The common setting ``optimizer``."""
+"""The common settings of the optimiser: which one, warm-up, the encoder's rate, and an encoder that is held still."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
@@ -37,3 +38,38 @@ def test_sgd_by_name_is_nnunets(make_trainer) -> None:
         (group,) = trainer.optimizer.param_groups
         groups.append({key: value for key, value in group.items() if key != "params"})
     assert groups[0] == groups[1] and groups[0]["momentum"] == 0.99 and groups[0]["nesterov"]
+
+
+def test_the_rate_warms_up_and_the_encoder_has_its_share(make_trainer) -> None:
+    settings = "num_epochs=6 warmup_epochs=2 encoder_lr_factor=0.1 initial_lr=0.01"
+    trainer = make_trainer(nnUNetTrainerExt, settings, configuration="2d")
+    trainer.initialize()
+    encoder = {id(p) for p in trainer.network.encoder.parameters()}
+    rest, mine = trainer.optimizer.param_groups
+    assert {id(p) for p in mine["params"]} == encoder and not encoder & {id(p) for p in rest["params"]}
+    rates = []
+    for epoch in range(6):
+        trainer.lr_scheduler.step(epoch)
+        assert mine["lr"] == pytest.approx(rest["lr"] / 10)
+        rates.append(rest["lr"])
+    assert rates == pytest.approx([0.005, 0.01, 0.01, *(0.01 * (1 - k / 4) ** 0.9 for k in (1, 2, 3))])
+    with pytest.raises(ValueError, match="warmup_epochs=6 leaves nothing"):
+        make_trainer(nnUNetTrainerExt, "num_epochs=6 warmup_epochs=6", configuration="2d").initialize()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_encoder_is_held_still_in_the_first_epochs(make_trainer, optimizer) -> None:
+    """Nor does momentum gather what it does not follow."""
+    trainer = make_trainer(nnUNetTrainerExt, f"freeze_encoder_epochs=1 optimizer={optimizer}", configuration="2d")
+    trainer.on_train_start()
+    encoder, decoder = trainer.network.encoder, trainer.network.decoder.stages
+    before = [p.detach().clone() for p in encoder.parameters()]
+    first = next(decoder.parameters()).detach().clone()
+    trainer.on_train_epoch_start()
+    trainer.train_step(next(trainer.dataloader_train))
+    assert all(torch.equal(a, b) for a, b in zip(before, encoder.parameters(), strict=True))
+    assert not torch.equal(first, next(decoder.parameters()))
+    assert not any(p in trainer.optimizer.state for p in encoder.parameters())
+    trainer.current_epoch = 1
+    trainer.train_step(next(trainer.dataloader_train))
+    assert not any(torch.equal(a, b) for a, b in zip(before[:1], encoder.parameters()))

@@ -1,0 +1,1 @@
+"""Weights of a model that exists for the start of a training (setting ``init_from``)."""
