@@ -1,10 +1,22 @@
 """SpatialNoise as the rest of the house sees it."""
 
-from nnunetv2_ext.core.outside import Command, Method
+from nnunetv2_ext.core.outside import Command, Method, Promise, Trainer
 
 METHOD = Method(
     name="spatialnoise",
-    summary="labels with errors: found by audit (after arXiv 2504.14795)",
+    summary="labels with errors: found by audit, and less harmful in training (after arXiv 2504.14795)",
+    trainers={
+        "nnUNetTrainerSpatialNoise": Trainer(
+            summary="a loss that wrong labels pull at less, or labels that a teacher corrects",
+            smallest={"spatialnoise.mode": "posterior", "spatialnoise.warmup": 0, "spatialnoise.ramp": 0},
+            off={"spatialnoise.mode": "relabel", "spatialnoise.warmup": 1},
+            # the teacher's forward is a third of a step; before the warm-up is over there is none
+            promises={
+                "": Promise(cpu=1.05, cuda=1.05, memory=1.05, predict=1.0),
+                "spatialnoise.mode=posterior spatialnoise.warmup=0": Promise(cpu=1.5, cuda=1.5, predict=1.0),
+            },
+        )
+    },
     commands={
         "audit": Command(
             "nnunetv2_ext.spatialnoise.commands.audit",
@@ -14,4 +26,5 @@ METHOD = Method(
     },
     card="methods/spatialnoise.md",
     citation="Tadokoro, Takagi, Maeda (2026). arXiv:2504.14795, Transactions on Machine Learning Research",
+    advice="nnunetv2_ext.spatialnoise.advice:advice",
 )
