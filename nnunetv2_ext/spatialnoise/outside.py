@@ -25,6 +25,8 @@ METHOD = Method(
         )
     },
     card="methods/spatialnoise.md",
-    citation="Tadokoro, Takagi, Maeda (2026). arXiv:2504.14795, Transactions on Machine Learning Research",
+    citation="Tadokoro, R., Takagi, T., & Maeda, S. (2026). A Bayesian Approach to Segmentation with Noisy Labels via "
+    "Spatially Correlated Distributions. "
+    "Transactions on Machine Learning Research. arXiv:2504.14795",
     advice="nnunetv2_ext.spatialnoise.advice:advice",
 )

@@ -70,7 +70,7 @@ class SpatialNoiseSettings(Settings):
         0.5,
         gt=0,
         le=1,
-        description="Share of a class that may be corrected; above, the class is not learnt yet; 1: no guard. Source: ours.",
+        description="Share of a class that may be corrected; above, it is not learnt yet; 1: no guard. Source: ours.",
     )
 
     @model_validator(mode="after")
