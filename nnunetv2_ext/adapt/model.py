@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, first_difference, read
 from nnunetv2_ext.core.export import portable
 from nnunetv2_ext.core.files import read_json
-from nnunetv2_ext.core.labelmaps import foreground_names
+from nnunetv2_ext.core.labelmaps import foreground_names, structures_of
 from nnunetv2_ext.core.quiet import quiet
 from nnunetv2_ext.core.settings import PLANS_KEY
 from nnunetv2_ext.core.stock import stock_network
@@ -57,8 +57,7 @@ class FinishedModel:
     @property
     def structures(self) -> dict[str, Any]:
         """Name to label value, or to the values of a region."""
-        values = self.labels.foreground_regions if self.labels.has_regions else self.labels.foreground_labels
-        return dict(zip(self.names, values, strict=True))
+        return structures_of(self.dataset_json, self.labels)
 
     @property
     def channels(self) -> list[str]:

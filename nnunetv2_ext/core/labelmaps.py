@@ -29,6 +29,12 @@ def foreground_names(dataset_json: dict, labels: LabelManager) -> list[str]:
     return [name for _, name in sorted(class_names(dataset_json, labels).items()) if name != "ignore"]
 
 
+def structures_of(dataset_json: dict, labels: LabelManager) -> dict[str, int | tuple[int, ...]]:
+    """Name to label value, or to the values of a region, in the order of the heads without the background."""
+    values = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    return dict(zip(foreground_names(dataset_json, labels), values, strict=True))
+
+
 def logits_to_labels(logits: Tensor, labels: LabelManager) -> np.ndarray:
     """(heads, *S) to one value per voxel: the class, or 1 + index of the last region that contains the voxel."""
     if not labels.has_regions:

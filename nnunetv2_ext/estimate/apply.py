@@ -17,8 +17,8 @@ from nnunetv2_ext.data.raw import declared_values
 from nnunetv2_ext.estimate.calibration import alarm, is_outside, local_correction, set_interval
 from nnunetv2_ext.estimate.features import of_case
 from nnunetv2_ext.estimate.fit import Fitted
-from nnunetv2_ext.estimate.prediction import FoldPredictor
 from nnunetv2_ext.parts.dice import dice
+from nnunetv2_ext.parts.prediction import FoldPredictor
 
 NOT_FOUND = "not found"
 

@@ -22,8 +22,8 @@ from nnunetv2_ext.data.subjects import subjects_from_table, subjects_of_dataset
 from nnunetv2_ext.estimate.calibration import Calibration, Row, calibrate
 from nnunetv2_ext.estimate.corruption import corrupt
 from nnunetv2_ext.estimate.features import of_case
-from nnunetv2_ext.estimate.prediction import FoldPredictor
 from nnunetv2_ext.parts.dice import dice
+from nnunetv2_ext.parts.prediction import FoldPredictor
 
 Array = npt.NDArray[Any]
 

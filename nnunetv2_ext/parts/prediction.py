@@ -15,7 +15,7 @@ from nnunetv2.inference.export_prediction import (
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
-from nnunetv2_ext.core.labelmaps import foreground_names
+from nnunetv2_ext.core.labelmaps import structures_of
 from nnunetv2_ext.core.quiet import quiet
 from nnunetv2_ext.data.channels import OF_CT
 
@@ -45,7 +45,7 @@ class FoldPredictor:
         self._weights = list(self.predictor.list_of_parameters)
         if self.predictor.configuration_manager.previous_stage_name is not None:
             raise ValueError(
-                f"{model} is the last stage of a cascade, which needs the previous stage's segmentations: estimate the "
+                f"{model} is the last stage of a cascade, which needs the previous stage's segmentations: use the "
                 "model of its previous stage, or of 3d_fullres"
             )
 
@@ -57,9 +57,7 @@ class FoldPredictor:
     @cached_property
     def structures(self) -> dict[str, int | tuple[int, ...]]:
         """Name to label value, or to the values of a region, in the order of the heads without the background."""
-        labels = self.predictor.label_manager
-        values = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-        return dict(zip(foreground_names(self.predictor.dataset_json, labels), values, strict=True))
+        return structures_of(self.predictor.dataset_json, self.predictor.label_manager)
 
     def logits(self, data: Array) -> Iterator[Tensor]:
         """Of each fold ``(heads, *S)`` on the CPU.
@@ -98,6 +96,20 @@ class FoldPredictor:
             logits, p.plans_manager, p.configuration_manager, p.label_manager, properties, num_threads_torch=1
         )
         return np.asarray(found)
+
+    def on_image(self, logits: Tensor, properties: dict[str, Any]) -> tuple[Array, Array]:
+        """Segmentation and probabilities ``(heads, X, Y, Z)`` on the image's grid, as ``--save_probabilities``."""
+        p = self.predictor
+        segmentation, probabilities = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits,
+            p.plans_manager,
+            p.configuration_manager,
+            p.label_manager,
+            properties,
+            return_probabilities=True,
+            num_threads_torch=1,
+        )
+        return np.asarray(segmentation), np.asarray(probabilities)
 
     def write(self, logits: Tensor, properties: dict[str, Any], target: Path) -> None:
         """nnU-Net's file of the segmentation; ``target`` without its ending."""
