@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 from nnunetv2_ext.cli import main
 from nnunetv2_ext.estimate.corruption import KINDS, KINDS_OF_CT, corrupt
-from nnunetv2_ext.estimate.fit import FILE, Fitted, only_where
+from nnunetv2_ext.estimate.fit import FILE, Fitted
+from nnunetv2_ext.estimate.validation import only_where
 from tests.conftest import TinyDataset, run_command
 
 
@@ -32,11 +34,11 @@ def test_a_corrupted_copy_repeats_and_changes_the_image() -> None:
 
 
 def test_voxels_without_truth_are_background_for_the_features() -> None:
-    p = np.full((2, 2, 2), 0.5)
-    labelled = np.array([[True, False], [True, True]])
+    p = torch.full((2, 2, 2), 0.5)
+    labelled = torch.tensor([[True, False], [True, True]])
     softmax, sigmoid = only_where(p, labelled, False), only_where(p, labelled, True)
     assert softmax[:, 0, 1].tolist() == [1, 0] and sigmoid[:, 0, 1].tolist() == [0, 0]
-    assert np.array_equal(softmax[:, labelled], p[:, labelled])
+    assert torch.equal(softmax[:, labelled], p[:, labelled])
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def fit(model: Path, *options: str) -> int:
 def test_two_commands_give_a_list_that_is_worst_first(model: Path, images: Path, tmp_path: Path, capsys) -> None:
     assert fit(model) == 0
     said = capsys.readouterr().out
-    assert "an estimate, not a measurement" in said and "MAE of the control" in said
+    assert "an estimate, not a measurement" in said and "mean: MAE" in said
     assert (model / "estimate_fit.png").is_file() and not list(model.glob(".nnunetv2_ext_estimate*"))
     content = json.loads((model / FILE).read_text())
     assert set(content["sha256"]) == {"0", "1"} and content["structures"]
@@ -111,7 +113,7 @@ def test_an_interrupted_fit_goes_on(model: Path, monkeypatch: pytest.MonkeyPatch
     from nnunetv2_ext.estimate import fit as module
 
     done: list[str] = []
-    rows_of = module._rows_of
+    rows_of = module.rows_of
 
     def interrupted(case: str, *rest: Any) -> Any:
         if len(done) == 3:
@@ -120,12 +122,12 @@ def test_an_interrupted_fit_goes_on(model: Path, monkeypatch: pytest.MonkeyPatch
         return rows_of(case, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_rows_of", interrupted)
+        patch.setattr(module, "rows_of", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(model)
     assert not (model / FILE).exists()
     seen: list[str] = []
-    monkeypatch.setattr(module, "_rows_of", lambda case, *rest: seen.append(case) or rows_of(case, *rest))
+    monkeypatch.setattr(module, "rows_of", lambda case, *rest: seen.append(case) or rows_of(case, *rest))
     assert fit(model) == 0
     whole = Fitted.load(model)
     assert len(seen) == 2 * len(set(seen) | set(done)) - 3
@@ -176,7 +178,7 @@ def test_local_labels_move_the_estimates(model: Path, images: Path, tmp_path: Pa
     for key, value in before.items():
         if value is not None:
             assert after[key] == pytest.approx(min(1, value + 3 * (1 - value) / 4), abs=1e-6)
-    assert "Corrected by 3 labelled cases" in (tmp_path / "local" / "estimate.md").read_text()
+    assert "Corrected by labelled cases of this site" in (tmp_path / "local" / "estimate.md").read_text()
 
 
 def _spoil(model: Path, how: str) -> list[str]:
