@@ -99,7 +99,7 @@ class Preprocessed:
             return np.asarray(dataset.load_case(case)[2][:])
         except Exception as error:  # as in `read_case`
             raise ValueError(
-                f"case {case}: the previous stage's segmentation cannot be read from {folder} ({type(error).__name__}): "
+                f"case {case}: the previous stage's segmentation is not in {folder} ({type(error).__name__}): "
                 "finish the previous stage's training of the same fold, with its validation"
             ) from error
 

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_ext.estimate.features import logit_of_share, of_case, of_structure
+from nnunetv2_ext.estimate.features import (
+    agreement,
+    logit_of_share,
+    masks_of,
+    of_case,
+    of_structure,
+    share_of_logit,
+    with_agreement,
+)
 
 
 def test_a_map_of_four_by_four_by_hand() -> None:
@@ -51,3 +59,14 @@ def test_regions_have_a_threshold_and_an_entropy_of_their_own() -> None:
     binary = [-(q * math.log2(q) + (1 - q) * math.log2(1 - q)) for q in (0.9, 0.6)]
     assert n == 2 and first["ent"] == pytest.approx(sum(binary) / 2)
     assert m == 4 and second["band"] == pytest.approx(math.log(2))
+
+
+def test_agreement_of_masks_by_hand() -> None:
+    a = torch.tensor([[[1, 1, 0, 0]], [[0, 0, 0, 0]]]).bool()
+    b = torch.tensor([[[1, 0, 0, 0]], [[0, 0, 0, 0]]]).bool()
+    assert agreement(a, [b, a]) == pytest.approx([(2 / 3 + 1) / 2, 0])
+    p = torch.tensor([[[0.2, 0.6]], [[0.7, 0.1]], [[0.1, 0.3]]])
+    assert masks_of(p, False).tolist() == [[[True, False]], [[False, False]]]
+    found = with_agreement(of_case(p, False), [0.5, 0.0], [0.9, 0.0])
+    assert found[0][0]["ens"] == 0.9 and share_of_logit(found[0][0]["tta"]) == pytest.approx(0.5)
+    assert set(with_agreement(of_case(p, False), None, None)[0][0]) == {"soft", "ent", "band", "frag"}

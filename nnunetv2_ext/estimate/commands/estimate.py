@@ -65,9 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_ext.core.files import read_json
     from nnunetv2_ext.estimate.apply import apply
 
-    result = apply(
-        args.model, args.i, args.o, args.local_labels, args.threshold, device, args.previous_stage, args.npz
-    )
+    result = apply(args.model, args.i, args.o, args.local_labels, args.threshold, device, args.previous_stage, args.npz)
     report.write_results(result, args.o)
     report.draw_worst(result, args.i, args.o, read_json(args.model / "dataset.json"), args.o / "estimate_worst.png")
     print(f"{report.apply_report(result)}\nwrote segmentations, estimate.md, .csv, .json and a picture to {args.o}")
