@@ -18,7 +18,7 @@ from nnunetv2_ext.data.case import find_reader, read_image, read_label_map, spac
 from nnunetv2_ext.evaluate import plot
 from nnunetv2_ext.evaluate.folder import Source
 from nnunetv2_ext.evaluate.intervals import signed
-from nnunetv2_ext.evaluate.metrics import bounding_box
+from nnunetv2_ext.parts.surface import bounding_box
 
 _MARGIN_MM = 10.0
 # what an error map shows: a colour that no class has, and the words about the reference and the new arm

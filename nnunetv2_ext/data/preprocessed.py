@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -110,6 +111,21 @@ class Preprocessed:
         except Exception as error:  # blosc2, numpy and pickle have their own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise ValueError(f"case {case} cannot be read from {self.folder} ({reason}): {self._remedy}") from error
+
+    def read_previous_stage(self, case: str, folder: Path) -> np.ndarray:
+        """The previous stage's segmentation ``(X, Y, Z)`` of a case, as it left it for the next stage of a cascade.
+
+        Raises:
+            ValueError: the case is not there or damaged; names it.
+        """
+        dataset = self._dataset_class(str(self.folder), [case], str(folder))
+        try:
+            return np.asarray(dataset.load_case(case)[2][:])
+        except Exception as error:  # as in `read_case`
+            raise ValueError(
+                f"case {case}: the previous stage's segmentation is not in {folder} ({type(error).__name__}): "
+                "finish the previous stage's training of the same fold, with its validation"
+            ) from error
 
     def file_state(self, case: str) -> list[list[Any]]:
         """Name, size and time of a case's files, which change if it is preprocessed again; for caches.

@@ -1,24 +1,30 @@
 """Segmentations of new images with their expected Dice, worst first."""
 
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from nnunetv2_ext.core.files import require_writable
+from nnunetv2_ext.core.files import read_json, require_writable
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.data.case import read_label_map
 from nnunetv2_ext.data.folders import cases_of_images, require_channels
 from nnunetv2_ext.data.raw import declared_values
-from nnunetv2_ext.estimate.calibration import alarm, is_outside, local_correction, set_interval
-from nnunetv2_ext.estimate.features import of_case
+from nnunetv2_ext.estimate.calibration import MIN_LOCAL, alarm, is_outside, local_correction, set_interval
+from nnunetv2_ext.estimate.features import Features, agreement, masks_of, of_case, with_agreement
 from nnunetv2_ext.estimate.fit import Fitted
+from nnunetv2_ext.estimate.prediction import FoldPredictor
+from nnunetv2_ext.estimate.validation import read_saved
 from nnunetv2_ext.parts.dice import dice
-from nnunetv2_ext.parts.prediction import FoldPredictor
+
+Array = npt.NDArray[Any]
 
 NOT_FOUND = "not found"
 
@@ -32,6 +38,7 @@ class Estimate:
         low, high: of the interval; NaN where there is none.
         flag: ``look`` where the estimate or the lower end is below the threshold, or nothing was found.
         why: for people.
+        boundary: HD95 as a rank: low, medium, high, or empty.
         measured: Dice, where a local label exists.
     """
 
@@ -42,7 +49,27 @@ class Estimate:
     high: float
     flag: str = ""
     why: str = ""
+    boundary: str = ""
     measured: float | None = None
+
+
+@dataclass(frozen=True)
+class Local:
+    """What the labelled cases of the site changed for a structure.
+
+    Attributes:
+        number: labelled cases in which the structure was found.
+        offset: added to every estimate.
+        mean: their mean Dice, the control: without the estimates one would expect it of every case.
+        error: mean absolute error of the estimates on the labelled cases, each corrected by the others; NaN below two.
+        control: mean absolute error of the others' mean.
+    """
+
+    number: int
+    offset: float
+    mean: float
+    error: float
+    control: float
 
 
 @dataclass(frozen=True)
@@ -53,7 +80,8 @@ class Result:
         estimates: worst first.
         sets: by structure: mean estimate, lower and upper end of the mean's interval, number of cases.
         unlike: structures whose features lie outside of the calibration more often than chance allows.
-        local: number of local labels.
+        unwatched: structures with too few calibration cases for this alarm.
+        local: by structure that at least three local labels have; the others stay a ranking.
         folds: of the ensemble.
         threshold: below which a case is flagged.
     """
@@ -61,7 +89,8 @@ class Result:
     estimates: list[Estimate]
     sets: dict[str, tuple[float, float, float, int]]
     unlike: list[str]
-    local: int
+    unwatched: list[str]
+    local: dict[str, Local]
     folds: list[int]
     threshold: float
 
@@ -73,6 +102,8 @@ def apply(
     local_labels: Path | None = None,
     threshold: float = 0.7,
     device: str = "cpu",
+    previous: Path | None = None,
+    saved: Path | None = None,
 ) -> Result:
     """Segment every case of a folder as ``nnUNetv2_predict`` does, and estimate the Dice of each structure.
 
@@ -82,6 +113,8 @@ def apply(
         output: new or empty folder for the segmentations.
         local_labels: true segmentations of some of the cases, at least three.
         threshold: Dice below which a case is to be looked at.
+        previous: for the last stage of a cascade: segmentations by its previous stage.
+        saved: probabilities that ``nnUNetv2_predict --save_probabilities`` left; no model is run.
 
     Raises:
         ValueError: no fit or another checkpoint, no images, a damaged one (named), or labels that do not fit.
@@ -89,22 +122,46 @@ def apply(
     if not 0 < threshold <= 1:
         raise ValueError(f"--threshold is a Dice above 0 and up to 1, got {threshold}")
     fitted = Fitted.load(model)
-    predictor = FoldPredictor(model, [int(fold) for fold in fitted.hashes], fitted.checkpoint, device)
-    axes = list(predictor.predictor.allowed_mirroring_axes or ())
-    if axes != fitted.mirrored:
-        raise ValueError(f"predictions are mirrored along {axes}, in the fit along {fitted.mirrored}: fit again")
-    ending = str(predictor.predictor.dataset_json["file_ending"])
-    files = _images(images, predictor.predictor.dataset_json)
+    if (saved is not None) != fitted.saved:
+        raise ValueError(
+            f"the fit of {model} was made {'with' if fitted.saved else 'without'} --npz, on another grid: give the "
+            "option to both or to none"
+        )
+    folds = [int(fold) for fold in fitted.hashes]
+    predictor = FoldPredictor(model, folds, fitted.checkpoint, device, "tta" in fitted.optional)
+    if predictor.mirrored != fitted.mirrored:
+        raise ValueError(
+            f"predictions are mirrored along {predictor.mirrored}, in the fit along {fitted.mirrored}: fit again"
+        )
+    ending = str(predictor.dataset_json["file_ending"])
+    files = _images(images, predictor.dataset_json)
     labels = _labels(local_labels, ending, files) if local_labels else {}
+    stages = {} if saved else _stages(previous, ending, files, predictor.previous_stage)
+    if saved:
+        _require_same_model(saved, model)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty, and nothing is overwritten: name another folder")
     output.mkdir(parents=True, exist_ok=True)
     require_writable(output)
 
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    drawn: set[str] = set()
     for case, own in progress_bar(list(files.items()), "estimating"):
-        found += _of_case(case, own, predictor, fitted, output / case, labels.get(case))
-    return _judged(found, fitted, predictor.folds, threshold, len(labels))
+        target = output / f"{case}{ending}"
+        if saved:
+            remedy = f"predict {images} with nnUNetv2_predict --save_probabilities into {saved}"
+            probabilities, segmentation = read_saved(saved, case, predictor, remedy)
+            shutil.copyfile(saved / target.name, target)
+            by_fold = [of_case(probabilities, predictor.has_regions)]
+        else:
+            by_fold, segmentation, properties = _predicted(case, own, stages.get(case), predictor, fitted)
+            predictor.reader().write_seg(segmentation, str(target), properties)
+        measured, own_drawn = _measured(case, segmentation, labels.get(case), predictor)
+        drawn |= own_drawn
+        rows += _rows(case, by_fold, segmentation, measured, predictor, fitted)
+    # a site that never draws a structure has not measured its Dice as 0
+    rows = [row if row["structure"] in drawn else {**row, "measured": None} for row in rows]
+    return _judged(rows, fitted, folds, threshold)
 
 
 def _images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, list[Path]]:
@@ -115,113 +172,188 @@ def _images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, list[Path]]
     return {case: require_channels(case, files, dataset_json) for case, files in found.items()}
 
 
-def _labels(folder: Path, ending: str, files: dict[str, list[Path]]) -> dict[str, Path]:
+def _labels(folder: Path, ending: str, files: Mapping[str, Any]) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"--local-labels {folder} is not a folder")
     found = {p.name.removesuffix(ending): p for p in sorted(folder.glob(f"*{ending}")) if p.is_file()}
     if unknown := [case for case in found if case not in files]:
         raise ValueError(f"{folder} has a label of {unknown[0]}, and no image of that case is among those given")
-    if len(found) < 3:
-        raise ValueError(f"{folder} holds {len(found)} labels; at least 3 are needed, five are a good start")
+    if len(found) < MIN_LOCAL:
+        raise ValueError(f"{folder} holds {len(found)} labels; at least {MIN_LOCAL} are needed, five are a good start")
     return found
 
 
-def _of_case(
-    case: str, files: list[Path], predictor: FoldPredictor, fitted: Fitted, target: Path, label: Path | None
-) -> list[dict[str, Any]]:
+def _stages(folder: Path | None, ending: str, files: Mapping[str, Any], stage: str | None) -> dict[str, Path]:
+    if stage is None:
+        if folder is not None:
+            raise ValueError("the model is not the last stage of a cascade: leave --previous-stage away")
+        return {}
+    if folder is None:
+        raise ValueError(
+            f"the model is the last stage of a cascade: predict the images with {stage}, and give that folder with "
+            "--previous-stage"
+        )
+    found = {case: folder / f"{case}{ending}" for case in files}
+    if missing := [file for file in found.values() if not file.is_file()]:
+        raise ValueError(f"{missing[0]} is missing: predict every image with {stage} into {folder}")
+    return found
+
+
+def _require_same_model(saved: Path, model: Path) -> None:
+    """ValueError if nnU-Net left the plans of another model beside the probabilities."""
+    theirs, ours = saved / "plans.json", model / "plans.json"
+    if theirs.is_file() and read_json(theirs) != read_json(ours):
+        raise ValueError(f"{saved} holds predictions of another model ({theirs} differs from {ours}): predict again")
+
+
+def _predicted(
+    case: str, files: Sequence[Path], stage: Path | None, predictor: FoldPredictor, fitted: Fitted
+) -> tuple[list[list[tuple[Features, int]]], Array, dict[str, Any]]:
+    """Features of each fold's prediction, the ensemble's segmentation, and the image's properties."""
     try:
-        data, properties = predictor.preprocess(files)
+        data, properties = predictor.preprocess(files, stage)
     except Exception as error:  # every reader has its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise ValueError(f"case {case}: {files[0]} cannot be read ({reason}): replace the file") from error
+        shown = files[0] if stage is None else f"{files[0]} or {stage}"
+        raise ValueError(f"case {case}: {shown} cannot be read ({reason}): replace the file") from error
     if not np.isfinite(data).all():
         raise ValueError(f"case {case}: {files[0]} holds NaN or infinite values: replace them")
     total: Tensor | None = None
-    by_fold = []
-    for logits in predictor.logits(data):
-        by_fold.append(of_case(predictor.probabilities(logits), predictor.has_regions))
-        # in nnU-Net's order, so that bytes agree; outside of its inference mode only a clone can be added to
-        total = logits.clone() if total is None else total.add_(logits)
+    by_fold, agreements, masks = [], [], []
+    for fold in predictor.folds:
+        logits, tta = predictor.logits(data, fold)
+        probabilities = predictor.probabilities(logits)
+        by_fold.append(of_case(probabilities, predictor.has_regions))
+        agreements.append(tta)
+        if "ens" in fitted.optional:
+            masks.append(masks_of(probabilities, predictor.has_regions))
+        with torch.inference_mode():  # in nnU-Net's order, so that bytes agree
+            total = logits if total is None else total.add_(logits)
     assert total is not None
     if len(by_fold) > 1:
-        total /= len(by_fold)
-    predictor.write(total.clone(), properties, target)
-    segmentation = predictor.segmentation(total, properties)
-    truth = None
-    if label is not None:
-        reader = predictor.predictor.plans_manager.image_reader_writer_class()
-        truth, _ = read_label_map(case, label, reader)
-        known = declared_values(predictor.predictor.dataset_json["labels"])
-        if unknown := sorted(set(np.unique(truth).tolist()) - known):
-            raise ValueError(f"case {case}: {label} holds the value {unknown[0]}, which the model does not know")
-        if truth.shape != segmentation.shape:
-            raise ValueError(f"case {case}: {label} has shape {truth.shape}, the image {segmentation.shape}")
-    ignore, measured = predictor.predictor.label_manager.ignore_label, dict[str, float]()
-    if truth is not None:
-        measured = dice(segmentation, truth, None if ignore is None else truth == ignore, predictor.structures)
+        with torch.inference_mode():
+            total /= len(by_fold)
+    ens: list[list[float] | None] = [agreement(own, masks[:i] + masks[i + 1 :]) for i, own in enumerate(masks)]
+    ens = ens or [None] * len(by_fold)
+    found = [with_agreement(*one) for one in zip(by_fold, agreements, ens, strict=True)]
+    return found, predictor.segmentation(total, properties), properties
+
+
+def _measured(
+    case: str, segmentation: Array, label: Path | None, predictor: FoldPredictor
+) -> tuple[dict[str, float], set[str]]:
+    """Dice by structure, and the structures that are drawn in the label; nothing without a label."""
+    if label is None:
+        return {}, set()
+    truth, _ = read_label_map(case, label, predictor.reader())
+    known = declared_values(predictor.dataset_json["labels"])
+    if unknown := sorted(set(np.unique(truth).tolist()) - known):
+        raise ValueError(f"case {case}: {label} holds the value {unknown[0]}, which the model does not know")
+    if truth.shape != segmentation.shape:
+        raise ValueError(f"case {case}: {label} has shape {truth.shape}, the image {segmentation.shape}")
+    ignore = predictor.labels.ignore_label
+    scores = dice(segmentation, truth, None if ignore is None else truth == ignore, predictor.structures)
+    drawn = {name for name, value in predictor.structures.items() if np.isin(truth, value).any()}
+    return {name: score for name, score in scores.items() if not math.isnan(score)}, drawn
+
+
+def _rows(
+    case: str,
+    by_fold: Sequence[Sequence[tuple[Features, int]]],
+    segmentation: Array,
+    measured: Mapping[str, float],
+    predictor: FoldPredictor,
+    fitted: Fitted,
+) -> list[dict[str, Any]]:
     rows = []
     for i, (name, value) in enumerate(predictor.structures.items()):
-        sizes = [own[i][1] for own in by_fold]
-        estimates = [fitted.calibration.line.predict(name, own[i][0]) for own in by_fold if own[i][1] > 0]
-        outside = [is_outside(fitted.calibration, name, own[i][0]) for own in by_fold if own[i][1] > 0]
+        own = [found[i][0] for found in by_fold if found[i][1] > 0]
+        known = name in fitted.calibration.quantile and bool(own)
+        mean = {key: float(np.mean([features[key] for features in own])) for key in own[0]} if own else {}
+        ranks = fitted.calibration.ranks
         rows.append(
             {
                 "case": case,
                 "structure": name,
-                "found": bool(np.isin(segmentation, value).any()) and any(sizes),
-                "estimate": float(np.mean(estimates)) if estimates else math.nan,
-                "outside": any(o for o in outside if o is not None),
-                "measured": None if math.isnan(measured.get(name, math.nan)) else measured[name],
+                "found": bool(np.isin(segmentation, value).any()) and bool(own),
+                "estimate": float(np.mean([fitted.calibration.line.dice(name, features) for features in own]))
+                if known
+                else math.nan,
+                # one verdict a case, as the binomial test of the alarm wants
+                "outside": bool(known and is_outside(fitted.calibration, name, mean)),
+                "boundary": ranks.rank(name, mean) if known and ranks else "",
+                "measured": measured.get(name),
             }
         )
     return rows
 
 
-def _judged(rows: Sequence[dict[str, Any]], fitted: Fitted, folds: list[int], threshold: float, local: int) -> Result:
+def _judged(rows: Sequence[dict[str, Any]], fitted: Fitted, folds: list[int], threshold: float) -> Result:
     calibration = fitted.calibration
     estimates: list[Estimate] = []
     sets: dict[str, tuple[float, float, float, int]] = {}
+    local: dict[str, Local] = {}
     unlike = []
     for structure in fitted.structures:
         own = [row for row in rows if row["structure"] == structure]
         if structure not in calibration.quantile:
-            for row in own:
-                why = "the fit has no case with it"
-                estimates.append(Estimate(row["case"], structure, math.nan, math.nan, math.nan, "look", why))
+            why = "the fit has no case with it"
+            estimates += [
+                Estimate(row["case"], structure, math.nan, math.nan, math.nan, "look", why, "", row["measured"])
+                for row in own
+            ]
             continue
         offset, half = 0.0, calibration.quantile[structure]
-        labelled = [r for r in own if r["measured"] is not None and r["found"]]
-        if len(labelled) >= 3:
-            offset, half = local_correction(
-                [r["measured"] for r in labelled], [r["estimate"] for r in labelled], calibration.quantile[structure]
-            )
+        labelled = [row for row in own if row["measured"] is not None and row["found"]]
+        truth, guessed = ([row[key] for row in labelled] for key in ("measured", "estimate"))
+        if len(labelled) >= MIN_LOCAL:
+            offset, half = local_correction(truth, guessed, half)
+            local[structure] = _local(truth, guessed, offset)
         found = []
         for row in own:
             if not row["found"]:
                 estimates.append(
-                    Estimate(row["case"], structure, math.nan, math.nan, math.nan, "look", NOT_FOUND, row["measured"])
+                    Estimate(
+                        row["case"], structure, math.nan, math.nan, math.nan, "look", NOT_FOUND, "", row["measured"]
+                    )
                 )
                 continue
             value = float(np.clip(row["estimate"] + offset, 0, 1))
             found.append(value)
             interval = calibration.interval(structure, value, half) or (math.nan, math.nan)
-            low = value if math.isnan(interval[0]) else interval[0]
             reasons = []
             if value < threshold:
                 reasons.append(f"estimate below {threshold:g}")
-            elif low < threshold:
+            elif interval[0] < threshold:
                 reasons.append(f"lower end below {threshold:g}")
             if row["outside"]:
                 reasons.append("unlike every calibration case")
-            flag = "look" if reasons else ""
-            text = "; ".join(reasons)
-            estimates.append(Estimate(row["case"], structure, value, *interval, flag, text, row["measured"]))
+            flag, text = "look" if reasons else "", "; ".join(reasons)
+            estimates.append(
+                Estimate(row["case"], structure, value, *interval, flag, text, row["boundary"], row["measured"])
+            )
         if found:
             mean = float(np.mean(found))
-            error = set_interval(calibration, structure, len(found)) or (math.nan, math.nan)
-            sets[structure] = (mean, mean + error[0], mean + error[1], len(found))
+            errors = [y - e - offset for y, e in zip(truth, guessed)] if structure in local else []
+            error = set_interval(calibration, structure, len(found), errors) or (math.nan, math.nan)
+            sets[structure] = (mean, *(float(np.clip(mean + e, 0, 1)) for e in error), len(found))  # type: ignore[assignment]
         clean = sum(r["structure"] == structure and not r["corrupted"] for r in calibration.rows)
         if alarm([r["outside"] for r in own if r["found"]], clean):
             unlike.append(structure)
     worst = sorted(estimates, key=lambda e: -1.0 if math.isnan(e.estimate) else e.estimate)
-    return Result(worst, sets, unlike, local, folds, threshold)
+    unwatched = [s for s in sets if s not in calibration.clouds]
+    return Result(worst, sets, unlike, unwatched, local, folds, threshold)
+
+
+def _local(truth: Sequence[float], estimates: Sequence[float], offset: float) -> Local:
+    y, e = np.asarray(truth), np.asarray(estimates)
+    k = len(y)
+    others = ((y - e).sum() - (y - e)) / k  # the offset by the k - 1 others
+    control = (y.sum() - y) / (k - 1)
+    return Local(
+        k,
+        offset,
+        float(y.mean()),
+        float(np.abs(y - np.clip(e + others, 0, 1)).mean()),
+        float(np.abs(y - control).mean()),
+    )

@@ -15,7 +15,7 @@ from scipy import stats
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
 
-from nnunetv2_ext.estimate.features import NAMES
+from nnunetv2_ext.estimate.features import share_of_logit
 
 Array = npt.NDArray[np.float64]
 
@@ -29,7 +29,7 @@ _DRAWS = 2000
 
 @dataclass(frozen=True)
 class Row:
-    """One structure of one case of the fit."""
+    """One structure of one case of the fit; `hd95` in mm, None where one of the two surfaces is missing."""
 
     case: str
     subject: str
@@ -37,28 +37,38 @@ class Row:
     features: Mapping[str, float]
     dice: float
     corrupted: bool = False
+    hd95: float | None = None
 
 
 @dataclass(frozen=True)
 class Line:
     """A fitted ridge: a mean for each structure, and slopes that all share."""
 
+    names: Sequence[str]  # of the features
     centre: Mapping[str, Sequence[float]]  # of the features, by structure
-    mean: Mapping[str, float]  # of Dice, by structure
+    mean: Mapping[str, float]  # of what is estimated, by structure
     scale: Sequence[float]  # of the features
     slopes: Sequence[float]
 
     def predict(self, structure: str, features: Mapping[str, float]) -> float:
+        """Of one case."""
+        z = (self.point(features) - np.asarray(self.centre[structure])) / np.asarray(self.scale)
+        return float(self.mean[structure] + z @ np.asarray(self.slopes))
+
+    def dice(self, structure: str, features: Mapping[str, float]) -> float:
         """Expected Dice, cut to 0 .. 1."""
-        x = np.array([features[name] for name in NAMES])
-        z = (x - np.asarray(self.centre[structure])) / np.asarray(self.scale)
-        return float(np.clip(self.mean[structure] + z @ np.asarray(self.slopes), 0, 1))
+        return float(np.clip(self.predict(structure, features), 0, 1))
+
+    def point(self, features: Mapping[str, float]) -> Array:
+        """The features in the order of `names`."""
+        return np.array([features[name] for name in self.names])
 
 
-def fit_line(rows: Sequence[Row]) -> Line:
+def fit_line(rows: Sequence[Row], target: Sequence[float]) -> Line:
     """Ridge over standardised features with an intercept for each structure; the penalty by leave-one-out."""
-    x = np.array([[row.features[name] for name in NAMES] for row in rows])
-    y = np.array([row.dice for row in rows])
+    features = list(rows[0].features)
+    x = np.array([[row.features[name] for name in features] for row in rows])
+    y = np.asarray(target, dtype=float)
     names = np.array([row.structure for row in rows])
     centre = {str(s): x[names == s].mean(0) for s in np.unique(names)}
     mean = {str(s): float(y[names == s].mean()) for s in np.unique(names)}
@@ -66,10 +76,11 @@ def fit_line(rows: Sequence[Row]) -> Line:
     scale = np.where(z.std(0) > 1e-9, z.std(0), 1.0)
     ridge = RidgeCV(alphas=PENALTIES, fit_intercept=False)  # leave-one-out
     ridge.fit(z / scale, y - np.array([mean[str(s)] for s in names]))
-    return Line({s: c.tolist() for s, c in centre.items()}, mean, scale.tolist(), np.ravel(ridge.coef_).tolist())
+    centres = {s: c.tolist() for s, c in centre.items()}
+    return Line(features, centres, mean, scale.tolist(), np.ravel(ridge.coef_).tolist())
 
 
-def out_of_fold(rows: Sequence[Row]) -> Array:
+def out_of_fold(rows: Sequence[Row], target: Sequence[float]) -> Array:
     """Of each row the estimate by a line that has not seen its subject.
 
     Raises:
@@ -81,7 +92,7 @@ def out_of_fold(rows: Sequence[Row]) -> Array:
         raise ValueError(f"the cases of the fit are of {number} subject; estimates need at least two")
     estimates = np.full(len(rows), np.nan)
     for train, test in GroupKFold(min(FOLDS, number)).split(rows, groups=subjects):
-        line = fit_line([rows[i] for i in train])
+        line = fit_line([rows[i] for i in train], [target[i] for i in train])
         for i in test:
             if rows[i].structure not in line.mean:
                 raise ValueError(
@@ -99,20 +110,45 @@ def conformal_quantile(residuals: Sequence[float], alpha: float = ALPHA) -> floa
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """Boundary distance as a rank among the calibration cases; its intervals in mm would be too wide to print.
+
+    Attributes:
+        line: estimates log(1 + HD95 in mm).
+        thirds: by structure the out-of-fold estimates that part low, medium and high.
+        rho: Spearman's, of out-of-fold estimates and truth, by structure.
+    """
+
+    line: Line
+    thirds: Mapping[str, Sequence[float]]
+    rho: Mapping[str, float]
+
+    def rank(self, structure: str, features: Mapping[str, float]) -> str:
+        """``low``, ``medium`` or ``high``; empty where too few cases have the structure."""
+        if structure not in self.thirds:
+            return ""
+        value = self.line.predict(structure, features)
+        return ("low", "medium", "high")[int(np.searchsorted(self.thirds[structure], value))]
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What a fit leaves: the line, how far it errs, and how the features of its cases scatter.
 
     Attributes:
         line: fitted on all rows.
         quantile: half width of the interval by structure; None: too few cases.
-        rows: of the fit, with their out-of-fold estimates (keys case, subject, structure, dice, estimate, corrupted).
-        clouds: of the clean cases by structure: mean, inverse covariance, leave-one-out distances of the features.
+        rows: of the fit, with their out-of-fold estimates (keys case, subject, structure, dice, estimate, soft,
+            corrupted); ``soft``: soft Dice as it is, for comparison.
+        clouds: of the clean cases by structure: their features, leave-one-out distances.
+        ranks: None: too few cases.
     """
 
     line: Line
     quantile: Mapping[str, float | None]
     rows: Sequence[Mapping[str, Any]]
     clouds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    ranks: Ranks | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -121,7 +157,14 @@ class Calibration:
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> "Calibration":
         """Counterpart of `as_dict`."""
-        return Calibration(Line(**content["line"]), content["quantile"], content["rows"], content["clouds"])
+        ranks = content["ranks"]
+        return Calibration(
+            Line(**content["line"]),
+            content["quantile"],
+            content["rows"],
+            content["clouds"],
+            Ranks(**{**ranks, "line": Line(**ranks["line"])}) if ranks else None,
+        )
 
     def interval(self, structure: str, estimate: float, quantile: float | None = None) -> tuple[float, float] | None:
         """Lowest and highest Dice, cut to 0 .. 1; None where there are too few cases for an interval."""
@@ -131,7 +174,8 @@ class Calibration:
 
 def calibrate(rows: Sequence[Row]) -> Calibration:
     """Fit everything. Raises ValueError as `out_of_fold`."""
-    estimates = out_of_fold(rows)
+    dice = [row.dice for row in rows]
+    estimates = np.clip(out_of_fold(rows, dice), 0, 1)
     structures = list(dict.fromkeys(row.structure for row in rows))
     quantile = {
         s: conformal_quantile([abs(r.dice - e) for r, e in zip(rows, estimates) if r.structure == s])
@@ -144,27 +188,52 @@ def calibrate(rows: Sequence[Row]) -> Calibration:
             "structure": row.structure,
             "dice": row.dice,
             "estimate": float(estimate),
+            "soft": share_of_logit(row.features["soft"]),
             "corrupted": row.corrupted,
         }
         for row, estimate in zip(rows, estimates)
     ]
-    clouds = {s: _cloud([r for r in rows if r.structure == s and not r.corrupted]) for s in structures}
-    return Calibration(fit_line(rows), quantile, table, {s: c for s, c in clouds.items() if c is not None})
+    line = fit_line(rows, dice)
+    clouds = {s: _cloud(line, [r for r in rows if r.structure == s and not r.corrupted]) for s in structures}
+    return Calibration(line, quantile, table, {s: c for s, c in clouds.items() if c is not None}, _ranks(rows))
+
+
+def _ranks(rows: Sequence[Row]) -> Ranks | None:
+    known = [row for row in rows if row.hd95 is not None]
+    members: dict[str, list[Row]] = {}
+    for row in known:
+        members.setdefault(row.structure, []).append(row)
+    enough = {s for s, own in members.items() if len(own) >= OWN_QUANTILE and len({r.subject for r in own}) > 1}
+    known = [row for row in known if row.structure in enough]
+    if not known:
+        return None
+    truth = np.log1p(np.array([row.hd95 for row in known], dtype=float))
+    estimates = out_of_fold(known, truth.tolist())
+    names = np.array([row.structure for row in known])
+    thirds = {s: np.quantile(estimates[names == s], (1 / 3, 2 / 3)).tolist() for s in sorted(enough)}
+    rho = {s: float(np.nan_to_num(spearman(estimates[names == s], truth[names == s]))) for s in sorted(enough)}
+    return Ranks(fit_line(known, truth.tolist()), thirds, rho)
+
+
+def spearman(one: Array, other: Array) -> float:
+    """Correlation of ranks; NaN where one of the two does not vary."""
+    varied = np.ptp(one) > 0 and np.ptp(other) > 0
+    return float(stats.spearmanr(one, other).statistic) if varied else math.nan
 
 
 # ---- unlike the calibration cases?
 
 
-def _cloud(rows: Sequence[Row]) -> dict[str, Any] | None:
-    if len(rows) <= len(NAMES) + 2:
+def _cloud(line: Line, rows: Sequence[Row]) -> dict[str, Any] | None:
+    if len(rows) <= len(line.names) + 2:
         return None
-    x = np.array([[row.features[name] for name in NAMES] for row in rows])
+    x = np.array([line.point(row.features) for row in rows])
     distances = [_distance(x[i], np.delete(x, i, 0)) for i in range(len(x))]
     return {"features": x.tolist(), "distances": distances}
 
 
 def _distance(point: Array, others: Array) -> float:
-    covariance = np.cov(others.T) + 1e-6 * np.eye(len(NAMES))
+    covariance = np.cov(others.T) + 1e-6 * np.eye(len(point))
     difference = point - others.mean(0)
     return float(difference @ np.linalg.solve(covariance, difference))
 
@@ -174,7 +243,7 @@ def is_outside(calibration: Calibration, structure: str, features: Mapping[str, 
     cloud = calibration.clouds.get(structure)
     if cloud is None:
         return None
-    distance = _distance(np.array([features[name] for name in NAMES]), np.asarray(cloud["features"]))
+    distance = _distance(calibration.line.point(features), np.asarray(cloud["features"]))
     return distance > max(cloud["distances"])
 
 
@@ -189,8 +258,14 @@ def alarm(outside: Sequence[bool], calibration_cases: int) -> bool:
 # ---- sets, local labels
 
 
-def set_interval(calibration: Calibration, structure: str, number: int, seed: int = 0) -> tuple[float, float] | None:
-    """How far the mean estimate of `number` cases may be off: lower and upper quantile of resampled residuals."""
+def set_interval(
+    calibration: Calibration, structure: str, number: int, local: Sequence[float] = (), seed: int = 0
+) -> tuple[float, float] | None:
+    """How far the mean estimate of `number` cases may be off: lower and upper quantile of resampled residuals.
+
+    Args:
+        local: errors (truth - corrected estimate) of labelled local cases; their resampled mean widens the interval.
+    """
     residuals: dict[str, list[float]] = {}
     for row in calibration.rows:
         if row["structure"] == structure:
@@ -198,9 +273,12 @@ def set_interval(calibration: Calibration, structure: str, number: int, seed: in
     means = np.array([np.mean(own) for own in residuals.values()])
     if len(means) < OWN_QUANTILE or number < 1:
         return None
-    drawn = np.random.default_rng(seed).choice(means, (_DRAWS, number)).mean(1)
-    low, high = np.quantile(drawn, (ALPHA / 2, 1 - ALPHA / 2))
-    return float(low), float(high)
+    rng = np.random.default_rng(seed)
+    drawn = [rng.choice(means, (_DRAWS, number)).mean(1)]
+    if len(local):
+        drawn.append(rng.choice(np.asarray(local), (_DRAWS, len(local))).mean(1))
+    ends = np.array([np.quantile(d, (ALPHA / 2, 1 - ALPHA / 2)) for d in drawn])
+    return float(ends[:, 0].min()), float(ends[:, 1].max())
 
 
 def local_correction(

@@ -2,32 +2,24 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from nnunetv2_ext import __version__
 from nnunetv2_ext.core.files import atomic_write_text, read_json, require_writable
 from nnunetv2_ext.core.progress import progress_bar
-from nnunetv2_ext.data.case import read_label_map
 from nnunetv2_ext.data.find import as_model, find_checkpoint
 from nnunetv2_ext.data.preprocessed import Preprocessed, open_preprocessed
 from nnunetv2_ext.data.split import read_split
 from nnunetv2_ext.data.subjects import subjects_from_table, subjects_of_dataset
 from nnunetv2_ext.estimate.calibration import Calibration, Row, calibrate
-from nnunetv2_ext.estimate.corruption import corrupt
-from nnunetv2_ext.estimate.features import of_case
-from nnunetv2_ext.parts.dice import dice
-from nnunetv2_ext.parts.prediction import FoldPredictor
+from nnunetv2_ext.estimate.features import NAMES, OPTIONAL
+from nnunetv2_ext.estimate.prediction import FoldPredictor
+from nnunetv2_ext.estimate.validation import Source, rows_of
 
-Array = npt.NDArray[Any]
-
-FORMAT = 1
+FORMAT = 2
 FILE = "nnunetv2_ext_estimate.json"
 _PARTIAL = ".nnunetv2_ext_estimate_rows.jsonl"  # of a fit that was interrupted
 _FEWEST = 6  # validation cases
@@ -43,6 +35,7 @@ class Fitted:
         hashes: SHA-256 of each fold's, by fold.
         structures: names in the order of the heads.
         mirrored: axes along which predictions are mirrored.
+        saved: fitted on probabilities that nnU-Net saved, on the grid of the images.
     """
 
     calibration: Calibration
@@ -50,6 +43,12 @@ class Fitted:
     hashes: dict[str, str]
     structures: list[str]
     mirrored: list[int]
+    saved: bool = False
+
+    @property
+    def optional(self) -> list[str]:
+        """Optional features of the fit."""
+        return [name for name in OPTIONAL if name in self.calibration.line.names]
 
     def save(self, model: Path) -> Path:
         """Write the file into the model folder."""
@@ -61,6 +60,7 @@ class Fitted:
             "sha256": self.hashes,
             "structures": self.structures,
             "mirrored": self.mirrored,
+            "saved": self.saved,
             "calibration": self.calibration.as_dict(),
         }
         atomic_write_text(model / FILE, json.dumps(content, indent=1) + "\n")
@@ -68,18 +68,21 @@ class Fitted:
 
     @staticmethod
     def load(model: Path) -> "Fitted":
-        """Read it. ValueError: there is none, a newer version wrote it, or a checkpoint has changed since."""
+        """Read it. ValueError: there is none, another version wrote it, or a checkpoint has changed since."""
         if not (model / FILE).is_file():
             raise ValueError(f"{model} has no {FILE}: run `nnUNetv2_ext estimate fit {model}` first")
         content = read_json(model / FILE)
         if content.get("format", 0) > FORMAT:
             raise ValueError(f"{model / FILE} was written by a newer nnunetv2-ext: pip install -U nnunetv2-ext")
+        if content.get("format") != FORMAT:
+            raise ValueError(f"{model / FILE} is of an older form: run `nnUNetv2_ext estimate fit {model}` again")
         found = Fitted(
             Calibration.from_dict(content["calibration"]),
             content["checkpoint"],
             content["sha256"],
             content["structures"],
             content["mirrored"],
+            content["saved"],
         )
         for fold, digest in found.hashes.items():
             file = find_checkpoint(model, fold, found.checkpoint)
@@ -105,6 +108,8 @@ def fit(
     checkpoint: str = "checkpoint_final.pth",
     groups: Path | None = None,
     corrupted: bool = True,
+    optional: Sequence[str] = (),
+    saved: bool = False,
     device: str = "cpu",
     say: Callable[[str], None] = print,
 ) -> Fitted:
@@ -117,9 +122,13 @@ def fit(
         folds: default: all that are finished.
         groups: table of the cases' subjects; default: as dataset.json records them, else each case its own.
         corrupted: fit on corrupted copies too, which widens the intervals and makes them hold on worse images.
+        optional: features of `features.OPTIONAL`; ``tta`` is left out, with a sentence, where nothing is mirrored.
+        saved: take the probabilities of nnU-Net's validation (``nnUNetv2_train ... --val --npz``); no model is run,
+            so that there are no corrupted copies and no optional features.
 
     Raises:
-        ValueError: no finished fold but ``all``, no split, too few cases, a case without truth, or a cascade.
+        ValueError: no finished fold but ``all``, no split, too few cases, a case without truth, a cascade without its
+            previous stage, ``ens`` of one fold, or ``tta`` with an ignore label.
     """
     model = as_model(model_folder.resolve())
     if model is None:
@@ -131,7 +140,13 @@ def fit(
             f"{model.folder} has no numbered fold with {checkpoint}" + (", only fold all" if "all" in there else "")
             + ": fold all has no unseen cases; train the folds 0 to 4, or give -chk"
         )  # fmt: skip
+    if unnumbered := [fold for fold in wanted if not fold.isdecimal()]:
+        raise ValueError(f"-f takes the numbers of folds, got {unnumbered[0]}")
     checkpoints = {fold: find_checkpoint(model.folder, fold, checkpoint) for fold in wanted}
+    if "ens" in optional and len(wanted) < 2:
+        raise ValueError(f"the feature ens compares folds, and there is one (fold {wanted[0]}): leave +ens away")
+    if saved and optional:
+        raise ValueError(f"saved probabilities tell nothing of {optional[0]}: leave +{optional[0]} or --npz away")
     require_writable(model.folder)
     plans_name = str(read_json(model.folder / "plans.json")["plans_name"])
     data = open_preprocessed(model.dataset, model.configuration, plans_name)
@@ -141,20 +156,25 @@ def fit(
     names = sorted(set().union(*cases.values()))
     subjects = subjects_from_table(names, groups) if groups else subjects_of_dataset(data.dataset_json, names, None)
     hashes = {fold: sha256(file) for fold, file in checkpoints.items()}
+    predictor = FoldPredictor(model.folder, [int(f) for f in wanted], checkpoint, device, "tta" in optional)
+    if "tta" in optional and predictor.labels.ignore_label is not None:
+        raise ValueError("the feature tta would count voxels under the ignore label: leave +tta away")
+    if "tta" in optional and len(predictor.mirrored) < 2:
+        say(f"tta is left out: predictions of this model are mirrored along {len(predictor.mirrored)} axes")
+        optional = [name for name in optional if name != "tta"]
+    source = Source(model, data, predictor, corrupted and not saved, optional, saved)
     rows: list[Row] = []
-    structures: list[str] = []
-    mirrored: list[int] = []
-    with _Partial(model.folder / _PARTIAL, {"sha256": hashes, "corrupted": corrupted}) as partial:
+    key = {"sha256": hashes, "corrupted": source.corrupted, "features": [*NAMES, *optional], "saved": saved}
+    with _Partial(model.folder / _PARTIAL, key) as partial:
         for fold in wanted:
-            predictor = FoldPredictor(model.folder, [int(fold)], checkpoint, device)
-            structures = list(predictor.structures)
-            mirrored = list(predictor.predictor.allowed_mirroring_axes or ())
             for case in progress_bar(cases[fold], f"fold {fold}"):
-                key = f"{fold}/{case}"  # splits of one's own may let two folds validate on a case
-                if key not in partial.rows:
-                    partial.add(key, list(_rows_of(case, predictor, data, corrupted)))
-                rows += [Row(**{**row, "subject": (subjects or {}).get(case, case)}) for row in partial.rows[key]]
-        fitted = Fitted(calibrate(rows), checkpoint, hashes, structures, mirrored)
+                place = f"{fold}/{case}"  # splits of one's own may let two folds validate on a case
+                if place not in partial.rows:
+                    partial.add(place, list(rows_of(case, int(fold), source)))
+                rows += [Row(**{**row, "subject": (subjects or {}).get(case, case)}) for row in partial.rows[place]]
+        if not rows:
+            raise ValueError(f"no validation case of the folds {', '.join(wanted)} has a structure: nothing to fit")
+        fitted = Fitted(calibrate(rows), checkpoint, hashes, list(predictor.structures), predictor.mirrored, saved)
     fitted.save(model.folder)
     partial.remove()
     if too_few := [s for s, q in fitted.calibration.quantile.items() if q is None]:
@@ -173,49 +193,6 @@ def _validation_cases(data: Preprocessed, folds: Sequence[str]) -> dict[str, lis
             f"{data.splits_file} has {len(split)} folds, and the model has fold {unknown[0]}: restore the split"
         )
     return {fold: list(split[int(fold)]["val"]) for fold in folds}
-
-
-def _rows_of(case: str, predictor: FoldPredictor, data: Preprocessed, corrupted: bool) -> Iterator[dict[str, Any]]:
-    image, label, properties = data.read_case(case)
-    clean = np.asarray(image[:], dtype=np.float32)
-    if not np.isfinite(clean).all():
-        raise ValueError(f"case {case}: its preprocessed image holds NaN or infinite values: preprocess it again")
-    ignore = predictor.predictor.label_manager.ignore_label
-    labelled = None if ignore is None else np.asarray(label[0]) != ignore
-    truth = _truth(case, data, predictor)
-    copies = [(clean, False)] + ([(corrupt(clean, case, predictor.is_ct)[0], True)] if corrupted else [])
-    for copy, is_corrupted in copies:
-        logits = next(predictor.logits(copy))
-        probabilities = predictor.probabilities(logits)
-        if labelled is not None:
-            probabilities = only_where(probabilities, labelled, predictor.has_regions)
-        features = of_case(probabilities, predictor.has_regions)
-        segmentation = predictor.segmentation(logits, properties)
-        scores = dice(segmentation, truth, None if ignore is None else truth == ignore, predictor.structures)
-        for (name, score), (found, _) in zip(scores.items(), features, strict=True):
-            if not math.isnan(score):
-                yield {
-                    "case": case,
-                    "subject": "",
-                    "structure": name,
-                    "features": found,
-                    "dice": score,
-                    "corrupted": is_corrupted,
-                }
-
-
-def only_where(probabilities: Array, labelled: Array, has_regions: bool) -> Array:
-    """Probabilities with certain background where there is no truth."""
-    found = np.where(labelled, probabilities, 0).astype(probabilities.dtype)
-    if not has_regions:
-        found[0] = np.where(labelled, probabilities[0], 1)
-    return found
-
-
-def _truth(case: str, data: Preprocessed, predictor: FoldPredictor) -> Array:
-    file = data.base / "gt_segmentations" / f"{case}{data.dataset_json['file_ending']}"
-    reader = predictor.predictor.plans_manager.image_reader_writer_class()
-    return read_label_map(case, file, reader, "truth")[0]
 
 
 class _Partial:

@@ -18,7 +18,7 @@ from nnunetv2_ext.core.labelmaps import names_of_values
 from nnunetv2_ext.core.orientation import directions_of, view_across
 from nnunetv2_ext.data.case import find_reader, read_image, read_label_map, spacing_of
 from nnunetv2_ext.estimate.apply import Result
-from nnunetv2_ext.estimate.calibration import ALPHA, Calibration, quality
+from nnunetv2_ext.estimate.calibration import ALPHA, MIN_LOCAL, Calibration, quality
 from nnunetv2_ext.estimate.fit import NOT_A_MEASUREMENT, Fitted
 
 RANKING = (
@@ -37,29 +37,37 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def fit_report(fitted: Fitted, threshold: float) -> str:
-    """Markdown: how well the out-of-fold estimates agree with the truth, beside the constant control."""
+    """Markdown: how well the out-of-fold estimates agree with the truth, beside the controls."""
+    c = fitted.calibration
+    source = "saved probabilities" if fitted.saved else "predictions"
     lines = [f"# Estimated Dice: the fit ({NOT_A_MEASUREMENT})", ""]
     lines += [
-        f"Out-of-fold estimates of the validation cases of folds {', '.join(fitted.hashes)}; {1 - ALPHA:.0%} intervals",
-        f"AUC: how well a Dice below {threshold:g} is found. Control: every case gets the structure's mean.",
+        f"Out-of-fold estimates from {source} of the validation cases of folds {', '.join(fitted.hashes)}; "
+        f"{1 - ALPHA:.0%} intervals; features {', '.join(c.line.names)}.",
+        f"MAE: mean absolute error. AUC: how well a Dice below {threshold:g} is found. Controls: soft Dice as it is, "
+        "without a fit; and the structure's mean for every case.",
         "",
-        "| structure | copies | n | r | MAE | inside | AUC | MAE of the control | AUC of the control | half width |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| structure | copies | n | r | MAE | inside | AUC | soft Dice: MAE | AUC | mean: MAE | AUC | half width |",
+        f"|{'---|' * 12}",
     ]
-    c = fitted.calibration
     for structure, half in c.quantile.items():
+        clean = [r["dice"] for r in c.rows if r["structure"] == structure and not r["corrupted"]]
         for corrupted in (False, True):
             rows = [r for r in c.rows if r["structure"] == structure and r["corrupted"] == corrupted]
             if not rows:
                 continue
             truth = [r["dice"] for r in rows]
             ours = quality(truth, [r["estimate"] for r in rows], [half] * len(rows), threshold)
-            clean = [r["dice"] for r in c.rows if r["structure"] == structure and not r["corrupted"]]
-            control = quality(truth, [float(np.mean(clean))] * len(rows), [None] * len(rows), threshold)
-            cells = [structure, "corrupted" if corrupted else "clean", str(ours["n"])]
-            cells += [_number(ours[k], 2 if k != "mae" else 3) for k in ("r", "mae", "inside", "auc")]
-            cells += [_number(control["mae"]), _number(control["auc"], 2), "-" if half is None else f"{half:.3f}"]
-            lines.append(f"| {' | '.join(cells)} |")
+            soft = quality(truth, [r["soft"] for r in rows], [None] * len(rows), threshold)
+            mean = quality(truth, [float(np.mean(clean or truth))] * len(rows), [None] * len(rows), threshold)
+            cells = [structure, "corrupted" if corrupted else "clean", str(ours["n"]), _number(ours["r"], 2)]
+            cells += [_number(ours["mae"]), _number(ours["inside"], 2), _number(ours["auc"], 2)]
+            for control in (soft, mean):
+                cells += [_number(control["mae"]), _number(control["auc"], 2)]
+            lines.append(f"| {' | '.join([*cells, '-' if half is None else f'{half:.3f}'])} |")
+    if c.ranks:
+        rho = ", ".join(f"{s} {value:.2f}" for s, value in c.ranks.rho.items())
+        lines += ["", f"Boundary distance (HD95) is given as a rank only. Rank correlation out of fold: {rho}."]
     lines += ["", RANKING]
     return "\n".join(lines) + "\n"
 
@@ -94,13 +102,32 @@ def draw_fit(calibration: Calibration, path: Path, title: str) -> None:
         figure.savefig(path, dpi=110)
 
 
+def note(result: Result) -> str:
+    """What the numbers are, in one line."""
+    ranking = "for images of another site: a ranking, not an estimate"
+    if not result.local:
+        return ranking
+    rest = [s for s in result.sets if s not in result.local]
+    text = f"corrected by local labels: {', '.join(result.local)}"
+    return f"{text}; {', '.join(rest)} {ranking}" if rest else text
+
+
 def apply_report(result: Result) -> str:
     """Markdown: set means, alarm, and every structure of every case, worst first."""
     lines = [f"# Estimated Dice ({NOT_A_MEASUREMENT})", ""]
+    rest = [s for s in result.sets if s not in result.local]
     if result.local:
-        lines.append(f"Corrected by {result.local} labelled cases of this site.")
-    else:
-        lines.append(f"**{RANKING}**")
+        lines += [
+            "| structure | local labels | added | estimates: MAE | mean of the labels: MAE |",
+            "|---|---|---|---|---|",
+        ]
+        for structure, local in result.local.items():
+            cells = [structure, str(local.number), f"{local.offset:+.3f}", _number(local.error), _number(local.control)]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", "Corrected by labelled cases of this site. MAE: on each of them, corrected by the others.", ""]
+    if rest:
+        few = f"{', '.join(rest)}: fewer than {MIN_LOCAL} local labels have it. " if result.local else ""
+        lines.append(f"**{few}{RANKING}**")
     if len(result.folds) > 1:
         lines.append(
             f"Mean of the estimates of {len(result.folds)} single folds; their ensemble is a little better than that."
@@ -111,11 +138,21 @@ def apply_report(result: Result) -> str:
     lines.append("")
     if result.unlike:
         lines.append(f"**Unlike the calibration cases: {', '.join(result.unlike)}.** Do not rely on these numbers.")
-    else:
-        lines.append(NO_ALARM)
-    lines += ["", "| case | structure | estimate | from | to | | why |", "|---|---|---|---|---|---|---|"]
+    if watched := [s for s in result.sets if s not in result.unlike and s not in result.unwatched]:
+        lines.append(f"{', '.join(watched)}: {NO_ALARM}")
+    if result.unwatched:
+        lines.append(f"{', '.join(result.unwatched)}: too few calibration cases to look for a shift.")
+    lines += [
+        "",
+        "Boundary: HD95 as a rank among the calibration cases, low to high. A distance in mm is not estimated.",
+        "",
+        "| case | structure | estimate | from | to | boundary | measured | | why |",
+        f"|{'---|' * 9}",
+    ]
     for e in result.estimates:
-        cells = [e.case, e.structure, _number(e.estimate), _number(e.low), _number(e.high), e.flag, e.why]
+        numbers = [_number(v) for v in (e.estimate, e.low, e.high)]
+        measured = "" if e.measured is None else _number(e.measured)
+        cells = [e.case, e.structure, *numbers, e.boundary, measured, e.flag, e.why]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -124,16 +161,14 @@ def write_results(result: Result, output: Path) -> None:
     """estimate.md, estimate.csv and estimate.json."""
     atomic_write_text(output / "estimate.md", apply_report(result))
     text = io.StringIO()
-    note = "corrected by local labels" if result.local else "for images of another site: a ranking, not an estimate"
-    text.write(f"# {NOT_A_MEASUREMENT}; {note}\n")
+    text.write(f"# {NOT_A_MEASUREMENT}; {note(result)}\n")
     writer = csv.writer(text, lineterminator="\n")
-    names = ["case", "structure", "estimate", "low", "high", "flag", "why"]
-    writer.writerow(names)
+    writer.writerow(["case", "structure", "estimate", "low", "high", "flag", "why", "boundary", "measured"])
     for e in result.estimates:
-        numbers = ["" if math.isnan(v) else f"{v:.4f}" for v in (e.estimate, e.low, e.high)]
-        writer.writerow([e.case, e.structure, *numbers, e.flag, e.why])
+        numbers = ["" if v is None or math.isnan(v) else f"{v:.4f}" for v in (e.estimate, e.low, e.high, e.measured)]
+        writer.writerow([e.case, e.structure, *numbers[:3], e.flag, e.why, e.boundary, numbers[3]])
     atomic_write_text(output / "estimate.csv", text.getvalue())
-    content: dict[str, Any] = {"what": NOT_A_MEASUREMENT, "note": note, **asdict(result)}
+    content: dict[str, Any] = {"what": NOT_A_MEASUREMENT, "note": note(result), **asdict(result)}
     atomic_write_text(output / "estimate.json", json.dumps(_without_nan(content), indent=1) + "\n")
 
 
@@ -153,7 +188,7 @@ def draw_worst(result: Result, images: Path, output: Path, dataset_json: dict[st
     classes = names_of_values(dataset_json)
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(3.4 * len(cases), 4.4), layout="constrained")
-        figure.suptitle(f"worst cases: {NOT_A_MEASUREMENT}", fontsize=11)
+        figure.suptitle(f"worst cases: {NOT_A_MEASUREMENT}\n{note(result)}", fontsize=9)
         present: set[int] = set()
         for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
             file = images / f"{case}_0000{ending}"

@@ -35,7 +35,8 @@ def rows(number: int, seed: int = 0, structures: tuple[str, ...] = ("a", "b"), n
         for i, structure in enumerate(structures):
             x = dict(zip(NAMES, rng.normal(size=4)))
             dice = 0.7 - 0.1 * i + 0.08 * x["soft"] - 0.05 * x["ent"] + noise * rng.normal()
-            found.append(Row(f"c{n}", f"s{n // 2}", structure, x, float(np.clip(dice, 0, 1))))
+            dice = float(np.clip(dice, 0, 1))
+            found.append(Row(f"c{n}", f"s{n // 2}", structure, x, dice, hd95=20 * (1 - dice)))
     return found
 
 
@@ -63,7 +64,7 @@ def test_intervals_hold_what_they_promise_on_exchangeable_cases() -> None:
 
 def test_the_line_is_the_slow_ridge() -> None:
     data = rows(30)
-    line = fit_line(data)
+    line = fit_line(data, [r.dice for r in data])
     names = np.array([r.structure for r in data])
     x = np.array([[r.features[n] for n in NAMES] for r in data])
     y = np.array([r.dice for r in data])
@@ -81,7 +82,7 @@ def test_the_line_is_the_slow_ridge() -> None:
 
     penalty = min(np.logspace(-2, 3, 16), key=loo)
     assert line.slopes == pytest.approx(np.linalg.solve(z.T @ z + penalty * np.eye(4), z.T @ t), abs=1e-8)
-    assert line.predict("a", dict.fromkeys(NAMES, 1e3)) in (0.0, 1.0)  # cut to what a Dice can be
+    assert line.dice("a", dict.fromkeys(NAMES, 1e3)) in (0.0, 1.0)  # cut to what a Dice can be
 
 
 def test_no_subject_estimates_itself() -> None:
@@ -91,10 +92,10 @@ def test_no_subject_estimates_itself() -> None:
     secret = {f"s{n}": float(rng.normal()) for n in range(10)}
     named = [dict.fromkeys(NAMES, 0.0) | {"frag": secret[r.subject]} for r in data]
     shuffled = [Row(r.case, r.subject, r.structure, x, float(rng.uniform())) for r, x in zip(data, named)]
-    estimates = out_of_fold(shuffled)
+    estimates = out_of_fold(shuffled, [r.dice for r in shuffled])
     assert np.corrcoef(estimates, [r.dice for r in shuffled])[0, 1] < 0.4
     changed = [Row(r.case, r.subject, r.structure, r.features, 0.0 if r.subject == "s3" else r.dice) for r in data]
-    before, after = out_of_fold(data), out_of_fold(changed)
+    before, after = (out_of_fold(d, [r.dice for r in d]) for d in (data, changed))
     own = [r.subject == "s3" for r in data]
     assert np.allclose(before[own], after[own]) and not np.allclose(before, after)
 
@@ -117,6 +118,8 @@ def test_a_fit_survives_json() -> None:
         assert again.line.predict(r.structure, r.features) == pytest.approx(
             found.line.predict(r.structure, r.features), abs=1e-9
         )
+        assert again.ranks and found.ranks and again.ranks.rank(r.structure, r.features)
+        assert again.ranks == found.ranks
     assert again.quantile == found.quantile and again.interval("a", 0.95)[1] == 1.0  # type: ignore[index]
 
 
@@ -161,3 +164,15 @@ def test_quality_by_hand() -> None:
     found: Any = quality([0.5, 0.9, 0.8], [0.6, 0.9, 0.7], [0.05, 0.05, None], 0.7)
     assert found["mae"] == pytest.approx(0.2 / 3) and found["inside"] == 0.5 and found["auc"] == 1.0
     assert math.isnan(quality([0.9], [0.9], [None], 0.7)["auc"])
+
+
+def test_boundaries_are_ranked_by_thirds_and_never_in_mm() -> None:
+    data = rows(40, noise=0.0)
+    found = calibrate(data).ranks
+    assert found is not None and set(found.thirds) == {"a", "b"} and min(found.rho.values()) > 0.9
+    own = sorted((r for r in data if r.structure == "a"), key=lambda r: r.hd95 or 0)
+    ranks = [found.rank("a", r.features) for r in own]
+    assert ranks[0] == "low" and ranks[20] == "medium" and ranks[-1] == "high"
+    assert found.rank("c", own[0].features) == ""
+    few = [Row(r.case, r.subject, r.structure, r.features, r.dice) for r in data[:-16]] + data[-16:]
+    assert calibrate(few).ranks is None  # eight a structure

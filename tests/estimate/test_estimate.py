@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
 from nnunetv2_ext.cli import main
 from nnunetv2_ext.estimate.corruption import KINDS, KINDS_OF_CT, corrupt
-from nnunetv2_ext.estimate.fit import FILE, Fitted, only_where
+from nnunetv2_ext.estimate.fit import FILE, Fitted
+from nnunetv2_ext.estimate.prediction import FoldPredictor
+from nnunetv2_ext.estimate.validation import only_where
 from tests.conftest import TinyDataset, run_command
 
 
@@ -32,11 +36,11 @@ def test_a_corrupted_copy_repeats_and_changes_the_image() -> None:
 
 
 def test_voxels_without_truth_are_background_for_the_features() -> None:
-    p = np.full((2, 2, 2), 0.5)
-    labelled = np.array([[True, False], [True, True]])
+    p = torch.full((2, 2, 2), 0.5)
+    labelled = torch.tensor([[True, False], [True, True]])
     softmax, sigmoid = only_where(p, labelled, False), only_where(p, labelled, True)
     assert softmax[:, 0, 1].tolist() == [1, 0] and sigmoid[:, 0, 1].tolist() == [0, 0]
-    assert np.array_equal(softmax[:, labelled], p[:, labelled])
+    assert torch.equal(softmax[:, labelled], p[:, labelled])
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +87,7 @@ def fit(model: Path, *options: str) -> int:
 def test_two_commands_give_a_list_that_is_worst_first(model: Path, images: Path, tmp_path: Path, capsys) -> None:
     assert fit(model) == 0
     said = capsys.readouterr().out
-    assert "an estimate, not a measurement" in said and "MAE of the control" in said
+    assert "an estimate, not a measurement" in said and "mean: MAE" in said
     assert (model / "estimate_fit.png").is_file() and not list(model.glob(".nnunetv2_ext_estimate*"))
     content = json.loads((model / FILE).read_text())
     assert set(content["sha256"]) == {"0", "1"} and content["structures"]
@@ -111,7 +115,7 @@ def test_an_interrupted_fit_goes_on(model: Path, monkeypatch: pytest.MonkeyPatch
     from nnunetv2_ext.estimate import fit as module
 
     done: list[str] = []
-    rows_of = module._rows_of
+    rows_of = module.rows_of
 
     def interrupted(case: str, *rest: Any) -> Any:
         if len(done) == 3:
@@ -120,12 +124,12 @@ def test_an_interrupted_fit_goes_on(model: Path, monkeypatch: pytest.MonkeyPatch
         return rows_of(case, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_rows_of", interrupted)
+        patch.setattr(module, "rows_of", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(model)
     assert not (model / FILE).exists()
     seen: list[str] = []
-    monkeypatch.setattr(module, "_rows_of", lambda case, *rest: seen.append(case) or rows_of(case, *rest))
+    monkeypatch.setattr(module, "rows_of", lambda case, *rest: seen.append(case) or rows_of(case, *rest))
     assert fit(model) == 0
     whole = Fitted.load(model)
     assert len(seen) == 2 * len(set(seen) | set(done)) - 3
@@ -176,7 +180,7 @@ def test_local_labels_move_the_estimates(model: Path, images: Path, tmp_path: Pa
     for key, value in before.items():
         if value is not None:
             assert after[key] == pytest.approx(min(1, value + 3 * (1 - value) / 4), abs=1e-6)
-    assert "Corrected by 3 labelled cases" in (tmp_path / "local" / "estimate.md").read_text()
+    assert "Corrected by labelled cases of this site" in (tmp_path / "local" / "estimate.md").read_text()
 
 
 def _spoil(model: Path, how: str) -> list[str]:
@@ -230,3 +234,115 @@ def test_a_fit_belongs_to_its_checkpoints(model: Path, images: Path, tmp_path: P
         file.write(b"x")
     assert main(apply) == 2
     assert "is not the checkpoint of the fit" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_further_features_change_estimates_and_no_segmentation(model: Path, images: Path, tmp_path: Path) -> None:
+    run = ["estimate", "apply", str(model), "-i", str(images), "-device", "cpu"]
+    assert fit(model) == 0 and main([*run, "-o", str(tmp_path / "four")]) == 0
+    plain = Fitted.load(model)
+    assert fit(model, "--features", "+tta", "+ens") == 0 and main([*run, "-o", str(tmp_path / "six")]) == 0
+    fitted = Fitted.load(model)
+    assert fitted.optional == ["tta", "ens"] and fitted.calibration.line.names[-2:] == ["tta", "ens"]
+    assert fitted.calibration.line.centre != plain.calibration.line.centre
+    for file in sorted((tmp_path / "four").glob("*.nii.gz")):
+        assert file.read_bytes() == (tmp_path / "six" / file.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_mirrored_passes_are_counted_as_the_whole_volume_would(model: Path) -> None:
+    stock, counting = (FoldPredictor(model, [0], "checkpoint_final.pth", "cpu", tta) for tta in (False, True))
+    patch = counting.configuration.patch_size
+    image = np.random.default_rng(0).normal(size=(1, 1, *patch)).astype(np.float32)  # one slice, one tile
+    (plain, none), (same, found) = (predictor.logits(image, 0) for predictor in (stock, counting))
+    assert none is None and torch.equal(plain, same)
+    x, network = torch.from_numpy(image[:, 0])[None], counting.predictor.network
+    flips = [(), (2,), (3,), (2, 3)]
+    with torch.no_grad():
+        passes = [torch.flip(network(torch.flip(x, f)), f)[0].argmax(0) for f in flips]
+        mean = sum(torch.flip(network(torch.flip(x, f)), f) for f in flips)[0].argmax(0)  # type: ignore[index,union-attr]
+    for value, ours in enumerate(found or [], 1):
+        sizes = [int((p == value).sum() + (mean == value).sum()) for p in passes]
+        both = [2 * int(((p == value) & (mean == value)).sum()) for p in passes]
+        assert ours == pytest.approx(np.mean([b / max(s, 1) for b, s in zip(both, sizes)]), abs=0.02)
+
+
+@pytest.mark.slow
+def test_saved_probabilities_need_no_model_run(model: Path, images: Path, tmp_path: Path, capsys) -> None:
+    assert fit(model, "--npz") == 2 and "--val --npz" in capsys.readouterr().err
+    source = images.parent / "imagesTr"
+    for fold in (0, 1):
+        predict_and_save(model, fold, source, model / f"fold_{fold}" / "validation")
+    predict_and_save(model, 0, images, tmp_path / "saved")
+    assert fit(model, "--npz", "--features", "+tta") == 2 and "leave +tta" in capsys.readouterr().err
+    assert fit(model, "--npz") == 0
+    run = ["estimate", "apply", str(model), "-i", str(images), "-device", "cpu", "-o", str(tmp_path / "out")]
+    assert main(run) == 2 and "with --npz" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FoldPredictor, "logits", None)  # no model is run
+        assert main([*run, "--npz", str(tmp_path / "saved")]) == 0
+    for file in (tmp_path / "saved").glob("*.nii.gz"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    assert all(not r["corrupted"] for r in Fitted.load(model).calibration.rows)
+    (tmp_path / "saved" / "plans.json").write_text("{}")
+    run[-1] = str(tmp_path / "other")
+    assert main([*run, "--npz", str(tmp_path / "saved")]) == 2 and "another model" in capsys.readouterr().err
+
+
+def predict_and_save(model: Path, fold: int, images: Path, target: Path) -> None:
+    """As ``nnUNetv2_predict --save_probabilities`` does."""
+    predictor = FoldPredictor(model, [fold], "checkpoint_final.pth", "cpu")
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for file in sorted(images.glob("*_0000.nii.gz")):
+        data, properties = predictor.preprocess([file])
+        name = str(target / file.name.removesuffix("_0000.nii.gz"))
+        export_prediction_from_logits(
+            predictor.logits(data, fold)[0], properties, predictor.configuration, predictor.plans,
+            predictor.dataset_json, name, save_probabilities=True,
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("nan", "NaN or infinite"),
+        ("unknown case", "no image of that case"),
+        ("unknown value", "holds the value 9"),
+        ("mirror", "mirrored along"),
+        ("stage", "leave --previous-stage away"),
+    ],
+)
+def test_what_cannot_be_estimated_is_one_line(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, how: str, words: str
+) -> None:
+    assert fit(model, "--no-corrupted", "-f", "0") == 0
+    mine, labels = tmp_path / "images", tmp_path / "labels"
+    mine.mkdir(), labels.mkdir()
+    first = sorted(images.glob("*_0000.nii.gz"))[0]
+    image = sitk.ReadImage(str(first))
+    for n in range(3):
+        shutil.copy(first, mine / f"x{n}_0000.nii.gz")
+        label = sitk.GetImageFromArray(np.full(image.GetSize()[::-1], 9 if how == "unknown value" else 1, np.uint8))
+        label.CopyInformation(image)
+        sitk.WriteImage(label, str(labels / f"{'y' if how == 'unknown case' else 'x'}{n}.nii.gz"))
+    options = ["--local-labels", str(labels)]
+    if how == "nan":  # SimpleITK reads NaN of NIfTI files as 0, other readers do not
+        preprocess = FoldPredictor.preprocess
+
+        def spoilt(self: FoldPredictor, *files: Any) -> Any:
+            data, properties = preprocess(self, *files)
+            data[0, 0, 0, 0] = np.nan
+            return data, properties
+
+        monkeypatch.setattr(FoldPredictor, "preprocess", spoilt)
+    elif how == "mirror":
+        content = json.loads((model / FILE).read_text())
+        (model / FILE).write_text(json.dumps({**content, "mirrored": [0]}))
+    elif how == "stage":
+        options = ["--previous-stage", str(labels)]
+    run = ["estimate", "apply", str(model), "-i", str(mine), "-o", str(tmp_path / "out"), "-device", "cpu"]
+    assert main([*run, *options]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in said and not (tmp_path / "out" / "estimate.md").exists()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as some
 
 from nnunetv2_ext.evaluate import metrics
-from nnunetv2_ext.evaluate.metrics import bounding_box, drop_thin_axes, surface, surface_distances
+from nnunetv2_ext.parts.surface import bounding_box, drop_thin_axes, surface, surface_distances
 
 SPACINGS = st.tuples(*[st.sampled_from((0.3, 0.7, 1.0, 2.5))] * 3)
 MASKS = some.arrays(bool, (4, 5, 3), elements=st.booleans())

@@ -24,11 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     first.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="(default: %(default)s)")
     first.add_argument("--groups", type=Path, metavar="FILE", help="CSV or JSON: which cases are of one subject")
     first.add_argument("--no-corrupted", action="store_true", help="fit on clean images only; narrower, less robust")
+    first.add_argument("--features", nargs="+", default=[], choices=("+tta", "+ens"), metavar="+tta|+ens",
+                       help="further features: agreement of mirrored passes, agreement of folds")  # fmt: skip
+    first.add_argument("--npz", action="store_true", help="from the probabilities of nnUNetv2_train ... --val --npz")
     second = steps.add_parser("apply", help="segment new images, with estimates")
     second.add_argument("model", type=Path, metavar="MODEL_FOLDER")
     second.add_argument("-i", required=True, type=Path, metavar="IMAGES")
     second.add_argument("-o", required=True, type=Path, metavar="FOLDER", help="new or empty")
     second.add_argument("--local-labels", type=Path, metavar="FOLDER", help="true segmentations of some of the images")
+    second.add_argument("--previous-stage", type=Path, metavar="FOLDER", help="of a cascade: its segmentations")
+    second.add_argument("--npz", type=Path, metavar="FOLDER", help="as nnUNetv2_predict --save_probabilities left it")
     for step in (first, second):
         step.add_argument("--threshold", type=float, default=0.7, metavar="DICE", help="look below (%(default)s)")
         step.add_argument(
@@ -49,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
         from nnunetv2_ext.core.files import atomic_write_text
         from nnunetv2_ext.estimate.fit import FILE, fit
 
-        fitted = fit(args.model, args.f, args.chk, args.groups, not args.no_corrupted, device)
+        optional = [name.removeprefix("+") for name in dict.fromkeys(args.features)]
+        fitted = fit(args.model, args.f, args.chk, args.groups, not args.no_corrupted, optional, args.npz, device)
         text = report.fit_report(fitted, args.threshold)
         atomic_write_text(args.model / "estimate_fit.md", text)
         model = args.model.resolve()
@@ -59,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_ext.core.files import read_json
     from nnunetv2_ext.estimate.apply import apply
 
-    result = apply(args.model, args.i, args.o, args.local_labels, args.threshold, device)
+    result = apply(args.model, args.i, args.o, args.local_labels, args.threshold, device, args.previous_stage, args.npz)
     report.write_results(result, args.o)
     report.draw_worst(result, args.i, args.o, read_json(args.model / "dataset.json"), args.o / "estimate_worst.png")
     print(f"{report.apply_report(result)}\nwrote segmentations, estimate.md, .csv, .json and a picture to {args.o}")
