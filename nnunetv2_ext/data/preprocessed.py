@@ -17,7 +17,7 @@ from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.data.find import PREPROCESSED, find_dataset, read_plans
 from nnunetv2_ext.data.raw import require_consecutive_labels
 
-_WRITTEN = (".b2nd", "_seg.b2nd", ".npz", ".pkl")  # by preprocessing; .npy files are unpacked in trainings
+WRITTEN = (".b2nd", "_seg.b2nd", ".npz", ".pkl")  # by preprocessing; .npy files are unpacked in trainings
 # what of a configuration decides how the preprocessed files look
 _PREPROCESSING = (
     "data_identifier",
@@ -133,7 +133,7 @@ class Preprocessed:
         Raises:
             ValueError: the case is not there.
         """
-        files = [self.folder / f"{case}{ending}" for ending in _WRITTEN]
+        files = [self.folder / f"{case}{ending}" for ending in WRITTEN]
         state = [[file.name, *file_stamp(file)] for file in files if file.is_file()]
         if not state:
             raise ValueError(f"case {case} is not in {self.folder}: {self._remedy}")
