@@ -13,6 +13,7 @@ from nnunetv2.inference.export_prediction import (
     export_prediction_from_logits,
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor
 
 from nnunetv2_ext.core.labelmaps import structures_of
@@ -22,12 +23,21 @@ from nnunetv2_ext.data.channels import OF_CT
 Array = npt.NDArray[Any]
 
 
+def require_one_stage(configuration: ConfigurationManager, model: Path) -> None:
+    """Raise ValueError if a model's configuration is the last stage of a cascade."""
+    if configuration.previous_stage_name is not None:
+        raise ValueError(
+            f"{model} is the last stage of a cascade, which needs the previous stage's segmentations: use the model of "
+            "its previous stage, or of 3d_fullres"
+        )
+
+
 class FoldPredictor:
     """The folds of a model folder.
 
     Args:
         model: ``TRAINER__PLANS__CONFIGURATION``.
-        folds: to load; each has its weights.
+        folds: to load, numbers or ``all``; each has its weights.
         checkpoint: file name.
         device: of torch.
 
@@ -35,7 +45,7 @@ class FoldPredictor:
         ValueError: the model is the last stage of a cascade.
     """
 
-    def __init__(self, model: Path, folds: Sequence[int], checkpoint: str, device: str) -> None:
+    def __init__(self, model: Path, folds: Sequence[int | str], checkpoint: str, device: str) -> None:
         with quiet():  # nnU-Net's search for the trainer
             self.predictor = nnUNetPredictor(
                 device=torch.device(device), perform_everything_on_device=device == "cuda", allow_tqdm=False
@@ -43,11 +53,7 @@ class FoldPredictor:
             self.predictor.initialize_from_trained_model_folder(str(model), tuple(folds), checkpoint)
         self.folds = list(folds)
         self._weights = list(self.predictor.list_of_parameters)
-        if self.predictor.configuration_manager.previous_stage_name is not None:
-            raise ValueError(
-                f"{model} is the last stage of a cascade, which needs the previous stage's segmentations: use the "
-                "model of its previous stage, or of 3d_fullres"
-            )
+        require_one_stage(self.predictor.configuration_manager, model)
 
     @property
     def is_ct(self) -> bool:
