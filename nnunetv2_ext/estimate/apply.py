@@ -20,9 +20,10 @@ from nnunetv2_ext.data.raw import declared_values
 from nnunetv2_ext.estimate.calibration import MIN_LOCAL, alarm, is_outside, local_correction, set_interval
 from nnunetv2_ext.estimate.features import Features, agreement, masks_of, of_case, with_agreement
 from nnunetv2_ext.estimate.fit import Fitted
-from nnunetv2_ext.estimate.prediction import FoldPredictor
+from nnunetv2_ext.estimate.mirroring import agreement_of_passes, open_predictor
 from nnunetv2_ext.estimate.validation import read_saved
 from nnunetv2_ext.parts.dice import dice
+from nnunetv2_ext.parts.prediction import FoldPredictor
 
 Array = npt.NDArray[Any]
 
@@ -128,7 +129,7 @@ def apply(
             "option to both or to none"
         )
     folds = [int(fold) for fold in fitted.hashes]
-    predictor = FoldPredictor(model, folds, fitted.checkpoint, device, "tta" in fitted.optional)
+    predictor = open_predictor(model, folds, fitted.checkpoint, device, "tta" in fitted.optional)
     if predictor.mirrored != fitted.mirrored:
         raise ValueError(
             f"predictions are mirrored along {predictor.mirrored}, in the fit along {fitted.mirrored}: fit again"
@@ -220,11 +221,10 @@ def _predicted(
         raise ValueError(f"case {case}: {files[0]} holds NaN or infinite values: replace them")
     total: Tensor | None = None
     by_fold, agreements, masks = [], [], []
-    for fold in predictor.folds:
-        logits, tta = predictor.logits(data, fold)
+    for logits in predictor.logits(data):
         probabilities = predictor.probabilities(logits)
         by_fold.append(of_case(probabilities, predictor.has_regions))
-        agreements.append(tta)
+        agreements.append(agreement_of_passes(predictor))
         if "ens" in fitted.optional:
             masks.append(masks_of(probabilities, predictor.has_regions))
         with torch.inference_mode():  # in nnU-Net's order, so that bytes agree

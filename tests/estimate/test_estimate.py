@@ -16,8 +16,9 @@ from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2_ext.cli import main
 from nnunetv2_ext.estimate.corruption import KINDS, KINDS_OF_CT, corrupt
 from nnunetv2_ext.estimate.fit import FILE, Fitted
-from nnunetv2_ext.estimate.prediction import FoldPredictor
+from nnunetv2_ext.estimate.mirroring import agreement_of_passes, open_predictor
 from nnunetv2_ext.estimate.validation import only_where
+from nnunetv2_ext.parts.prediction import FoldPredictor
 from tests.conftest import TinyDataset, run_command
 
 
@@ -251,11 +252,14 @@ def test_further_features_change_estimates_and_no_segmentation(model: Path, imag
 
 @pytest.mark.slow
 def test_mirrored_passes_are_counted_as_the_whole_volume_would(model: Path) -> None:
-    stock, counting = (FoldPredictor(model, [0], "checkpoint_final.pth", "cpu", tta) for tta in (False, True))
+    stock, counting = (open_predictor(model, [0], "checkpoint_final.pth", "cpu", tta) for tta in (False, True))
     patch = counting.configuration.patch_size
     image = np.random.default_rng(0).normal(size=(1, 1, *patch)).astype(np.float32)  # one slice, one tile
-    (plain, none), (same, found) = (predictor.logits(image, 0) for predictor in (stock, counting))
-    assert none is None and torch.equal(plain, same)
+    plain, same = (predictor.logits_of(0, image) for predictor in (stock, counting))
+    assert agreement_of_passes(stock) is None and torch.equal(plain, same)
+    found = agreement_of_passes(counting)
+    counting.logits_of(0, image)
+    assert agreement_of_passes(counting) == found  # an image's own, whatever was predicted before
     x, network = torch.from_numpy(image[:, 0])[None], counting.predictor.network
     flips = [(), (2,), (3,), (2, 3)]
     with torch.no_grad():
@@ -279,7 +283,7 @@ def test_saved_probabilities_need_no_model_run(model: Path, images: Path, tmp_pa
     run = ["estimate", "apply", str(model), "-i", str(images), "-device", "cpu", "-o", str(tmp_path / "out")]
     assert main(run) == 2 and "with --npz" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FoldPredictor, "logits", None)  # no model is run
+        patch.setattr(FoldPredictor, "logits_of", None)  # no model is run
         assert main([*run, "--npz", str(tmp_path / "saved")]) == 0
     for file in (tmp_path / "saved").glob("*.nii.gz"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
@@ -298,7 +302,7 @@ def predict_and_save(model: Path, fold: int, images: Path, target: Path) -> None
         data, properties = predictor.preprocess([file])
         name = str(target / file.name.removesuffix("_0000.nii.gz"))
         export_prediction_from_logits(
-            predictor.logits(data, fold)[0], properties, predictor.configuration, predictor.plans,
+            predictor.logits_of(fold, data), properties, predictor.configuration, predictor.plans,
             predictor.dataset_json, name, save_probabilities=True,
         )  # fmt: skip
 
