@@ -150,7 +150,7 @@ def fit(
     require_writable(model.folder)
     plans_name = str(read_json(model.folder / "plans.json")["plans_name"])
     data = open_preprocessed(model.dataset, model.configuration, plans_name)
-    cases = _validation_cases(data, wanted)
+    cases = validation_cases(data, wanted)
     if len(set().union(*cases.values())) < _FEWEST:
         raise ValueError(f"the folds {', '.join(wanted)} have fewer than {_FEWEST} validation cases: fit on more folds")
     names = sorted(set().union(*cases.values()))
@@ -182,7 +182,8 @@ def fit(
     return fitted
 
 
-def _validation_cases(data: Preprocessed, folds: Sequence[str]) -> dict[str, list[str]]:
+def validation_cases(data: Preprocessed, folds: Sequence[str]) -> dict[str, list[str]]:
+    """Of each fold. ValueError: no split, or one without a fold."""
     if not data.splits_file.is_file():
         raise ValueError(
             f"{data.splits_file} is missing: without the split nobody knows which cases a fold has not seen"

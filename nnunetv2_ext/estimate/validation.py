@@ -74,7 +74,7 @@ def _predicted(case: str, fold: int, source: Source) -> Iterator[tuple[list[tupl
     clean = np.asarray(image[:], dtype=np.float32)
     if not np.isfinite(clean).all():
         raise ValueError(f"case {case}: its preprocessed image holds NaN or infinite values: preprocess it again")
-    stage = _previous_stage(case, source)
+    stage = previous_stage(case, source)
     ignore = predictor.labels.ignore_label
     labelled = None if ignore is None else torch.from_numpy(np.asarray(label[0]) != ignore)
     copies = [clean] + ([corrupt(clean, case, predictor.is_ct)[0]] if source.corrupted else [])
@@ -139,7 +139,8 @@ def read_saved(folder: Path, case: str, predictor: FoldPredictor, remedy: str) -
     return torch.from_numpy(probabilities), segmentation
 
 
-def _previous_stage(case: str, source: Source) -> Array | None:
+def previous_stage(case: str, source: Source) -> Array | None:
+    """Of a cascade's last stage what the network sees beside the image, ``(*S)``; None for other models."""
     name = source.predictor.previous_stage
     if name is None:
         return None

@@ -120,6 +120,14 @@ class FoldPredictor:
         )
         return self.with_stage(np.asarray(data, dtype=np.float32), None if previous is None else stage[0]), properties
 
+    def label_on_grid(self, files: Sequence[Path], label: Path) -> Array:
+        """A label map ``(*S)`` on the grid of the preprocessed image; -1 outside of the body."""
+        preprocessor = self.configuration.preprocessor_class(verbose=False)
+        names = [str(file) for file in files]
+        return np.asarray(
+            preprocessor.run_case(names, str(label), self.plans, self.configuration, self.dataset_json)[1][0]
+        )
+
     def with_stage(self, image: Array, stage: Array | None) -> Array:
         """The image with the previous stage's segmentation ``(*S)`` behind its channels, one-hot."""
         if stage is None:

@@ -20,6 +20,7 @@ from nnunetv2_ext.estimate.mirroring import agreement_of_passes, open_predictor
 from nnunetv2_ext.estimate.validation import only_where
 from nnunetv2_ext.parts.prediction import FoldPredictor
 from tests.conftest import TinyDataset, run_command
+from tests.estimate.test_reverse import random_weights
 
 
 def test_a_corrupted_copy_repeats_and_changes_the_image() -> None:
@@ -175,7 +176,14 @@ def test_local_labels_move_the_estimates(model: Path, images: Path, tmp_path: Pa
     assert main([*run[:-2], "-o", str(tmp_path / "plain")]) == 0
     for n in range(3):  # a perfect model: its own segmentations
         shutil.copy(tmp_path / "plain" / f"x{n}.nii.gz", few / f"x{n}.nii.gz")
-    assert main([*run, "-o", str(tmp_path / "local")]) == 0
+    torch.save(random_weights(), tmp_path / "small.pt")
+    assert main([*run, "-o", str(tmp_path / "local"), "--reverse", f"universeg:{tmp_path / 'small.pt'}"]) == 0
+    assert "OpenRAIL" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "local" / "estimate.json").read_text())["reverse"]
+    assert set(scores) == set(Fitted.load(model).structures)
+    assert any(0 <= s["new"] <= 1 and s["home_dice"] is not None for s in scores.values() if s["new"] is not None)
+    assert main([*run, "-o", str(tmp_path / "x"), "--reverse", "tiny-unet", "--npz", str(few)]) == 2
+    assert "leave one of them away" in capsys.readouterr().err and not (tmp_path / "x").exists()
     tables = [json.loads((tmp_path / n / "estimate.json").read_text())["estimates"] for n in ("plain", "local")]
     before, after = ({(e["case"], e["structure"]): e["estimate"] for e in table} for table in tables)
     for key, value in before.items():
