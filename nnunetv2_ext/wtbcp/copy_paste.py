@@ -1,9 +1,24 @@
 """Bidirectional copy-paste: a box of one patch in the place of the same box of another (BCP, arXiv 2305.00673)."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Mixed(NamedTuple):
+    """Patches of two origins.
+
+    ``target`` float (B, heads, *S); ``first`` and ``second`` bool (B, 1, *S): known voxels of either; ``is_first`` all
+    of the first.
+    """
+
+    data: Tensor
+    target: Tensor
+    first: Tensor
+    second: Tensor
+    is_first: Tensor
 
 
 def outside_of_box(shape: Sequence[int], share: float, generator: torch.Generator) -> Tensor:

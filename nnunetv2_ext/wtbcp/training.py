@@ -9,13 +9,16 @@ one, k the teacher's hard labels of u, M outside of a box, w weight and ramp, L 
     bcp+:    both terms of bcp, and L(s(x), y)
 """
 
+from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term, top_resolution
 from nnunetv2_ext.core.trainer_settings import method_settings_in
 from nnunetv2_ext.parts.consistency import consistency_loss
@@ -23,27 +26,14 @@ from nnunetv2_ext.parts.epoch_means import EpochMeans
 from nnunetv2_ext.parts.ramps import momentum
 from nnunetv2_ext.parts.soft_loss import soft_loss
 from nnunetv2_ext.parts.unlabelled_training import UnlabelledTraining
-from nnunetv2_ext.wtbcp.copy_paste import both_ways, outside_of_box
+from nnunetv2_ext.wtbcp.copy_paste import Mixed, both_ways, outside_of_box
 from nnunetv2_ext.wtbcp.labels import annotated, single_structures, taught
 from nnunetv2_ext.wtbcp.network import Outputs, WaveletUNet, dice_consistency
+from nnunetv2_ext.wtbcp.panel import draw_panel
 from nnunetv2_ext.wtbcp.settings import WTBCPSettings
 
 NAME = "wtbcp"
 _FIGURES = "wtbcp_figures"  # in method_state, beside the teacher
-
-
-class Mixed(NamedTuple):
-    """Patches of two origins.
-
-    ``target`` float (B, heads, *S); ``first`` and ``second`` bool (B, 1, *S): known voxels of either; ``is_first`` all
-    of the first.
-    """
-
-    data: Tensor
-    target: Tensor
-    first: Tensor
-    second: Tensor
-    is_first: Tensor
 
 
 class WTBCPTraining(UnlabelledTraining):
@@ -53,7 +43,7 @@ class WTBCPTraining(UnlabelledTraining):
     unlabelled_block: ClassVar[str] = NAME
     teacher_state: ClassVar[str] = NAME
 
-    _single: list[bool]  # -> make_train_loader: for each head whether its largest component is kept
+    _single: Sequence[bool] = ()  # -> make_train_loader: for each head whether its largest component is kept
     _figures: EpochMeans
 
     @property
@@ -119,7 +109,7 @@ class WTBCPTraining(UnlabelledTraining):
         s, labels = self.wtbcp, self.label_manager
         heads = labels.num_segmentation_heads
         if not self.has_unlabelled or s.mode == "mean_teacher":
-            return loader
+            return loader  # and no component is dropped
         if s.largest_component is None:
             self._single = single_structures(dataset, labels, len(self.configuration_manager.patch_size))
         else:
@@ -219,11 +209,31 @@ class WTBCPTraining(UnlabelledTraining):
         self._figures.add("wtbcp/foreground", foreground[0].sum() / where.sum())
         self._figures.add("wtbcp/agreement", same.sum() / (foreground[0] | foreground[1]).sum())
 
-    # ---- log and checkpoint ------------------------------------------------------------------------------------------
+    # ---- log, picture and checkpoint ---------------------------------------------------------------------------------
     def epoch_figures(self) -> dict[str, float]:
         """Weight of unlabelled voxels, share of foreground among their labels, and agreement of the student with it."""
         weight = {"wtbcp/weight": self.unlabelled_weight(self.global_step - 1)} if self.has_unlabelled else {}
         return super().epoch_figures() | weight | self._figures.read()
+
+    @torch.no_grad()
+    def draw_panel(self, path: Path) -> None:
+        """Patches of the last batch as they are mixed, or unlabelled ones, with what teacher and student say."""
+        super().draw_panel(path)
+        if self.last_batch is None or self.teacher is None:
+            return
+        batch = self.on_device(self.last_batch)
+        other, spacing = batch.stream(), self.configuration_manager.spacing[-(batch.data.ndim - 2) :]
+        if self.mixes:
+            mixed = self.mix(batch, True)
+            data, target, where = mixed.data, mixed.target, mixed.second
+            keys = [" with ".join(pair) for pair in zip(batch.keys, other.keys, strict=True)]
+        else:
+            seen = taught(self.forward(other, self.teacher), self.label_manager.has_regions, self._single)
+            data, target, where, keys = other.data, seen, other.extra("inside"), list(other.keys)
+        network = unwrap(self.network).eval()  # after the last epoch's validation, and train mode is set before each
+        student = top_resolution(self.forward(other.with_data(data), network))
+        title = f"{self.picture_title}, epoch {self.current_epoch - 1}, wtbcp.mode={self.wtbcp.mode}"
+        draw_panel(keys, data, target, where, student, path, title, self.dataset_json, self.label_manager, spacing)
 
     def method_state(self) -> dict[str, Any]:
         """Adds the figures of an unfinished epoch."""
