@@ -225,11 +225,12 @@ class WTBCPTraining(UnlabelledTraining):
         other, spacing = batch.stream(), self.configuration_manager.spacing[-(batch.data.ndim - 2) :]
         if self.mixes:
             mixed = self.mix(batch, True)
-            data, target, where = mixed.data, mixed.target, mixed.second
+            data, target, where = mixed.data, mixed.target * (mixed.first | mixed.second), mixed.second
             keys = [" with ".join(pair) for pair in zip(batch.keys, other.keys, strict=True)]
         else:
             seen = taught(self.forward(other, self.teacher), self.label_manager.has_regions, self._single)
-            data, target, where, keys = other.data, seen, other.extra("inside"), list(other.keys)
+            data, where, keys = other.data, other.extra("inside"), list(other.keys)
+            target = seen * where
         network = unwrap(self.network).eval()  # after the last epoch's validation, and train mode is set before each
         student = top_resolution(self.forward(other.with_data(data), network))
         title = f"{self.picture_title}, epoch {self.current_epoch - 1}, wtbcp.mode={self.wtbcp.mode}"
