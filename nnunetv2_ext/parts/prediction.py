@@ -14,6 +14,7 @@ from nnunetv2.inference.export_prediction import (
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor
 
 from nnunetv2_ext.core.labelmaps import structures_of
@@ -21,6 +22,15 @@ from nnunetv2_ext.core.quiet import quiet
 from nnunetv2_ext.data.channels import OF_CT
 
 Array = npt.NDArray[Any]
+
+
+def require_one_stage(configuration: ConfigurationManager, model: Path) -> None:
+    """Raise ValueError if a model's configuration is the last stage of a cascade."""
+    if configuration.previous_stage_name is not None:
+        raise ValueError(
+            f"{model} is the last stage of a cascade, which needs the previous stage's segmentations: use the model of "
+            "its previous stage, or of 3d_fullres"
+        )
 
 
 class FoldPredictor:
@@ -41,7 +51,7 @@ class FoldPredictor:
     def __init__(
         self,
         model: Path,
-        folds: Sequence[int],
+        folds: Sequence[int | str],
         checkpoint: str,
         device: str,
         cascade: bool = False,
@@ -58,11 +68,8 @@ class FoldPredictor:
         self.plans = self.predictor.plans_manager
         self.labels = self.predictor.label_manager
         self.dataset_json: dict[str, Any] = self.predictor.dataset_json
-        if self.previous_stage is not None and not cascade:
-            raise ValueError(
-                f"{model} is the last stage of a cascade, which needs the previous stage's segmentations: use the "
-                "model of its previous stage, or of 3d_fullres"
-            )
+        if not cascade:
+            require_one_stage(self.configuration, model)
 
     @property
     def is_ct(self) -> bool:
@@ -89,7 +96,7 @@ class FoldPredictor:
         """Name to label value, or to the values of a region, in the order of the heads without the background."""
         return structures_of(self.dataset_json, self.labels)
 
-    def logits_of(self, fold: int, data: Array) -> Tensor:
+    def logits_of(self, fold: int | str, data: Array) -> Tensor:
         """Of one fold ``(heads, *S)`` on the CPU.
 
         Args:
