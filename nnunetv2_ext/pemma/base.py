@@ -80,8 +80,8 @@ def read_base(path: Path, fold: int | str) -> Base:
     plans = init["plans"]
     digest = hashlib.sha256()
     with file.open("rb") as content:
-        while part := content.read(1 << 20):
-            digest.update(part)
+        while block := content.read(1 << 20):
+            digest.update(block)
     facts = plans, configuration.configuration, name, init["dataset_json"], trainer
     return Base(file, weights, *facts, digest.hexdigest())
 

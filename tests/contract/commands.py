@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from multiprocessing.context import BaseContext
 from multiprocessing.pool import ThreadPool
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +28,7 @@ from tests.conftest import TinyDataset, run_command
 from tests.contract import table
 
 CPU = ["-device", "cpu"]
+FORKED = Path(__file__).with_name("forked_command.py")
 # A stand-in for an environment in which this package was never installed
 BLOCKER = """
 import sys
@@ -96,9 +101,18 @@ class Commands:
         """``nnUNetv2_export_model_to_zip`` of fold 0."""
         return ["nnUNetv2_export_model_to_zip", *self._by_name(), "-f", "0", "-o", str(output)]
 
-    def there(self, command: list[str], settings: str = "", **changes: str) -> str:
-        """As a process; what it said."""
-        return run_command(command, self.environment(settings) | changes, self.results).stdout
+    def there(self, command: list[str], settings: str = "") -> str:
+        """In a process of its own; what it said."""
+        log = self.results / "said.txt"
+        process = self._forked(command, settings, log)
+        process.join(240)
+        said = log.read_text()
+        assert process.exitcode == 0, said[-4000:]
+        return said
+
+    def started(self, command: list[str], **changes: str) -> str:
+        """As a user starts it, by the console script and with a changed environment; what it said."""
+        return run_command(command, self.environment() | changes, self.results).stdout
 
     def here(self, command: list[str], settings: str = "") -> None:
         """By the entry point, in this process, which saves the start."""
@@ -113,37 +127,51 @@ class Commands:
             patch.setattr(multiprocessing, "get_context", _threads_for_spawned_pools)
             patch.setattr(torch, "set_num_threads", lambda number: None)
             patch.setattr(torch, "set_num_interop_threads", lambda number: None)
-            _entry(command[0])()
+            entry = _ENTRIES[command[0]]
+            getattr(importlib.import_module(entry[0]), entry[1])()
 
     def killed(self, command: list[str], settings: str, when: Callable[[], bool], log: Path) -> None:
-        """As a process that gets ``kill -9`` once ``when()`` is true."""
-        executable = Path(sys.executable).with_name(command[0])
-        environment = {**os.environ, **self.environment(settings)}
-        with log.open("w") as said:
-            process = subprocess.Popen(
-                [str(executable), *command[1:]], env=environment, cwd=self.results, stdout=said, stderr=said
-            )
-            try:
-                until = time.monotonic() + 240
-                while not when() and process.poll() is None and time.monotonic() < until:
-                    time.sleep(0.05)
-            finally:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-        assert process.returncode == -signal.SIGKILL, log.read_text()[-4000:]
+        """In a process of its own that gets ``kill -9`` once ``when()`` is true."""
+        process = self._forked(command, settings, log)
+        try:
+            until = time.monotonic() + 240
+            while not when() and process.is_alive() and time.monotonic() < until:
+                time.sleep(0.05)
+        finally:
+            process.kill()
+            process.join()
+        assert process.exitcode == -signal.SIGKILL, log.read_text()[-4000:]
+
+    def _forked(self, command: list[str], settings: str, log: Path) -> BaseProcess:
+        request = {
+            "entry": _ENTRIES[command[0]],
+            "argv": command,
+            "environment": {**os.environ, **self.environment(settings)},
+            "cwd": str(self.results),
+            "log": str(log),
+        }
+        process = _warm().Process(target=runpy.run_path, args=(str(FORKED), {"REQUEST": request}))  # type: ignore[attr-defined]
+        process.start()
+        return process
 
 
-def _entry(name: str) -> Callable[[], None]:
-    from nnunetv2.inference import predict_from_raw_data
-    from nnunetv2.model_sharing import entry_points
-    from nnunetv2.run import run_training
+@cache
+def _warm() -> BaseContext:
+    """Its processes are forked from one that has imported nnU-Net."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module for module, _ in _ENTRIES.values()])
+    return context
 
-    return {
-        "nnUNetv2_train": run_training.run_training_entry,
-        "nnUNetv2_predict": predict_from_raw_data.predict_entry_point,
-        "nnUNetv2_export_model_to_zip": entry_points.export_pretrained_model_entry,
-        "nnUNetv2_install_pretrained_model_from_zip": entry_points.install_from_zip_entry_point,
-    }[name]
+
+_ENTRIES = {
+    "nnUNetv2_train": ("nnunetv2.run.run_training", "run_training_entry"),
+    "nnUNetv2_predict": ("nnunetv2.inference.predict_from_raw_data", "predict_entry_point"),
+    "nnUNetv2_export_model_to_zip": ("nnunetv2.model_sharing.entry_points", "export_pretrained_model_entry"),
+    "nnUNetv2_install_pretrained_model_from_zip": (
+        "nnunetv2.model_sharing.entry_points",
+        "install_from_zip_entry_point",
+    ),
+}
 
 
 def segmentations(folder: Path) -> dict[str, np.ndarray]:

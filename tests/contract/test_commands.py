@@ -47,7 +47,7 @@ def commands(row: Row, request: pytest.FixtureRequest, tmp_path_factory: pytest.
 def predicted(row: Row, commands: Commands, tmp_path: Path) -> dict[str, np.ndarray]:
     """The test cases, by the real command."""
     if row.name not in _predicted:
-        commands.there(commands.predict_command(tmp_path / "out", [0]), "")
+        commands.there(commands.predict_command(tmp_path / "out", [0]))
         _predicted[row.name] = segmentations(tmp_path / "out")
     return _predicted[row.name]
 
@@ -108,8 +108,8 @@ def test_an_export_predicts_where_this_package_is_not_installed(
         "nnUNet_ext_settings": "",
         "PYTHONPATH": str(tmp_path / "site"),
     }
-    stock.there(["python", "-c", _NOT_IMPORTABLE], **alone)
-    stock.there(stock.predict_command(tmp_path / "out", [0]), **alone)
+    stock.started(["python", "-c", _NOT_IMPORTABLE], **alone)
+    stock.started(stock.predict_command(tmp_path / "out", [0]), **alone)
     found = segmentations(tmp_path / "out")
     assert list(found) == list(predicted)
     assert {int(value) for array in found.values() for value in np.unique(array)} <= {0, 1, 2}
