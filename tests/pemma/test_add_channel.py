@@ -100,8 +100,8 @@ def test_cases_that_the_base_was_trained_on_and_that_would_validate_are_warned_o
         (lambda j: j.update(channel_names={"0": "T2", "1": "T1"}), "not the first of the dataset's T2, T1"),
         (lambda j: j.update(channel_names={"0": "CT", "1": "T2"}), "names differ"),
         (lambda j: j["labels"].pop("organ_2"), "the label organ_2 is 2 in the base's dataset.json and missing"),
-        (lambda j: j["labels"].update(organ_3=3), "organ_3 is missing in the base's dataset.json and 3 in this"),
-        (lambda j: j.update(overwrite_image_reader_writer="NibabelIO"), "is read by NibabelIO and the base's images by"),
+        (lambda j: j["labels"].update(organ_3=3), "organ_3 is missing in the base's dataset.json and 3"),
+        (lambda j: j.update(overwrite_image_reader_writer="NibabelIO"), "is read by NibabelIO and the base"),
     ],
 )  # fmt: skip
 def test_a_dataset_that_does_not_fit_is_refused(there: TinyDataset, change: Any, said: str, capsys) -> None:
