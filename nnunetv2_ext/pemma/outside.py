@@ -35,6 +35,7 @@ METHOD = Method(
         "merged": "nnunetv2_ext.pemma.export:described_as_merged",
     },
     card="methods/pemma.md",
+    advice="nnunetv2_ext.pemma.advice:advice",
     citation="Saadi, Saeed, Yaqub, & Nandakumar (2024). PEMMA: Parameter-Efficient Multi-Modal Adaptation for Medical "
     "Image Segmentation. arXiv:2404.13704",
 )
