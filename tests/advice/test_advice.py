@@ -602,7 +602,7 @@ def test_a_structure_that_is_drawn_nowhere(write) -> None:
     write(cases(5, organ()), labels=both)
     [fix] = [advice for advice in said() if advice.kind == "fix"]
     assert fix.run.startswith("take lesion out of dataset.json") and "none of the 5 label maps" in fix.reason
-    assert "--cases 0" not in fix.reason and "--not-drawn" in fix.not_when
+    assert "--cases 0" not in fix.reason and "second site" in fix.not_when
     [fix] = [advice for advice in said(cases=2) if advice.kind == "fix"]
     assert "none of the 2 label maps" in fix.reason and "--cases 0 reads all" in fix.reason
 
