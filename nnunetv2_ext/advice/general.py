@@ -56,7 +56,7 @@ def _absent(facts: DatasetFacts) -> list[Advice]:
             f"take {', '.join(absent)} out of dataset.json, or add cases that have it",
             f"none of the {len(facts.read)} label maps that were read has it, and a training learns that it never "
             f"occurs{others}",
-            not_when="these cases are a second site of a finished model, which is adapted to it: that site need not draw all",
+            not_when="these cases are a second site, to which a finished model is adapted: that site need not draw all",
         )
     ]
 
