@@ -22,7 +22,7 @@ _FEW_SUBJECTS = 20  # the gain of a start was measured with 3 and 5
 
 def general(facts: DatasetFacts) -> list[Advice]:
     """What holds whatever the method."""
-    rules = (_files, _intensities, _colours, _subjects, _plain, _mirroring, _slices, _resolution, _start)
+    rules = (_files, _absent, _intensities, _colours, _subjects, _plain, _mirroring, _slices, _resolution, _start)
     return [advice for rule in rules for advice in rule(facts)]
 
 
@@ -41,6 +41,24 @@ def _files(facts: DatasetFacts) -> list[Advice]:
             )
         )
     return found
+
+
+def _absent(facts: DatasetFacts) -> list[Advice]:
+    """A structure that is named and drawn nowhere."""
+    found = {value for label in facts.read.values() for value in label.values}
+    absent = [name for name, values in facts.labels.items() if not found & {*values} - {0} and any(values)]
+    if not found or not absent:
+        return []
+    others = "" if len(facts.read) == len(facts.cases) else "; --cases 0 reads all"
+    return [
+        Advice(
+            "fix",
+            f"take {', '.join(absent)} out of dataset.json, or add cases that have it",
+            f"none of the {len(facts.read)} label maps that were read has it, and a training learns that it never "
+            f"occurs{others}",
+            not_when="these cases are a second site, to which a finished model is adapted: that site need not draw all",
+        )
+    ]
 
 
 def _intensities(facts: DatasetFacts) -> list[Advice]:

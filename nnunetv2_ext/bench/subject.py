@@ -75,6 +75,7 @@ class Subject:
             self.trainer.on_train_start()
         self._cudnn = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
         self.trainer.current_epoch = self.trainer.num_epochs // 2  # an ordinary step: warm-ups and ramps are over
+        self.trainer.global_step = self.trainer.current_epoch * self.trainer.num_iterations_per_epoch
         self.trainer.on_epoch_start()
         self.trainer.on_train_epoch_start()
         seed_everything(SEED)

@@ -17,12 +17,16 @@ from nnunetv2_ext.core.workers import in_workers
 class DataTrainer(SettingsTrainer):
     """The part of ExtTrainer that knows the data."""
 
+    left_out: tuple[str, ...] = ()  # training cases of the fold that train_cases did not choose; -> do_split
+    held_out: tuple[str, ...] = ()  # validation cases; none of fold all, which are the training cases
     _train_cases: list[str] | None = None  # -> do_split, or the checkpoint
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split, with the training list cut down to ``train_cases``; the validation list is untouched."""
         train, validation = super().do_split()
         chosen = select_train_cases(train, self.settings.train_cases, self.settings.train_cases_seed)
+        self.left_out = tuple(sorted(set(train) - set(chosen)))
+        self.held_out = () if self.fold == "all" else tuple(validation)
         if self.settings.train_cases is not None:
             self.print_to_log_file(f"train_cases: {len(chosen)} of {len(train)} training cases: {', '.join(chosen)}")
             if self._train_cases is not None and self._train_cases != chosen:

@@ -369,6 +369,7 @@ def test_holes_in_the_labels_and_other_problems_come_first(write) -> None:
     assert [advice.run.partition(",")[0] for advice in said() if advice.kind == "fix"] == [
         "the labels of Dataset007_x are 0",
         "case heart_b of Dataset007_x has a label",
+        "take tumour out of dataset.json",
     ]
     assert "consecutive integers from 0: renumber them to 0 ... 2" in said()[0].run
 
@@ -594,3 +595,19 @@ def test_the_text(write, capsys) -> None:
     assert lines[1] == "  cases         6 with a label; subjects are not recorded"
     assert lines.index("Run") < lines.index("Not worth running here")
     assert all(len(line) <= 110 for line in lines if not line.startswith("      "))
+
+
+def test_a_structure_that_is_drawn_nowhere(write) -> None:
+    both = {"background": 0, "organ": 1, "lesion": 2}
+    write(cases(5, organ()), labels=both)
+    [fix] = [advice for advice in said() if advice.kind == "fix"]
+    assert fix.run.startswith("take lesion out of dataset.json") and "none of the 5 label maps" in fix.reason
+    assert "--cases 0" not in fix.reason and "second site" in fix.not_when
+    [fix] = [advice for advice in said(cases=2) if advice.kind == "fix"]
+    assert "none of the 2 label maps" in fix.reason and "--cases 0 reads all" in fix.reason
+
+
+def test_a_structure_that_one_case_has_is_drawn(write) -> None:
+    regions = {"background": 0, "whole": [1, 2], "core": [2]}
+    write(cases(5, organ()) | {"heart_z": organ(2)}, labels=regions, regions_class_order=[1, 2])
+    assert [advice for advice in said() if advice.kind == "fix"] == []
