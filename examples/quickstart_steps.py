@@ -348,7 +348,7 @@ def draw_case(dataset: Path, results: dict[str, dict[str, Any]], output: Path) -
         row[0].set_ylabel(view.caption(index))
         for axes, (name, label) in zip(row[1:], labels.items()):
             draw_slice(axes, scan, view.cut(label, index), classes, title=name, **options)
-    figure.suptitle(f"{dataset.name}, {case}: not seen in training", fontsize=12)
+    figure.suptitle(f"{dataset.name}, {case}: not seen in training", fontsize=12, wrap=True)
     add_legend(figure, classes)
     figure.savefig(output, dpi=110)
 

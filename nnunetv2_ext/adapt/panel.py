@@ -44,7 +44,7 @@ def draw_batch(trainer: AdaptTraining, batch: Batch, path: Path) -> None:
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(2.3 * len(rows), 5.6), layout="constrained")
         title = f"{trainer.picture_title}, epoch {trainer.current_epoch - 1}"
-        figure.suptitle(f"{title}\nlabel above, prediction below; augmented patches", fontsize=10)
+        figure.suptitle(f"{title}\nlabel above, prediction below; augmented patches", fontsize=10, wrap=True)
         cells = figure.subplots(2, len(rows), squeeze=False)
         for column, row in enumerate(rows):
             image = shown.data[column, 0].float().cpu().numpy()

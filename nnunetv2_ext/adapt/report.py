@@ -133,7 +133,7 @@ def draw_cases(path: Path, cases: Sequence[Pictured], classes: Mapping[int, str]
     present: set[int] = set()
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(8.2, 2.7 * len(shown) + 0.9), layout="constrained")
-        figure.suptitle(title)
+        figure.suptitle(title, wrap=True)
         for cells, one in zip(figure.subplots(len(shown), 3, squeeze=False), shown):
             index, view = fullest_slice(one.truth, one.axis), view_across(one.axis, one.directions)
             spacing = view.spacing(one.spacing)

@@ -24,7 +24,7 @@ def draw(report: Report, path: Path) -> None:
     what = f"{o['dataset']}, {o['configuration']}, plans {o['plans_name']}: patch {patch}, batch {facts['batch_size']}"
     where = f"{m['device_name']} ({m['device']}, {m['threads']} thread(s)), torch {m['torch']}"
     with figure_file(path, 13, 2.6 + 0.75 * len(results)) as figure:
-        figure.suptitle(f"{what}\n{where}, nnunetv2 {m['nnunetv2']}", fontsize=10)
+        figure.suptitle(f"{what}\n{where}, nnunetv2 {m['nnunetv2']}", fontsize=10, wrap=True)
         names = [textwrap.fill(r.label, LABEL_WIDTH) for r in results]
         for axes, draw_bars, ticks in zip(figure.subplots(1, 2), (_ratios, _parts), (names, [""] * len(names))):
             draw_bars(axes, report)

@@ -91,7 +91,7 @@ def draw_case(case: str, images: list[Path], maps: dict[str, Path], dataset_json
         heights = [view.height(image.shape[1:], spacing, 4.0) for view in views]
         columns = 1 + len(labels)
         figure = Figure(figsize=(4.2 * columns, sum(heights) + 0.9), layout="constrained")
-        figure.suptitle(case, fontsize=11)
+        figure.suptitle(case, fontsize=11, wrap=True)
         grid = figure.subplots(len(views), columns, squeeze=False, height_ratios=heights)
         for row, view in zip(grid, views, strict=True):
             assert view.axis is not None

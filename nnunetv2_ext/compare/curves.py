@@ -78,7 +78,7 @@ def draw(arms: Sequence[Arm], path: Path, colours: Mapping[str, str], heading: s
         ("time", clock, PSEUDO_DICE, "pseudo Dice against time"),
     )
     with plot.figure_file(path, 15, 4.9) as figure:
-        figure.suptitle(plot.wrapped(heading, 15), fontsize=10)
+        figure.suptitle(heading, fontsize=10, wrap=True)
         for axes, (x, below, y, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             for arm, colour in colours.items():
                 lines = [(c[x].to_numpy(), c[y].to_numpy()) for name, _, c in curves if name == arm]

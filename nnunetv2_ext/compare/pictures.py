@@ -66,7 +66,7 @@ def draw_cases(
             f"{difference.metric.title}\n"
             f"{len(losses)} case(s) that lost most, then {len(gains)} that gained most"
         )
-        figure.suptitle(plot.wrapped(about, 14), fontsize=10)
+        figure.suptitle(about, fontsize=10, wrap=True)
         for axes, case in zip(np.atleast_2d(figure.subplots(len(rows), 5)), rows, strict=True):
             shown = shown_repeats(cells.loc[case], difference)
             which = f"\non average; shown: {', '.join(dict.fromkeys(shown.values()))}" if cells.shape[1] > 2 else ""

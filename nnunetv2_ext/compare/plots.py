@@ -40,7 +40,7 @@ def draw_differences(scores: Scores, differences: Sequence[Difference], path: Pa
             f"point: a case; diamond and bar: mean and 95 % interval over {differences[0].unit}"
         )
         lines = "\n".join([title, *relaxations(scores)])
-        figure.suptitle(plot.wrapped(lines, 5.6 * len(scores.metrics)), fontsize=9)
+        figure.suptitle(lines, fontsize=9, wrap=True)
         panels = np.ravel(figure.subplots(1, len(scores.metrics)))
         for number, (axes, (key, metric)) in enumerate(zip(panels, scores.metrics.items(), strict=True)):
             axes.axvline(0, color="black", lw=0.8)

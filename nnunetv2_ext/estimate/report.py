@@ -79,7 +79,7 @@ def draw_fit(calibration: Calibration, path: Path, title: str) -> None:
         columns = min(4, len(structures))
         rows = math.ceil(len(structures) / columns)
         figure = Figure(figsize=(3.6 * columns, 3.6 * rows + 0.7), layout="constrained")
-        figure.suptitle(f"{title}\n{NOT_A_MEASUREMENT}: out of fold", fontsize=11)
+        figure.suptitle(f"{title}\n{NOT_A_MEASUREMENT}: out of fold", fontsize=11, wrap=True)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, structure in zip(grid, structures):
             line = np.linspace(0, 1, 50)
@@ -208,7 +208,7 @@ def draw_worst(result: Result, images: Path, output: Path, dataset_json: dict[st
     classes = names_of_values(dataset_json)
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(3.4 * len(cases), 4.4), layout="constrained")
-        figure.suptitle(f"worst cases: {NOT_A_MEASUREMENT}\n{note(result)}", fontsize=9)
+        figure.suptitle(f"worst cases: {NOT_A_MEASUREMENT}\n{note(result)}", fontsize=9, wrap=True)
         present: set[int] = set()
         for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
             file = images / f"{case}_0000{ending}"

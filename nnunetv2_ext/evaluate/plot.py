@@ -1,6 +1,5 @@
 """Box plots of an evaluation, and the style of all plots of evaluate and compare."""
 
-import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +47,7 @@ def draw_boxes(
     across, down = (1, len(metrics)) if colours or wide > 5 else (len(metrics), 1)
     size = max(6.0, wide) if colours else max(3.2, wide + 0.7) * across, 3.2 * down + 0.9
     with figure_file(path, *size) as figure:
-        figure.suptitle(wrapped("\n".join([title, *relaxations(evaluation)]), size[0]), fontsize=10)
+        figure.suptitle("\n".join([title, *relaxations(evaluation)]), fontsize=10, wrap=True)
         for axes, (key, metric) in zip(np.ravel(figure.subplots(down, across)), metrics.items(), strict=True):
             for number, name in enumerate(names):
                 for index, (arm, colour) in enumerate(arms.items()):
@@ -82,11 +81,6 @@ def _box(axes: Axes, chosen: pd.DataFrame, at: float, width: float, colour: str,
     size = 3.0 if len(chosen) < 100 else 1.5
     axes.plot(x[~crossed], chosen["value"][~crossed], "o", markersize=size, color=colour, alpha=0.6, mew=0)
     axes.plot(x[crossed], chosen["value"][crossed], "x", markersize=size + 2, color=colour)
-
-
-def wrapped(text: str, width: float) -> str:
-    """Lines of a title, broken where they would leave a figure of `width` inches."""
-    return "\n".join(textwrap.fill(line, int(12 * width)) for line in text.strip().split("\n"))
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def draw_panel(batch: Mapping[str, Any], path: Path, title: str, layers: int, hi
     with matplotlib.style.context("default"):
         height = view.height(images.shape[2:], (1.0,) * (images.ndim - 2), 2.2)
         figure = Figure(figsize=(2.3 * (_DRAWS + 2), height * len(images) + 0.9), layout="constrained")
-        figure.suptitle(f"{title}\nrandom convolutions of the input (GIN)", fontsize=11)
+        figure.suptitle(f"{title}\nrandom convolutions of the input (GIN)", fontsize=11, wrap=True)
         grid = figure.subplots(len(images), _DRAWS + 2, squeeze=False)
         for row, image, key in zip(grid, images, batch["keys"], strict=False):
             draws = [random_convolution(image, layers, hidden) for _ in range(_DRAWS)]

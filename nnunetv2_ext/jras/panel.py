@@ -112,7 +112,7 @@ def draw_reading(
     cuts = [None] if ndim == 2 else [0, 1, 2]
     with matplotlib.style.context("default"):  # nnU-Net's progress plot changes the fonts of the whole process
         figure = Figure(figsize=(2.35 * len(columns), 2.5 * len(cuts) + 1.0), layout="constrained")
-        figure.suptitle(f"{title}: {view.name}, patch {' x '.join(map(str, size))}; % of the attention")
+        figure.suptitle(f"{title}: {view.name}, patch {' x '.join(map(str, size))}; % of the attention", wrap=True)
         for cells, axis in zip(figure.subplots(len(cuts), len(columns), squeeze=False), cuts):
             turned = view_across(axis, view.directions, augmented)
             for cell, (name, image, label, where, fill) in zip(cells, columns):

@@ -43,7 +43,9 @@ def draw_panel(batch: Batch, gva: GVA, settings: MambaSeaSettings, path: Path, t
     with matplotlib.style.context("default"):
         height = view.height(size, (1.0,) * len(size), 2.2)
         figure = Figure(figsize=(2.5 * 4, height * len(images) + 0.9), layout="constrained")
-        figure.suptitle(f"{title}\nGVA in front of the second branch, a piece for LSA in the first", fontsize=11)
+        figure.suptitle(
+            f"{title}\nGVA in front of the second branch, a piece for LSA in the first", fontsize=11, wrap=True
+        )
         for number, row in enumerate(figure.subplots(len(images), 4, squeeze=False)):
             before, after = (_cut(view, x[number, 0], index) for x in (images, enhanced))
             window = tuple(np.percentile(before, (1, 99.5)))

@@ -62,7 +62,7 @@ def draw_panel(
         figure = Figure(figsize=(2.35 * columns, sum(heights) + 1.1), layout="constrained")
         size = " x ".join(map(str, image.shape))
         caption = f"{title}\n{result.case}, patch {size}, {result.hidden.mean():.0%} hidden"
-        figure.suptitle(caption, fontsize=11)
+        figure.suptitle(caption, fontsize=11, wrap=True)
         grid = figure.subplots(len(cuts), columns, squeeze=False, height_ratios=heights)
         window = tuple(np.percentile(image, (1, 99.5)))
         for row, view in zip(grid, views, strict=True):

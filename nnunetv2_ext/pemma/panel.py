@@ -45,7 +45,9 @@ def draw_panel(trainer: PEMMATraining, batch: Batch, path: Path) -> None:
     present: set[int] = set()
     with matplotlib.style.context("default"):  # nnU-Net's progress plot changes the fonts of the whole process
         figure = Figure(figsize=(2.4 * 6, 2.5 * len(gate) + 1.1), layout="constrained")
-        figure.suptitle(f"{trainer.picture_title}, epoch {trainer.current_epoch - 1}\naugmented patches", fontsize=10)
+        figure.suptitle(
+            f"{trainer.picture_title}, epoch {trainer.current_epoch - 1}\naugmented patches", fontsize=10, wrap=True
+        )
         for number, row in enumerate(figure.subplots(len(gate), 6, squeeze=False)):
             truth = target_to_labels(shown.top_target[number], labels)
             axis = None if truth.ndim == 2 else 0

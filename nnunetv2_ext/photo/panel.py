@@ -37,7 +37,7 @@ def draw_panel(trainer: Any, batch: Batch, path: Path, title: str) -> None:
     with matplotlib.style.context("default"):
         height = view.height(batch.data.shape[2:], (1.0, 1.0), 3.0)
         figure = Figure(figsize=(9.6, height * len(logits) + 0.9), layout="constrained")
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title, fontsize=11, wrap=True)
         for row, sample in zip(figure.subplots(len(logits), 3, squeeze=False), range(len(logits)), strict=True):
             image = batch.data[sample].float().cpu().numpy()
             low, high = float(image.min()), float(image.max())

@@ -48,7 +48,7 @@ def draw_panel(
     present: set[int] = set()
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(_WIDTH * columns + 0.3, (_WIDTH + 0.6) * len(rows) + 1.0), layout="constrained")
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title, fontsize=11, wrap=True)
         for cells, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
             for cell, one in zip(cells, row):
                 words = f"{one.case}\n{one.why or 'kept'}, agreement {one.agreement:.2f}"

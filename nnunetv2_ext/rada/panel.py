@@ -109,7 +109,7 @@ def draw_panel(
     # nnU-Net's progress plot changes the fonts of the whole process
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(2.35 * (number + 2), sum(heights) + 1.1), layout="constrained")
-        figure.suptitle(heading, fontsize=11)
+        figure.suptitle(heading, fontsize=11, wrap=True)
         grid = figure.subplots(len(rows), number + 2, squeeze=False, height_ratios=heights)
         for cells, (view, drawn, index) in zip(grid, rows, strict=True):
             mm = drawn.spacing(spacing)

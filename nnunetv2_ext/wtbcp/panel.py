@@ -51,7 +51,7 @@ def draw_panel(
     with matplotlib.style.context("default"):
         high = view.height(data.shape[2:], spacing, 2.8)
         figure = Figure(figsize=(2.8 * 3, high * number + 1.4), layout="constrained")
-        figure.suptitle(f"{title}\naugmented patches; tinted: unlabelled voxels that count", fontsize=10)
+        figure.suptitle(f"{title}\naugmented patches; tinted: unlabelled voxels that count", fontsize=10, wrap=True)
         for row, cells in enumerate(figure.subplots(number, 3, squeeze=False)):
             learnt, said = (logits_to_labels(maps[row] - 0.5, labels) for maps in (target, student + 0.5))
             index = None if axis is None else fullest_slice(np.maximum(learnt, said), axis)

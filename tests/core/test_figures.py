@@ -1,5 +1,7 @@
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.style
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+import nnunetv2_ext
 from nnunetv2_ext.core.figures import add_legend, draw_slice, fullest_slice, hatch, label_colours, shade
 from nnunetv2_ext.core.orientation import view_across
 
@@ -173,3 +176,15 @@ def test_bad_shapes_are_refused(axes, image, label, message):
 def test_pyplot_is_not_imported():
     code = "import sys, nnunetv2_ext.core.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_title_of_a_figure_leaves_it():
+    """matplotlib cuts a title that is wider than its figure, unless it may wrap."""
+    calls = [
+        (file.name, ast.unparse(node))
+        for file in Path(nnunetv2_ext.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "suptitle"
+    ]
+    assert len(calls) > 10
+    assert [call for call in calls if "wrap=True" not in call[1]] == []

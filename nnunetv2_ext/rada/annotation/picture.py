@@ -66,6 +66,6 @@ def draw_planes(
                 for spine in axes.spines.values():
                     frame = {"color": AXIS_COLOURS[axis], "linewidth": 2.5} if planes else {"color": "0.8"}
                     spine.set(visible=True, **{"linewidth": 0.8, **frame})
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=10, wrap=True)
         add_legend(figure, classes, further=[Patch(label="not annotated", **HATCHED)])
         atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))

@@ -44,7 +44,7 @@ def draw_case(
     high = view.height(image.shape, spacing, 3.6)
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(3 * 3.6 + 0.9, high + 1.2), layout="constrained")
-        figure.suptitle(f"{case}: {subtitle}", fontsize=11)
+        figure.suptitle(f"{case}: {subtitle}", fontsize=11, wrap=True)
         cells = figure.subplots(1, 3)
         common: dict[str, Any] = {"spacing": view.spacing(spacing), "letters": view.letters}
         draw_slice(cells[0], cut[0], cut[1], classes, title=f"label ({view.caption(index)})", **common)
