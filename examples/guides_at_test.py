@@ -2,7 +2,7 @@
 """Does a trained J-RAS model read its guides, and does a replaced bank help at another site?
 
     python examples/guides_at_test.py RESULTS/Dataset004_X/nnUNetTrainerJRAS__nnUNetPlans__2d -f 0 \\
-        --site RAW/Dataset005_Y --plain RESULTS/Dataset004_X/nnUNetTrainerExt__nnUNetPlans__2d
+        --site RAW/Dataset005_Y --plain RESULTS/Dataset004_X/nnUNetTrainerExt__nnUNetPlans__2d ADAPTED_MODEL
 
 Prints the mean Dice (x 100) of, on the fold's validation cases and on the site's:
   as trained          the model with the bank of its training cases
@@ -11,7 +11,7 @@ Prints the mean Dice (x 100) of, on the fold's validation cases and on the site'
   no guides           an empty bank, as after `nnUNetv2_ext bank MODEL --strip`
   new bank            with --site: the bank replaced by a few of the site's cases (`nnUNetv2_ext bank`), scored on its
                       other cases; and with wrong masks
-  plain               with --plain: another model's fold on the same cases
+  plain               with --plain: the fold of other models on the same cases, an adapted one say
 Simplified: one shuffle with a fixed seed, one draw of site cases; Dice of labels on the preprocessed grid.
 """
 
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bank-cases", type=int, default=5, help="cases of the site in the new bank")
     parser.add_argument("--draw", type=int, default=0, help="which draw of site cases")
     parser.add_argument("--site-labels", type=int, nargs="+", help="labels that the site draws (default: all)")
-    parser.add_argument("--plain", type=Path, help="a model folder to compare with, same fold")
+    parser.add_argument("--plain", type=Path, nargs="+", default=[], help="model folders to compare with, same fold")
     parser.add_argument("--checkpoint", default="checkpoint_final.pth")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--no-mirroring", action="store_true", help="without test-time mirroring, faster")
@@ -141,8 +141,8 @@ def main() -> None:
                     new.list_of_parameters = [changed]
                     name = "" if name == "as trained" else f", {name}"
                     print(f"  {'new bank' + name:<26} {cases.score(new):.1f}", flush=True)
-            if args.plain:
-                print(f"  {'plain':<26} {cases.score(load(args.plain, args)):.1f}", flush=True)
+            for number, plain in enumerate(args.plain, 1):
+                print(f"  {f'plain {number}':<26} {cases.score(load(plain, args)):.1f}", flush=True)
 
 
 if __name__ == "__main__":

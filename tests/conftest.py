@@ -25,11 +25,15 @@ STRIDES = {2: [[1, 1], [2, 2], [2, 2]], 3: [[1, 1, 1], [2, 2, 2], [2, 2, 2]]}
 
 @dataclass(frozen=True)
 class TinyDataset:
-    """Folders of a preprocessed phantom dataset; ``dataset_id`` in ``raw``, plans named ``tiny``."""
+    """Folders of a preprocessed phantom dataset; ``dataset_id`` in ``raw``, plans named ``tiny``.
+
+    Where a ``model`` of its first channels belongs to it, ``{model}`` in settings stands for that model's folder.
+    """
 
     root: Path
     dataset_id: int
     name: str
+    model: Path | None = None
 
     @property
     def raw(self) -> Path:
@@ -51,7 +55,7 @@ class TinyDataset:
             "nnUNet_results": str(results),
             "nnUNet_n_proc_DA": "0",
             "nnUNet_def_n_proc": "1",
-            "nnUNet_ext_settings": settings,
+            "nnUNet_ext_settings": settings.replace("{model}", str(self.model)),
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",  # nnU-Net sets as many threads as cores; spinning ones starve parallel tests
         }
@@ -212,7 +216,7 @@ def random_batches(trainer: Any, number: int, seed: int = 0, size: int = 2, labe
     keys = np.array([f"case_{letter}" for letter in "abcdefgh"[:size]])
     batches = []
     for _ in range(number):
-        data = torch.randn(size, 1, *patch, generator=generator)
+        data = torch.randn(size, trainer.num_input_channels or 1, *patch, generator=generator)
         shapes = [[round(p * s) for p, s in zip(patch, scale)] for scale in scales]
         target = [torch.randint(0, labels, (size, 1, *s), generator=generator).to(torch.int16) for s in shapes]
         batches.append({"data": data, "target": target if trainer.enable_deep_supervision else target[0], "keys": keys})

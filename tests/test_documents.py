@@ -137,7 +137,7 @@ def test_links_within_the_repository_resolve(path: Path) -> None:
 def test_every_settings_key_exists(path: Path) -> None:
     text, keys = read(path), set(settings())
     blocks = "|".join(sorted({key.partition(".")[0] for key in keys if "." in key}))
-    named = set(re.findall(rf"(?<![\w/.])(?:{blocks})\.(?!md\b|yaml\b)[a-z_]+", text))
+    named = set(re.findall(rf"(?<![\w/.])(?:{blocks})\.(?!md\b|yaml\b|json\b)[a-z_]+", text))
     for value in re.findall(r'nnUNet_ext_settings="([^"]*)"', text):
         named |= set(from_environment(value))
     for code in inline_code(text):  # `key=value key=value`

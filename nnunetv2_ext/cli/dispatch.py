@@ -23,7 +23,7 @@ HOUSE = {
         "prepare data": {
             "doctor": "check this installation and say how to fix what is wrong",
             "advise": "look at a dataset and say what to run on it, what not, and which control beside it",
-            "unlabelled": "preprocess unlabelled scans into a pool beside a dataset; no trainer here reads it yet",
+            "unlabelled": "preprocess unlabelled scans into a pool beside a dataset, for methods that use them",
             "fix-fingerprint": "take CT intensities from annotated voxels only, in a dataset with an ignore label",
         },
         "train": {

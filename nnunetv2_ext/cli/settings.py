@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
         trainer = load_trainer(args.trainer)
         model = trainer.settings_model()
         title, keys, presets = f"{args.trainer}:", described(model, trainer.trainer_defaults()), presets_of(model)
+    elif args.trainer == "nnUNetTrainer":
+        raise ValueError("nnUNetTrainer reads no settings; nnUNetTrainerExt is the same training with settings")
     else:
         near = difflib.get_close_matches(args.trainer, known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""

@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from nnunetv2_ext.core.trainer import ExtTrainer
 # which holds the training machine's paths and the cases' names
 _FINGERPRINT = "dataset_fingerprint.json"
 _PROGRESS, _VALIDATION = "progress.png", "validation/summary.json"
+_DESCRIPTIONS = {"plans": "plans", "dataset_json": "dataset"}  # files by what a checkpoint calls them
 _FILE_LISTS = ("dataset", "training", "validation", "test")  # of dataset.json: files of the training machine
 _PREFERRED = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 STOCK_TRAINER = nnUNetTrainer.__name__
@@ -86,7 +88,8 @@ def export_model(
             trainer = _trainer_of(checkpoint, file)
             chosen = _chosen(trainer, edits, weights)
             ours = trainer if any(edit.keeps_trainer for edit in chosen) else None
-            exported = _exported(checkpoint, trainer, weights, chosen)
+            describe = _descriptions(trainer, (weights, *edits))
+            exported = _exported(checkpoint, trainer, weights, chosen, describe)
             if ours is None:
                 _require_stock_network(exported, trainer, file)
             target = partial / file.relative_to(model_folder)
@@ -95,7 +98,7 @@ def export_model(
             as_before = bool(chosen) and weights == "student" and all(edit.same_predictions for edit in chosen)
             validated.append(as_before or _same_weights(checkpoint, exported))
             needed |= _foreign_classes(exported["init_args"])
-        write_descriptions(model_folder, partial, ours)
+        write_descriptions(model_folder, partial, ours, describe)
         if all(validated):
             for file in files:
                 _copy_results(file, partial / file.parent.relative_to(model_folder))
@@ -149,11 +152,23 @@ def _chosen(trainer: type[ExtTrainer], edits: Collection[str], weights: str) -> 
     return list(chosen.values())
 
 
+def _descriptions(trainer: type[ExtTrainer], names: Collection[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What the chosen weights and edits make of ``plans`` and ``dataset_json``, of a trainer's methods."""
+    described = {name: text for method in methods_of(trainer) for name, text in method.descriptions.items()}
+    changes = [load(described[name]) for name in names if name in described]
+    return lambda both: reduce(lambda now, change: change(now), changes, both)
+
+
 def _exported(
-    checkpoint: dict[str, Any], trainer: type[ExtTrainer], weights: str, edits: Sequence[ExportEdit]
+    checkpoint: dict[str, Any],
+    trainer: type[ExtTrainer],
+    weights: str,
+    edits: Sequence[ExportEdit],
+    describe: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> dict[str, Any]:
     for edit in edits:
         checkpoint = load(edit.apply)(checkpoint)
+    checkpoint = {**checkpoint, "init_args": describe(checkpoint["init_args"])}
     if any(edit.keeps_trainer for edit in edits):
         return portable(checkpoint, trainer)
     exported = {"network_weights": trainer.export_weights(checkpoint, weights), "trainer_name": STOCK_TRAINER}
@@ -176,12 +191,20 @@ def portable(checkpoint: dict[str, Any], ours: type[ExtTrainer] | None = None) -
     return {key: value for key, value in checkpoint.items() if key not in left_out} | {"init_args": init_args}
 
 
-def write_descriptions(model_folder: Path, target: Path, ours: type[ExtTrainer] | None = None) -> None:
-    """Write what lies beside the folds of a model, without settings and paths unless it is one of `ours`."""
-    plans = _shareable_plans(read_json(model_folder / "plans.json"), ours)
-    atomic_write_text(target / "plans.json", json.dumps(plans, indent=2))
-    dataset_json = _without_file_lists(read_json(model_folder / "dataset.json"))
-    atomic_write_text(target / "dataset.json", json.dumps(dataset_json, indent=2))
+def write_descriptions(
+    model_folder: Path,
+    target: Path,
+    ours: type[ExtTrainer] | None = None,
+    describe: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> None:
+    """Write what lies beside the folds of a model, without settings and paths unless it is one of `ours`.
+
+    `describe` takes and returns both files' content, as ``plans`` and ``dataset_json``.
+    """
+    both = describe({name: read_json(model_folder / f"{file}.json") for name, file in _DESCRIPTIONS.items()})
+    both = {"plans": _shareable_plans(both["plans"], ours), "dataset_json": _without_file_lists(both["dataset_json"])}
+    for name, file in _DESCRIPTIONS.items():
+        atomic_write_text(target / f"{file}.json", json.dumps(both[name], indent=2))
     _copy(model_folder / _FINGERPRINT, target / _FINGERPRINT)
 
 

@@ -47,7 +47,9 @@ class Trainer:
     summary: str  # one sentence for a table
     smallest: Mapping[str, Any] = field(default_factory=dict)
     off: Mapping[str, Any] | None = None  # the trainer is then plain nnU-Net bit for bit; None: never
-    data: Literal["dense", "sparse"] = "dense"  # sparse: an ignore label on all but a few planes
+    # sparse: an ignore label on all but a few planes; added_channel: two channels, and a finished model of the first,
+    # for whose folder {model} stands in `smallest`
+    data: Literal["dense", "sparse", "added_channel"] = "dense"
     refuses: Mapping[Property, str] = field(
         default_factory=dict
     )  # regular expression that the one-line refusal matches
@@ -144,6 +146,9 @@ class Method:
     commands: Mapping[str, Command] = field(default_factory=dict)  # by name
     weights: Mapping[str, str] = field(default_factory=dict)  # ``export --weights`` besides ``student``, a phrase each
     export_edits: Mapping[str, ExportEdit] = field(default_factory=dict)  # by the option's name, without dashes
+    # of weights or edits whose model has other plans or another dataset.json than the trained one: "module:function",
+    # which takes both in a dictionary (``plans``, ``dataset_json``) and returns it as they are to be written
+    descriptions: Mapping[str, str] = field(default_factory=dict)
     networks: Mapping[str, Network] = field(default_factory=dict)  # by the name that -network takes
     requires: tuple[str, ...] = ()
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # distributions by the name of the extra

@@ -1,7 +1,9 @@
 """What can be seen of a dataset as it lies there: raw, planned, trained. For ``nnUNetv2_ext advise``."""
 
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,9 @@ import numpy.typing as npt
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
+from nnunetv2_ext.core.files import read_json
 from nnunetv2_ext.core.progress import progress_bar
+from nnunetv2_ext.data.channels import channel_names
 from nnunetv2_ext.data.find import (
     PREPROCESSED,
     RESULTS,
@@ -72,6 +76,16 @@ class Trained(NamedTuple):
     unfinished: tuple[str, ...]
 
 
+class Elsewhere(NamedTuple):
+    """A model of another dataset, with a fold that is finished."""
+
+    folder: str  # TRAINER__PLANS__CONFIGURATION
+    fold: str  # the first one that is finished
+    configuration: str
+    channels: tuple[str, ...]
+    labels: Mapping[str, tuple[int, ...]]  # as those of `DatasetFacts`
+
+
 @dataclass(frozen=True)
 class DatasetFacts:
     """What rules of advice are about. Counts of cases are of the label maps that were read, where they say so."""
@@ -92,6 +106,7 @@ class DatasetFacts:
     plans: PlansFacts | None  # None: not planned
     split: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]  # training and validation cases of splits_final.json
     trained: tuple[Trained, ...]
+    elsewhere: tuple[Elsewhere, ...] = ()
 
     @property
     def id(self) -> int:
@@ -208,6 +223,7 @@ def look_at(
         plans=_plans_facts(planned, configuration, base, ignore) if planned and base else None,
         split=tuple((tuple(fold["train"]), tuple(fold["val"])) for fold in split),
         trained=_trained(raw.name),
+        elsewhere=tuple(_elsewhere(raw.name)),
     )
 
 
@@ -313,3 +329,22 @@ def _trained(name: str) -> tuple[Trained, ...]:
         finished, unfinished = (tuple(f for f in done if done[f] is wanted) for wanted in (True, False))
         found.append(Trained(model.trainer, model.plans, model.configuration, finished, unfinished))
     return tuple(found)
+
+
+def _elsewhere(name: str) -> Iterator[Elsewhere]:
+    """Those of other datasets in nnUNet_results; a folder without a readable dataset.json says nothing."""
+    results = os.environ.get(RESULTS)
+    for folder in sorted(Path(results).glob("Dataset*")) if results else ():
+        for model in models_of(folder) if folder.name != name else ():
+            folds = [f for f in model.folds() if (model.folder / f"fold_{f}" / "checkpoint_final.pth").is_file()]
+            with suppress(ValueError, KeyError, TypeError, AttributeError):
+                content = read_json(model.folder / "dataset.json")
+                labels = {
+                    str(label): tuple(int(v) for v in np.atleast_1d(value))
+                    for label, value in content["labels"].items()
+                    if label != "ignore"
+                }
+                if folds:
+                    yield Elsewhere(
+                        str(model.folder), folds[0], model.configuration, tuple(channel_names(content)), labels
+                    )

@@ -23,6 +23,7 @@ from nnunetv2_ext.data.raw import RawDataset, open_raw
 from nnunetv2_ext.data.subjects import divided, pairs_suggested, subjects_of_dataset
 
 _TOLERANCE = 0.01  # a spacing this share outside of the labelled ones is told
+_GZIP = 18  # bytes of an empty gzip file
 _PIECE = 2**20  # bytes read at once
 
 
@@ -87,7 +88,7 @@ def fill_pool(
     _preprocess(pool, todo, hashes, target, processes)
     for line in _outside_spacing(pool, todo, target):
         say(line)
-    say(f"{len(pool.cases)} unlabelled cases are in {pool.folder}")
+    say(f"unlabelled cases in {pool.folder}: {len(pool.cases)}")
     return pool
 
 
@@ -107,6 +108,8 @@ def _content_size(file: Path) -> int:
     """Bytes of the content, modulo 2^32 as gzip notes it; files of different sizes need no hash."""
     if file.suffix != ".gz":
         return file.stat().st_size % 2**32
+    if file.stat().st_size < _GZIP:
+        raise ValueError(f"the image {file} is no gzip file, with {file.stat().st_size} bytes: replace the file")
     with file.open("rb") as content:
         content.seek(-4, 2)
         return int.from_bytes(content.read(4), "little")
@@ -255,7 +258,6 @@ def _outside_spacing(pool: Pool, cases: Iterable[str], target: Preprocessed) -> 
     if not far:
         return []
     case, spacing = far[0]
-    return [
-        f"WARNING: {len(far)} cases have a spacing outside of the labelled ones', {short(low)} to {short(high)} mm, "
-        f"such as {case} with {short(spacing)} mm"
-    ]
+    known = f"{short(low)} to {short(high)}" if (low < high).any() else short(low)
+    what = f"spacing of {case} is" if len(far) == 1 else f"spacings of {len(far)} cases, such as {case}, are"
+    return [f"WARNING: the {what} outside of the labelled cases' range: {short(spacing)} mm, and there {known} mm"]

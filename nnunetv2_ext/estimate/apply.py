@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,26 @@ from torch import Tensor
 from nnunetv2_ext.core.files import read_json, require_writable
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.data.case import read_label_map
+from nnunetv2_ext.data.find import as_model
 from nnunetv2_ext.data.folders import cases_of_images, require_channels
+from nnunetv2_ext.data.preprocessed import open_preprocessed
 from nnunetv2_ext.data.raw import declared_values
 from nnunetv2_ext.estimate.calibration import MIN_LOCAL, alarm, is_outside, local_correction, set_interval
 from nnunetv2_ext.estimate.features import Features, agreement, masks_of, of_case, with_agreement
-from nnunetv2_ext.estimate.fit import Fitted
-from nnunetv2_ext.estimate.prediction import FoldPredictor
-from nnunetv2_ext.estimate.validation import read_saved
+from nnunetv2_ext.estimate.fit import Fitted, validation_cases
+from nnunetv2_ext.estimate.mirroring import agreement_of_passes, open_predictor
+from nnunetv2_ext.estimate.reverse import (
+    Scores,
+    Slices,
+    open_segmenter,
+    read_home,
+    scores,
+    slices_of,
+    structure_masks,
+)
+from nnunetv2_ext.estimate.validation import Source, read_saved
 from nnunetv2_ext.parts.dice import dice
+from nnunetv2_ext.parts.prediction import FoldPredictor
 
 Array = npt.NDArray[Any]
 
@@ -84,6 +96,8 @@ class Result:
         local: by structure that at least three local labels have; the others stay a ranking.
         folds: of the ensemble.
         threshold: below which a case is flagged.
+        reverse: scores of a reverse segmenter by structure, if asked for.
+        licence: of the weights of that segmenter.
     """
 
     estimates: list[Estimate]
@@ -93,6 +107,8 @@ class Result:
     local: dict[str, Local]
     folds: list[int]
     threshold: float
+    reverse: dict[str, Scores] = field(default_factory=dict)
+    licence: str = ""
 
 
 def apply(
@@ -104,6 +120,7 @@ def apply(
     device: str = "cpu",
     previous: Path | None = None,
     saved: Path | None = None,
+    reverse: str | None = None,
 ) -> Result:
     """Segment every case of a folder as ``nnUNetv2_predict`` does, and estimate the Dice of each structure.
 
@@ -115,12 +132,16 @@ def apply(
         threshold: Dice below which a case is to be looked at.
         previous: for the last stage of a cascade: segmentations by its previous stage.
         saved: probabilities that ``nnUNetv2_predict --save_probabilities`` left; no model is run.
+        reverse: also SPE's score by this segmenter, ``tiny-unet`` or ``universeg:FILE``.
 
     Raises:
         ValueError: no fit or another checkpoint, no images, a damaged one (named), or labels that do not fit.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"--threshold is a Dice above 0 and up to 1, got {threshold}")
+    if reverse and saved:
+        raise ValueError("--reverse needs the preprocessed images, which --npz does not read: leave one of them away")
+    segmenter, licence = open_segmenter(reverse, device) if reverse else (None, "")
     fitted = Fitted.load(model)
     if (saved is not None) != fitted.saved:
         raise ValueError(
@@ -128,7 +149,7 @@ def apply(
             "option to both or to none"
         )
     folds = [int(fold) for fold in fitted.hashes]
-    predictor = FoldPredictor(model, folds, fitted.checkpoint, device, "tta" in fitted.optional)
+    predictor = open_predictor(model, folds, fitted.checkpoint, device, "tta" in fitted.optional)
     if predictor.mirrored != fitted.mirrored:
         raise ValueError(
             f"predictions are mirrored along {predictor.mirrored}, in the fit along {fitted.mirrored}: fit again"
@@ -139,6 +160,7 @@ def apply(
     stages = {} if saved else _stages(previous, ending, files, predictor.previous_stage)
     if saved:
         _require_same_model(saved, model)
+    source, cases = _validation(model, fitted, predictor) if segmenter else (None, {})
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty, and nothing is overwritten: name another folder")
     output.mkdir(parents=True, exist_ok=True)
@@ -146,6 +168,8 @@ def apply(
 
     rows: list[dict[str, Any]] = []
     drawn: set[str] = set()
+    slices: list[Slices] = []
+    truths: list[Slices] = []
     for case, own in progress_bar(list(files.items()), "estimating"):
         target = output / f"{case}{ending}"
         if saved:
@@ -154,14 +178,37 @@ def apply(
             shutil.copyfile(saved / target.name, target)
             by_fold = [of_case(probabilities, predictor.has_regions)]
         else:
-            by_fold, segmentation, properties = _predicted(case, own, stages.get(case), predictor, fitted)
+            by_fold, logits, data, properties = _predicted(case, own, stages.get(case), predictor, fitted)
+            segmentation = predictor.segmentation(logits, properties)
+            if segmenter:
+                image = data[: len(own)]  # without a previous stage
+                masks = masks_of(predictor.probabilities(logits), predictor.has_regions)
+                slices.append(slices_of(case, image, masks))
             predictor.reader().write_seg(segmentation, str(target), properties)
         measured, own_drawn = _measured(case, segmentation, labels.get(case), predictor)
         drawn |= own_drawn
+        if segmenter and case in labels:  # after its values were looked at
+            truths.append(
+                slices_of(case, image, structure_masks(predictor.label_on_grid(own, labels[case]), predictor))
+            )
         rows += _rows(case, by_fold, segmentation, measured, predictor, fitted)
     # a site that never draws a structure has not measured its Dice as 0
     rows = [row if row["structure"] in drawn else {**row, "measured": None} for row in rows]
-    return _judged(rows, fitted, folds, threshold)
+    result = _judged(rows, fitted, folds, threshold)
+    if segmenter is None or source is None:
+        return result
+    home = read_home(source, cases, fitted.calibration.rows)
+    return replace(result, reverse=scores(segmenter, home, slices, truths), licence=licence)
+
+
+def _validation(folder: Path, fitted: Fitted, predictor: FoldPredictor) -> tuple[Source, dict[str, list[str]]]:
+    """The model's own labelled cases, by the fold that validates on them."""
+    model = as_model(folder.resolve())
+    assert model is not None  # a fit lies there
+    data = open_preprocessed(
+        model.dataset, model.configuration, str(read_json(model.folder / "plans.json")["plans_name"])
+    )
+    return Source(model, data, predictor, False, (), False), validation_cases(data, list(fitted.hashes))
 
 
 def _images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, list[Path]]:
@@ -208,8 +255,8 @@ def _require_same_model(saved: Path, model: Path) -> None:
 
 def _predicted(
     case: str, files: Sequence[Path], stage: Path | None, predictor: FoldPredictor, fitted: Fitted
-) -> tuple[list[list[tuple[Features, int]]], Array, dict[str, Any]]:
-    """Features of each fold's prediction, the ensemble's segmentation, and the image's properties."""
+) -> tuple[list[list[tuple[Features, int]]], Tensor, Array, dict[str, Any]]:
+    """Features of each fold's prediction, the ensemble's logits, and the preprocessed image with its properties."""
     try:
         data, properties = predictor.preprocess(files, stage)
     except Exception as error:  # every reader has its own
@@ -220,11 +267,10 @@ def _predicted(
         raise ValueError(f"case {case}: {files[0]} holds NaN or infinite values: replace them")
     total: Tensor | None = None
     by_fold, agreements, masks = [], [], []
-    for fold in predictor.folds:
-        logits, tta = predictor.logits(data, fold)
+    for logits in predictor.logits(data):
         probabilities = predictor.probabilities(logits)
         by_fold.append(of_case(probabilities, predictor.has_regions))
-        agreements.append(tta)
+        agreements.append(agreement_of_passes(predictor))
         if "ens" in fitted.optional:
             masks.append(masks_of(probabilities, predictor.has_regions))
         with torch.inference_mode():  # in nnU-Net's order, so that bytes agree
@@ -236,7 +282,7 @@ def _predicted(
     ens: list[list[float] | None] = [agreement(own, masks[:i] + masks[i + 1 :]) for i, own in enumerate(masks)]
     ens = ens or [None] * len(by_fold)
     found = [with_agreement(*one) for one in zip(by_fold, agreements, ens, strict=True)]
-    return found, predictor.segmentation(total, properties), properties
+    return found, total, data, properties
 
 
 def _measured(

@@ -16,7 +16,7 @@ from nnunetv2_ext.data.split import read_split
 from nnunetv2_ext.data.subjects import subjects_from_table, subjects_of_dataset
 from nnunetv2_ext.estimate.calibration import Calibration, Row, calibrate
 from nnunetv2_ext.estimate.features import NAMES, OPTIONAL
-from nnunetv2_ext.estimate.prediction import FoldPredictor
+from nnunetv2_ext.estimate.mirroring import open_predictor
 from nnunetv2_ext.estimate.validation import Source, rows_of
 
 FORMAT = 2
@@ -150,13 +150,13 @@ def fit(
     require_writable(model.folder)
     plans_name = str(read_json(model.folder / "plans.json")["plans_name"])
     data = open_preprocessed(model.dataset, model.configuration, plans_name)
-    cases = _validation_cases(data, wanted)
+    cases = validation_cases(data, wanted)
     if len(set().union(*cases.values())) < _FEWEST:
         raise ValueError(f"the folds {', '.join(wanted)} have fewer than {_FEWEST} validation cases: fit on more folds")
     names = sorted(set().union(*cases.values()))
     subjects = subjects_from_table(names, groups) if groups else subjects_of_dataset(data.dataset_json, names, None)
     hashes = {fold: sha256(file) for fold, file in checkpoints.items()}
-    predictor = FoldPredictor(model.folder, [int(f) for f in wanted], checkpoint, device, "tta" in optional)
+    predictor = open_predictor(model.folder, [int(f) for f in wanted], checkpoint, device, "tta" in optional)
     if "tta" in optional and predictor.labels.ignore_label is not None:
         raise ValueError("the feature tta would count voxels under the ignore label: leave +tta away")
     if "tta" in optional and len(predictor.mirrored) < 2:
@@ -182,7 +182,8 @@ def fit(
     return fitted
 
 
-def _validation_cases(data: Preprocessed, folds: Sequence[str]) -> dict[str, list[str]]:
+def validation_cases(data: Preprocessed, folds: Sequence[str]) -> dict[str, list[str]]:
+    """Of each fold. ValueError: no split, or one without a fold."""
     if not data.splits_file.is_file():
         raise ValueError(
             f"{data.splits_file} is missing: without the split nobody knows which cases a fold has not seen"

@@ -142,6 +142,8 @@ def apply_report(result: Result) -> str:
         lines.append(f"{', '.join(watched)}: {NO_ALARM}")
     if result.unwatched:
         lines.append(f"{', '.join(result.unwatched)}: too few calibration cases to look for a shift.")
+    if result.reverse:
+        lines += ["", *_reverse(result)]
     lines += [
         "",
         "Boundary: HD95 as a rank among the calibration cases, low to high. A distance in mm is not estimated.",
@@ -155,6 +157,24 @@ def apply_report(result: Result) -> str:
         cells = [e.case, e.structure, *numbers, e.boundary, measured, e.flag, e.why]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _reverse(result: Result) -> list[str]:
+    """SPE's scores beside their control, and what follows from the two."""
+    lines = [
+        "Reverse segmenter (SPE): it learnt from these segmentations, and this is its Dice on labelled cases of the "
+        "fit. The score is not a Dice of these segmentations. Control: the same from perfect labels. Where the model's "
+        "own masks score like perfect labels, the score cannot tell them apart.",
+        *([result.licence] if result.licence else []),
+        "",
+        "| structure | these images | home: model's masks | home: perfect labels | home: true Dice of the masks | "
+        "here: perfect labels |",
+        f"|{'---|' * 6}",
+    ]
+    for structure, s in result.reverse.items():
+        cells = [structure, *(_number(v) for v in (s.new, s.home, s.perfect, s.home_dice, s.local))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def write_results(result: Result, output: Path) -> None:

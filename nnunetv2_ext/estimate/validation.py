@@ -16,8 +16,9 @@ from nnunetv2_ext.data.find import Model
 from nnunetv2_ext.data.preprocessed import Preprocessed
 from nnunetv2_ext.estimate.corruption import corrupt
 from nnunetv2_ext.estimate.features import Features, agreement, masks_of, of_case, with_agreement
-from nnunetv2_ext.estimate.prediction import FoldPredictor
+from nnunetv2_ext.estimate.mirroring import agreement_of_passes
 from nnunetv2_ext.parts.dice import dice
+from nnunetv2_ext.parts.prediction import FoldPredictor
 from nnunetv2_ext.parts.surface import drop_thin_axes, hd95, surface_distances
 
 Array = npt.NDArray[Any]
@@ -73,17 +74,18 @@ def _predicted(case: str, fold: int, source: Source) -> Iterator[tuple[list[tupl
     clean = np.asarray(image[:], dtype=np.float32)
     if not np.isfinite(clean).all():
         raise ValueError(f"case {case}: its preprocessed image holds NaN or infinite values: preprocess it again")
-    stage = _previous_stage(case, source)
+    stage = previous_stage(case, source)
     ignore = predictor.labels.ignore_label
     labelled = None if ignore is None else torch.from_numpy(np.asarray(label[0]) != ignore)
     copies = [clean] + ([corrupt(clean, case, predictor.is_ct)[0]] if source.corrupted else [])
     for copy in copies:
         seen = predictor.with_stage(copy, stage)
-        logits, tta = predictor.logits(seen, fold)
+        logits = predictor.logits_of(fold, seen)
+        tta = agreement_of_passes(predictor)
         probabilities = _labelled_only(predictor, logits, labelled)
         ens = None
         if "ens" in source.optional:
-            others = (predictor.logits(seen, other)[0] for other in predictor.folds if other != fold)
+            others = (predictor.logits_of(other, seen) for other in predictor.folds if other != fold)
             masks = [masks_of(_labelled_only(predictor, o, labelled), predictor.has_regions) for o in others]
             ens = agreement(masks_of(probabilities, predictor.has_regions), masks)
         features = with_agreement(of_case(probabilities, predictor.has_regions), tta, ens)
@@ -137,7 +139,8 @@ def read_saved(folder: Path, case: str, predictor: FoldPredictor, remedy: str) -
     return torch.from_numpy(probabilities), segmentation
 
 
-def _previous_stage(case: str, source: Source) -> Array | None:
+def previous_stage(case: str, source: Source) -> Array | None:
+    """Of a cascade's last stage what the network sees beside the image, ``(*S)``; None for other models."""
     name = source.predictor.previous_stage
     if name is None:
         return None

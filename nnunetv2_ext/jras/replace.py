@@ -37,6 +37,13 @@ class Cases(NamedTuple):
         return image, label, None, properties
 
 
+def require_guides(model: Path) -> None:
+    """Raises ValueError unless `model` is a model folder that a J-RAS trainer wrote."""
+    require_model(model)
+    if "jras" not in read_json(model / "plans.json").get(PLANS_KEY, {}):
+        raise ValueError(f"{model} was not trained with J-RAS, so it has no guides to replace or to take out")
+
+
 def replace_bank(
     model: Path,
     images: Path,
@@ -65,12 +72,10 @@ def replace_bank(
         ValueError: not a J-RAS model with guides, a cascade's second stage excepted; no cases, files that are missing
             or do not fit the model (channels, label values), labels without foreground, or a case among the queries.
     """
-    require_model(model)
+    require_guides(model)
     plans_json, dataset_json = (read_json(model / name) for name in ("plans.json", "dataset.json"))
     if is_of_first_design(plans_json.get(PLANS_KEY, {}).get("jras") or {}):
         raise ValueError(FIRST_DESIGN)
-    if "jras" not in plans_json.get(PLANS_KEY, {}):
-        raise ValueError(f"{model} was not trained with J-RAS, so it has no guides to replace")
     if output.exists():
         raise ValueError(f"{output} exists; name a folder that does not, or remove it")
     settings = method_settings_in(plans_json, "jras", JRASSettings)

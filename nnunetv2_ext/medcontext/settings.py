@@ -10,16 +10,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from nnunetv2_ext.core.settings import Settings
+from nnunetv2_ext.parts.unlabelled_settings import UnlabelledSettings
 
 Edge = Annotated[int, Field(ge=1)]
 
 
-class MedContextSettings(Settings):
+class MedContextSettings(UnlabelledSettings):
     """Settings of `nnUNetTrainerMedContext`, given as `medcontext.NAME`.
 
     total = a L(s(x)) + a' L(s(m(x))) + beta ramp(t) L_cons(teacher(x), s(m(x))), a = `supervised_weight`,
-    a' = `masked_supervised_weight`.
+    a' = `masked_supervised_weight`; with unlabelled patches u also gamma ramp_u(t) L_cons(teacher(u), s(m(u))),
+    gamma = `unlabelled_weight`.
 
     A `preset` stands for some of the keys below (`PRESETS`): whoever reads a source of settings puts it beneath the
     keys that the same source gives itself; the model does not merge.
@@ -160,6 +161,13 @@ class MedContextSettings(Settings):
         ge=1,
         description="Masked pass on every n-th step; the teacher follows at every step. The average weight of the "
         "masked terms becomes 1/n. Source: ours.",
+    )
+
+    unlabelled_weight: float = Field(
+        2.0, ge=0, description="Weight gamma of the consistency on unlabelled patches; 0: off. Source: ours (as beta)."
+    )
+    unlabelled_start: float = Field(
+        0.0, ge=0, le=1, description="Share of the steps before unlabelled patches count; 1: never. Source: ours."
     )
 
     @model_validator(mode="after")

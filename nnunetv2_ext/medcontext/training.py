@@ -5,8 +5,10 @@ Gani, Naseer, Khan, Khan, "MedContext: Learning Contextual Cues for Efficient Vo
 MICCAI 2024, https://arxiv.org/abs/2402.17725.
 
     total = a L(s(x)) + a' L(s(m(x))) + beta ramp(t) L_cons(teacher(x), s(m(x)))
+            + gamma ramp_u(t) L_cons(teacher(u), s(m(u)))
 
-s student, m mask operator, L nnU-Net's own loss over all deep-supervision resolutions, t the global step.
+The last term is there with unlabelled patches u only. s student, m mask operator, L nnU-Net's own loss over all
+deep-supervision resolutions, t the global step.
 """
 
 from collections.abc import Sequence
@@ -25,10 +27,10 @@ from nnunetv2_ext.medcontext.settings import MedContextSettings
 from nnunetv2_ext.parts.consistency import consistency_loss, valid_mask
 from nnunetv2_ext.parts.masking import apply_mask, block_mask, cell_counts, resolve_block
 from nnunetv2_ext.parts.ramps import momentum, ramp, released_momentum
-from nnunetv2_ext.parts.teacher_training import TeacherTraining
+from nnunetv2_ext.parts.unlabelled_training import UnlabelledTraining
 
 
-class MedContextTraining(TeacherTraining):
+class MedContextTraining(UnlabelledTraining):
     """Adds a masked pass with a moving-average teacher in front of nnU-Net's supervised pass.
 
     The network that is trained, validated, saved and predicted with is the student, nnU-Net's own; the teacher is an
@@ -37,6 +39,7 @@ class MedContextTraining(TeacherTraining):
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"medcontext": MedContextSettings}
     teacher_state: ClassVar[str] = "medcontext"  # as checkpoints have it
+    unlabelled_block: ClassVar[str] = "medcontext"
     # of short runs that learned well (docs/methods/medcontext.md)
     healthy_figures: ClassVar[dict[str, tuple[float, float]]] = {
         "medcontext/momentum": (0.99, 1.0),
@@ -91,7 +94,7 @@ class MedContextTraining(TeacherTraining):
     @property
     def wants_teacher(self) -> bool:
         """Without consistency there is nothing to teach."""
-        return self.medcontext.beta > 0
+        return self.medcontext.beta > 0 or self.has_unlabelled
 
     def teacher_momentum(self, step: int) -> float:
         """m(t) of the update after global step ``step``."""
@@ -102,10 +105,12 @@ class MedContextTraining(TeacherTraining):
 
     # ---- the masked pass ---------------------------------------------------------------------------------------------
     def loss_passes(self, batch: Batch) -> Passes:
-        """The masked pass first, then the clean, supervised one: under DDP the last pass must use every parameter."""
+        """The masked passes first, then the clean, supervised one: under DDP the last pass must use every parameter."""
         s = self.medcontext
         passes = super().loss_passes(batch).weighted("supervised", s.supervised_weight)
-        teaches = self.masked_weight > 0 or self.teacher is not None
+        if self.unlabelled_weight(self.global_step) > 0:
+            passes = passes.first(LossPass("unlabelled", lambda: self._unlabelled_terms(batch.stream())))
+        teaches = self.masked_weight > 0 or s.beta > 0
         if not teaches or s.masked_fraction == 0 or self.global_step % s.masked_every:
             return passes
         masked = LossPass("masked", lambda: self._masked_terms(self._masked_samples(batch)))
@@ -145,7 +150,7 @@ class MedContextTraining(TeacherTraining):
         valid = self.valid_voxels(batch)  # before any loss sees the target
         masked = batch.with_data(self.hide(batch.data, self.draw_mask(batch.data.shape)))
         # the teacher first: its activations are gone before the student's are kept
-        seen = None if self.teacher is None else self.forward(batch, self.teacher)
+        seen = self.forward(batch, self.teacher) if s.beta > 0 else None
         output = self.forward(masked)
         with torch.set_grad_enabled(self.masked_weight > 0):  # of weight 0 it is only logged
             terms = {"masked_supervised": Term(self.loss(output, batch.target), self.masked_weight)}
@@ -153,6 +158,14 @@ class MedContextTraining(TeacherTraining):
             weight = s.beta * ramp(self.global_step, self.total_steps, s.ramp_fraction)
             terms["consistency"] = Term(self.consistency(seen, top_resolution(output), valid), weight)
         return terms
+
+    def _unlabelled_terms(self, batch: Batch) -> dict[str, Term]:
+        """Consistency on patches of unlabelled cases, where they lie inside of the scan."""
+        masked = batch.with_data(self.hide(batch.data, self.draw_mask(batch.data.shape)))
+        seen = self.forward(batch, self.teacher)
+        output = top_resolution(self.forward(masked))
+        loss = self.consistency(seen, output, batch.extra("inside"))
+        return {"unlabelled_consistency": Term(loss, self.unlabelled_weight(self.global_step))}
 
     def valid_voxels(self, batch: Batch) -> Tensor | None:
         """Where the consistency counts, bool (B, 1, *S); None for everywhere."""

@@ -2,7 +2,11 @@
 
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
+
 from nnunetv2_ext.core.checkpoint import unwrap
+from nnunetv2_ext.core.step import top_resolution
 from nnunetv2_ext.parts.ramps import momentum
 from nnunetv2_ext.parts.teacher import EMATeacher
 from nnunetv2_ext.parts.trainer import MethodTrainer
@@ -10,6 +14,8 @@ from nnunetv2_ext.parts.trainer import MethodTrainer
 
 class TeacherTraining(MethodTrainer):
     """Makes ``self.teacher``, lets it follow the network after each step, saves it and takes it up again.
+
+    Its pseudo Dice is logged as ``teacher/pseudo_dice`` beside the network's, of the same validation patches.
 
     The teacher is an attribute of the trainer, not a part of the network, and travels in the checkpoint under the
     extension's key. Its forward is ``self.forward(batch, self.teacher)``.
@@ -19,6 +25,7 @@ class TeacherTraining(MethodTrainer):
 
     teacher: EMATeacher | None = None  # -> initialize; none without `wants_teacher`
     _teacher_is_loaded = False
+    _teacher_counts: npt.NDArray[Any] | None = None  # (3, structures): tp, fp and fn of the validation under way
 
     @property
     def wants_teacher(self) -> bool:
@@ -54,6 +61,47 @@ class TeacherTraining(MethodTrainer):
         if self.teacher is not None:
             self.teacher.update(unwrap(self.network), self.teacher_momentum(self.global_step))
 
+    # ---- its own score -----------------------------------------------------------------------------------------------
+    def on_validation_epoch_start(self) -> None:
+        """nnU-Net's."""
+        super().on_validation_epoch_start()
+        self._teacher_counts = None
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's; before it the same is asked of the teacher."""
+        if self.teacher is not None:
+            counts = self._counts_of_teacher(batch)
+            self._teacher_counts = counts if self._teacher_counts is None else self._teacher_counts + counts
+        return super().validation_step(batch)
+
+    def _counts_of_teacher(self, batch: dict) -> npt.NDArray[Any]:
+        """tp, fp and fn of each structure, (3, structures), by nnU-Net's own step with the teacher as its network."""
+        teacher, target = self.teacher, batch["target"]
+        assert teacher is not None
+        network, loss = self.network, self.loss
+        # nnU-Net writes into the target where the dataset has an ignore label
+        copied = [t.clone() for t in target] if isinstance(target, list) else target.clone()
+        self.network = lambda data: [teacher(data)] if self.enable_deep_supervision else teacher(data)  # type: ignore[assignment]
+        self.loss = lambda output, _: top_resolution(output).new_zeros(())  # type: ignore[assignment]
+        try:
+            found = super().validation_step({**batch, "target": copied})
+        finally:
+            self.network, self.loss = network, loss
+        return np.stack([found[name] for name in ("tp_hard", "fp_hard", "fn_hard")]).astype(float)
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """nnU-Net's; then the teacher's pseudo Dice is logged, the mean over the structures that occur."""
+        super().on_validation_epoch_end(val_outputs)
+        parts = [counts for counts in self._gather(self._teacher_counts) if counts is not None]
+        if not parts or self.epoch_log is None:
+            return
+        tp, fp, fn = np.sum(parts, 0)
+        with np.errstate(invalid="ignore"):
+            dice = 2 * tp / (2 * tp + fp + fn)
+        if not np.isnan(dice).all():
+            self.epoch_log.add({"teacher/pseudo_dice": float(np.nanmean(dice))}, self.current_epoch)
+
+    # ---- checkpoint --------------------------------------------------------------------------------------------------
     def method_state(self) -> dict[str, Any]:
         """Adds the teacher. Its step is the trainer's global_step; T follows from the settings."""
         state = super().method_state()

@@ -369,6 +369,7 @@ def test_holes_in_the_labels_and_other_problems_come_first(write) -> None:
     assert [advice.run.partition(",")[0] for advice in said() if advice.kind == "fix"] == [
         "the labels of Dataset007_x are 0",
         "case heart_b of Dataset007_x has a label",
+        "take tumour out of dataset.json",
     ]
     assert "consecutive integers from 0: renumber them to 0 ... 2" in said()[0].run
 
@@ -480,17 +481,79 @@ def test_the_keys_of_the_json(write, capsys) -> None:
     assert {advice["from"] for advice in found["advice"]} == {"nnunetv2_ext", "rada", "medcontext", "jras"}
 
 
+def finished(
+    folders: Path, channels: dict[str, str], labels: dict[str, Any], configuration: str = "3d_fullres"
+) -> Path:
+    """A model of Dataset009_y as far as advice looks at one."""
+    model = folders / "results" / "Dataset009_y" / f"nnUNetTrainer__nnUNetPlans__{configuration}"
+    (model / "fold_1").mkdir(parents=True)
+    (model / "fold_1" / "checkpoint_final.pth").touch()
+    (model / "dataset.json").write_text(json.dumps({"channel_names": channels, "labels": labels}))
+    return model
+
+
+LABELS = {"background": 0, "organ": 1}
+
+
+def test_a_model_of_another_dataset_is_a_start_where_cases_are_few(write, folders) -> None:
+    model = finished(folders, {"0": "T1"}, {"background": 0, "other": 1, "organ": 2})
+    write(cases(5, organ()))
+    [start] = [advice for advice in said() if "a start from the finished model" in advice.run]
+    assert "Dataset009_y, which knows organ" in start.run and str(model) in start.commands[0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ({"0": "T2"}, LABELS),
+        ({"0": "T1"}, {"background": 0, "tumour": 1}),
+        ({"0": "T1"}, LABELS, "2d"),
+        ({"0": "T1", "1": "T2"}, LABELS),
+    ],
+)
+def test_a_model_of_other_images_or_structures_is_not(write, folders, other) -> None:
+    finished(folders, *other)
+    write(cases(5, organ()))
+    assert not [advice for advice in said() if "start from" in advice.run or "PEMMA" in advice.run]
+
+
+def test_many_cases_need_no_start(write, folders) -> None:
+    finished(folders, {"0": "T1"}, LABELS)
+    write({f"heart_{number}": organ() for number in range(21)})
+    assert not [advice for advice in said() if "a start from" in advice.run]
+
+
+@pytest.mark.parametrize(("labels", "is_advised"), [(LABELS, True), ({"background": 0, "other": 1}, False)])
+def test_a_model_that_lacks_the_last_channel_gets_it(write, folders, labels, is_advised) -> None:
+    model = finished(folders, {"0": "T1"}, labels)
+    folder = write(cases(5, organ()), channel_names={"0": "T1", "1": "T2"})
+    for file in sorted((folder / "imagesTr").iterdir()):
+        shutil.copy(file, file.with_name(file.name.replace("_0000", "_0001")))
+    found = [advice for advice in said() if "nnUNetTrainerPEMMA" in advice.run]
+    assert bool(found) == is_advised
+    if found:
+        assert "without T2" in found[0].run and f"-base {model} -f 1" in found[0].commands[0]
+
+
 DATASETS: dict[str, dict[str, Any]] = {
     "dense": {"maps": cases(6, organ())},
     "sparse CT": {"maps": cases(6, planes()), **SPARSE, "channel_names": {"0": "CT"}},
     "pairs": {"maps": dict.fromkeys(["p1_ses1", "p1_ses2", "p2_ses1", "p2_ses2", "p3_ses1", "p4_ses1"], organ())},
+    "a start elsewhere": {"maps": cases(5, organ()), "elsewhere": ({"0": "T1"}, LABELS)},
+    "a channel more": {
+        "maps": cases(5, organ()),
+        "channel_names": {"0": "T1", "1": "T2"},
+        "elsewhere": ({"0": "T1"}, LABELS),
+    },
     "few, thick": {"maps": cases(2, organ()), "spacing": (1.0, 1.0, 9.0)},
 }
 
 
 @pytest.mark.parametrize("kind", DATASETS)
-def test_every_advised_command_parses(write, kind: str, monkeypatch) -> None:
+def test_every_advised_command_parses(write, folders, kind: str, monkeypatch) -> None:
     options = dict(DATASETS[kind])
+    if model := options.pop("elsewhere", None):
+        finished(folders, *model)
     write(options.pop("maps"), **options)
     commands = [command for advice in said() for command in advice.commands]
     parse = argparse.ArgumentParser.parse_known_args
@@ -532,3 +595,19 @@ def test_the_text(write, capsys) -> None:
     assert lines[1] == "  cases         6 with a label; subjects are not recorded"
     assert lines.index("Run") < lines.index("Not worth running here")
     assert all(len(line) <= 110 for line in lines if not line.startswith("      "))
+
+
+def test_a_structure_that_is_drawn_nowhere(write) -> None:
+    both = {"background": 0, "organ": 1, "lesion": 2}
+    write(cases(5, organ()), labels=both)
+    [fix] = [advice for advice in said() if advice.kind == "fix"]
+    assert fix.run.startswith("take lesion out of dataset.json") and "none of the 5 label maps" in fix.reason
+    assert "--cases 0" not in fix.reason and "second site" in fix.not_when
+    [fix] = [advice for advice in said(cases=2) if advice.kind == "fix"]
+    assert "none of the 2 label maps" in fix.reason and "--cases 0 reads all" in fix.reason
+
+
+def test_a_structure_that_one_case_has_is_drawn(write) -> None:
+    regions = {"background": 0, "whole": [1, 2], "core": [2]}
+    write(cases(5, organ()) | {"heart_z": organ(2)}, labels=regions, regions_class_order=[1, 2])
+    assert [advice for advice in said() if advice.kind == "fix"] == []

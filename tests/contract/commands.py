@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -75,8 +77,21 @@ class Commands:
 
     def predict_command(self, output: Path, folds: Sequence[int], *options: str) -> list[str]:
         """``nnUNetv2_predict`` for the test cases, by the names of dataset, configuration, plans and trainer."""
-        files = ["-i", str(self.dataset.images_ts), "-o", str(output), "-f", *map(str, folds)]
+        files = ["-i", str(self._inputs(output)), "-o", str(output), "-f", *map(str, folds)]
         return ["nnUNetv2_predict", *files, *self._by_name(), "-npp", "0", "-nps", "0", "--disable_tta", *CPU, *options]
+
+    def _inputs(self, output: Path) -> Path:
+        """The test images; of a model of fewer channels a folder beside the output with those alone."""
+        channels = len(json.loads((self.model / "dataset.json").read_text())["channel_names"])
+        images = sorted(self.dataset.images_ts.iterdir())
+        wanted = [image for image in images if int(image.name.split(".")[0][-4:]) < channels]
+        if wanted == images:
+            return self.dataset.images_ts
+        folder = output.with_name(f"{output.name}_images")
+        folder.mkdir()
+        for image in wanted:
+            shutil.copy(image, folder)
+        return folder
 
     def _by_name(self) -> list[str]:
         where = ["-d", str(self.dataset.dataset_id), "-c", self.configuration]

@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import TinyDataset, make_tiny_dataset
 from tests.contract import table
+from tests.contract.data import with_model
 from tests.contract.table import Row
 from tests.rada.sparse_data import make_sparse_tiny
 
@@ -53,6 +54,21 @@ def regions(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
 def ignore(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
     """As ``dense``, with an ignore label."""
     return make_tiny_dataset(tmp_path_factory.mktemp("ignore"), num_test=0, ignore=True)
+
+
+@pytest.fixture(scope="session")
+def added_channel(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
+    """Two channels; 2d and 3d_fullres, and a model of the first channel in 2d."""
+    dataset = make_tiny_dataset(tmp_path_factory.mktemp("added_channel"), channels=2)
+    return with_model(dataset, dataset.root / "model", "2d", steps=3)
+
+
+@pytest.fixture(scope="session")
+def added_channel_regions(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
+    """As ``added_channel``, with regions and an ignore label."""
+    root = tmp_path_factory.mktemp("added_channel_regions")
+    dataset = make_tiny_dataset(root, configurations=("2d",), num_test=0, regions=True, ignore=True, channels=2)
+    return with_model(dataset, dataset.root / "model", "2d")
 
 
 @pytest.fixture

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from tests.conftest import TinyDataset
+from tests.conftest import TinyDataset, random_batches
 
 RESENC = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
 LOWRES, CASCADE = "3d_lowres", "3d_cascade_fullres"
@@ -33,6 +38,32 @@ def cascade(plans: dict[str, Any]) -> dict[str, Any]:
     configurations[LOWRES] = copy.deepcopy(configurations["3d_fullres"]) | {"next_stage": CASCADE}
     configurations[CASCADE] = {"inherits_from": "3d_fullres", "previous_stage": LOWRES}
     return plans
+
+
+def with_model(
+    dataset: TinyDataset, root: Path, configuration: str, plans: dict[str, Any] | None = None, steps: int = 0
+) -> TinyDataset:
+    """The dataset with a plain nnU-Net of its first channel, of these plans, after some steps on noise."""
+    plans, dataset_json = copy.deepcopy(plans or dataset.plans()), dataset.dataset_json()
+    for one in plans["configurations"].values():
+        one |= {key: one[key][:1] for key in ("normalization_schemes", "use_mask_for_norm") if key in one}
+    dataset_json["channel_names"] = {"0": dataset_json["channel_names"]["0"]}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in dataset.environment(root).items():
+            patch.setenv(key, value)
+        torch.manual_seed(1)
+        arguments = plans | {"continue_training": False}, configuration, 0, dataset_json, torch.device("cpu")
+        trainer = nnUNetTrainer(*arguments)
+        trainer.initialize()
+        for batch in random_batches(trainer, steps, labels=2):
+            trainer.train_step(batch)
+        model = Path(trainer.output_folder_base)
+        trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    for name, content in (("plans", plans), ("dataset", dataset_json)):
+        (model / f"{name}.json").write_text(json.dumps(content))
+    (model / "fold_1").mkdir()
+    (model / "fold_1" / "checkpoint_final.pth").hardlink_to(model / "fold_0" / "checkpoint_final.pth")
+    return replace(dataset, model=model)
 
 
 def write_first_stage(trainer: Any, dataset: TinyDataset) -> None:

@@ -15,20 +15,29 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunetv2_ext.core.settings import PLANS_KEY
 from nnunetv2_ext.core.trainer import ExtTrainer
-from tests.contract.data import CASCADE, RESENC, cascade, residual, write_first_stage
+from tests.contract.data import CASCADE, RESENC, cascade, residual, with_model, write_first_stage
 from tests.contract.table import Row, over
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 PROPERTIES = ("2d", "3d", "resenc", "regions", "ignore", "cascade")
 
 
+# fixtures by the data of a row and a property that they do not have
+VARIANTS = {
+    ("dense", "regions"): "regions",
+    ("dense", "ignore"): "ignore",
+    ("sparse", "regions"): "regions",
+    ("added_channel", "regions"): "added_channel_regions",
+    ("added_channel", "ignore"): "added_channel_regions",
+}
+
+
 @pytest.fixture
-def made(build: Callable[..., Any], row: Row, request: pytest.FixtureRequest) -> Callable[[str], Any]:
+def made(build: Callable[..., Any], row: Row, request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Any]:
     """``made(property)``: a trainer of the row that has the property; raises what the trainer's constructor raises."""
 
     def make(wanted: str) -> Any:
-        name = wanted if wanted in ("regions", "ignore") and row.facts.data == "dense" else row.facts.data
-        dataset = request.getfixturevalue("regions" if wanted == "regions" else name)
+        dataset = request.getfixturevalue(VARIANTS.get((row.facts.data, wanted), row.facts.data))
         options: dict[str, Any] = {"configuration": row.configuration, "dataset": dataset}
         if wanted in ("2d", "3d"):
             options["configuration"] = {"2d": "2d", "3d": "3d_fullres"}[wanted]
@@ -38,6 +47,8 @@ def made(build: Callable[..., Any], row: Row, request: pytest.FixtureRequest) ->
             options |= {"configuration": CASCADE, "plans": cascade(dataset.plans())}
         if options["configuration"] not in (options.get("plans") or dataset.plans())["configurations"]:
             options["plans"] = request.getfixturevalue("dense").plans()  # refused before any data is read
+        if dataset.model is not None and wanted in ("3d", "resenc"):
+            options["dataset"] = with_model(dataset, tmp_path / "model", options["configuration"], options.get("plans"))
         trainer = build("seed=3", **options)
         if wanted == "cascade":
             write_first_stage(trainer, dataset)
@@ -117,7 +128,8 @@ def _logits(model: Path) -> torch.Tensor:
     predictor = _predictor(model)
     patch = predictor.configuration_manager.patch_size
     volume = (1, *patch) if len(patch) == 2 else tuple(patch)
-    image = torch.randn(1, *volume, generator=torch.Generator().manual_seed(0))
+    channels = len(predictor.dataset_json["channel_names"])
+    image = torch.randn(channels, *volume, generator=torch.Generator().manual_seed(0))
     return predictor.predict_logits_from_preprocessed_data(image)
 
 

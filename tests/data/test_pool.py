@@ -168,6 +168,11 @@ BAD: dict[str, tuple[Callable[[TinyDataset, Path], Any], str]] = {
     "a channel": (no_channel, "case new_0 has the channels new_0_0001.nii.gz, and the dataset's cases have new_0_0000"),
     "zeros": (nothing_in_it, "case new_0: .* is 0 everywhere"),
     "damaged": (damaged, "new_0_0000.nii.gz cannot be read"),
+    "no bytes": (lambda own, s: (s / "new_0_0000.nii.gz").write_bytes(b""), "new_0_0000.nii.gz .*0 bytes: replace"),
+    "nearly empty": (
+        lambda own, s: (s / "new_0_0000.nii.gz").write_bytes(b"\x1f\x8b\x08"),
+        "new_0_0000.nii.gz .*replace the file",
+    ),
 }
 
 
@@ -222,7 +227,7 @@ def test_a_spacing_that_no_labelled_case_has_is_told(own, scans) -> None:
     sitk.WriteImage(image, str(scans / "new_0_0000.nii.gz"))
     said: list[str] = []
     fill(own, scans, say=said.append)
-    assert "WARNING: 1 cases have a spacing outside" in said[0] and "new_0" in said[0]
+    assert "the spacing of new_0 is outside of the labelled cases' range" in said[0]
 
 
 def test_a_hash_is_of_the_content_and_gzip_of_any_time(tmp_path) -> None:

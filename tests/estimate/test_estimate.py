@@ -16,9 +16,11 @@ from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2_ext.cli import main
 from nnunetv2_ext.estimate.corruption import KINDS, KINDS_OF_CT, corrupt
 from nnunetv2_ext.estimate.fit import FILE, Fitted
-from nnunetv2_ext.estimate.prediction import FoldPredictor
+from nnunetv2_ext.estimate.mirroring import agreement_of_passes, open_predictor
 from nnunetv2_ext.estimate.validation import only_where
+from nnunetv2_ext.parts.prediction import FoldPredictor
 from tests.conftest import TinyDataset, run_command
+from tests.estimate.test_reverse import random_weights
 
 
 def test_a_corrupted_copy_repeats_and_changes_the_image() -> None:
@@ -174,7 +176,14 @@ def test_local_labels_move_the_estimates(model: Path, images: Path, tmp_path: Pa
     assert main([*run[:-2], "-o", str(tmp_path / "plain")]) == 0
     for n in range(3):  # a perfect model: its own segmentations
         shutil.copy(tmp_path / "plain" / f"x{n}.nii.gz", few / f"x{n}.nii.gz")
-    assert main([*run, "-o", str(tmp_path / "local")]) == 0
+    torch.save(random_weights(), tmp_path / "small.pt")
+    assert main([*run, "-o", str(tmp_path / "local"), "--reverse", f"universeg:{tmp_path / 'small.pt'}"]) == 0
+    assert "OpenRAIL" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "local" / "estimate.json").read_text())["reverse"]
+    assert set(scores) == set(Fitted.load(model).structures)
+    assert any(0 <= s["new"] <= 1 and s["home_dice"] is not None for s in scores.values() if s["new"] is not None)
+    assert main([*run, "-o", str(tmp_path / "x"), "--reverse", "tiny-unet", "--npz", str(few)]) == 2
+    assert "leave one of them away" in capsys.readouterr().err and not (tmp_path / "x").exists()
     tables = [json.loads((tmp_path / n / "estimate.json").read_text())["estimates"] for n in ("plain", "local")]
     before, after = ({(e["case"], e["structure"]): e["estimate"] for e in table} for table in tables)
     for key, value in before.items():
@@ -251,11 +260,14 @@ def test_further_features_change_estimates_and_no_segmentation(model: Path, imag
 
 @pytest.mark.slow
 def test_mirrored_passes_are_counted_as_the_whole_volume_would(model: Path) -> None:
-    stock, counting = (FoldPredictor(model, [0], "checkpoint_final.pth", "cpu", tta) for tta in (False, True))
+    stock, counting = (open_predictor(model, [0], "checkpoint_final.pth", "cpu", tta) for tta in (False, True))
     patch = counting.configuration.patch_size
     image = np.random.default_rng(0).normal(size=(1, 1, *patch)).astype(np.float32)  # one slice, one tile
-    (plain, none), (same, found) = (predictor.logits(image, 0) for predictor in (stock, counting))
-    assert none is None and torch.equal(plain, same)
+    plain, same = (predictor.logits_of(0, image) for predictor in (stock, counting))
+    assert agreement_of_passes(stock) is None and torch.equal(plain, same)
+    found = agreement_of_passes(counting)
+    counting.logits_of(0, image)
+    assert agreement_of_passes(counting) == found  # an image's own, whatever was predicted before
     x, network = torch.from_numpy(image[:, 0])[None], counting.predictor.network
     flips = [(), (2,), (3,), (2, 3)]
     with torch.no_grad():
@@ -279,7 +291,7 @@ def test_saved_probabilities_need_no_model_run(model: Path, images: Path, tmp_pa
     run = ["estimate", "apply", str(model), "-i", str(images), "-device", "cpu", "-o", str(tmp_path / "out")]
     assert main(run) == 2 and "with --npz" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FoldPredictor, "logits", None)  # no model is run
+        patch.setattr(FoldPredictor, "logits_of", None)  # no model is run
         assert main([*run, "--npz", str(tmp_path / "saved")]) == 0
     for file in (tmp_path / "saved").glob("*.nii.gz"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
@@ -298,7 +310,7 @@ def predict_and_save(model: Path, fold: int, images: Path, target: Path) -> None
         data, properties = predictor.preprocess([file])
         name = str(target / file.name.removesuffix("_0000.nii.gz"))
         export_prediction_from_logits(
-            predictor.logits(data, fold)[0], properties, predictor.configuration, predictor.plans,
+            predictor.logits_of(fold, data), properties, predictor.configuration, predictor.plans,
             predictor.dataset_json, name, save_probabilities=True,
         )  # fmt: skip
 

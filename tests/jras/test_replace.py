@@ -193,3 +193,4 @@ def test_what_is_no_jras_model_or_no_request_is_refused(model, given, tmp_path, 
     del plans["nnunetv2_ext"]["jras"]
     (model / "plans.json").write_text(json.dumps(plans))
     assert bank(model, given, tmp_path / "out") == 2 and "not trained with J-RAS" in capsys.readouterr().err
+    assert "not trained with J-RAS" in refused(str(model), *output, "--strip")

@@ -14,6 +14,11 @@ from nnunetv2_ext.medcontext.settings import MedContextSettings
 
 def test_defaults_are_those_of_the_design():
     assert MedContextSettings().model_dump() == {
+        "unlabelled": None,
+        "unlabelled_weight": 2.0,
+        "unlabelled_start": 0.0,
+        "unlabelled_ramp": 0.1,
+        "unlabelled_refresh": None,
         "preset": None,
         "supervised_weight": 2.0,
         "masked_supervised_weight": 0.0,

@@ -317,6 +317,97 @@ def test_supervised_weight_zero_leaves_only_the_consistency(make_trainer):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-8)
 
 
+# ---- unlabelled patches ----
+REST = "medcontext.unlabelled=rest train_cases=2"
+
+
+def with_stream(batch: dict, seed: int = 9) -> dict:
+    """The batch with two unlabelled patches, of which a corner lies outside of the scan."""
+    generator = torch.Generator().manual_seed(seed)
+    inside = torch.ones((len(batch["data"]), 1, *batch["data"].shape[2:]), dtype=torch.bool)
+    inside[..., :5] = False
+    data = torch.randn(batch["data"].shape, generator=generator)
+    return batch | {"unlabelled": {"data": data, "keys": np.array(["u", "v"]), "inside": inside}}
+
+
+def test_unlabelled_patches_teach_what_lies_inside_of_the_scan(make_trainer):
+    trainer = ready(make_trainer, f"{REST} medcontext.beta=0 medcontext.unlabelled_ramp=0 medcontext.mask_ratio=0.25")
+    batch = with_stream(make_batches(trainer, 1)[0])
+    calls, before = Calls(trainer), copy.deepcopy(trainer.network)
+    mask = trainer.draw_mask(batch["data"].shape)
+    trainer.draw_mask = lambda shape: mask
+    figures = trainer.train_step(batch)
+    u, inside = batch["unlabelled"]["data"], batch["unlabelled"]["inside"]
+    seen = calls.pop()
+    assert [who for who, _ in seen] == ["teacher", "student", "student"]
+    assert torch.equal(seen[0][1], u) and torch.equal(seen[1][1], u.masked_fill(mask, 0))
+    assert torch.equal(seen[2][1], batch["data"])
+    teacher, student = before(u)[0].softmax(1), before(u.masked_fill(mask, 0))[0].softmax(1)
+    expected = ((teacher - student).pow(2).sum(1, keepdim=True) * inside).sum() / inside.sum()
+    assert float(figures["unlabelled_consistency"]) == pytest.approx(expected.item(), rel=1e-5)
+    assert trainer._term_weights == {"unlabelled_consistency": 2, "supervised": 2}
+    # what lies outside says nothing, what lies inside does
+    for change, same in ((~inside, True), (inside, False)):
+        again = ready(make_trainer, f"{REST} medcontext.beta=0 medcontext.unlabelled_ramp=0 medcontext.mask_ratio=0.25")
+        again.draw_mask = lambda shape: mask
+        logits = again.teacher.module.forward
+        again.teacher.module.forward = lambda x, logits=logits, change=change: (
+            logits(x) + 9 * change * torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1, 1)
+        )
+        assert (float(again.train_step(with_stream(batch))["unlabelled_consistency"]) == pytest.approx(
+            expected.item(), rel=1e-5
+        )) is same  # fmt: skip
+
+
+@pytest.mark.parametrize("off", ["", "medcontext.unlabelled=true medcontext.unlabelled_weight=0"])
+def test_without_a_pool_a_step_is_as_it_was(make_trainer, off):
+    """The passes, the draws and the teacher of a training that never heard of unlabelled patches."""
+    trainer = ready(make_trainer, off)
+    batch = make_batches(trainer, 1)[0]
+    passes = trainer.loss_passes(Batch.from_loader(batch, trainer.device))
+    assert passes.names == ("masked", "supervised") and not trainer.has_unlabelled
+    with_pool = ready(make_trainer, f"{REST} medcontext.unlabelled_start=0.9")  # not yet
+    for one in (trainer, with_pool):
+        train(one, [batch])
+    assert_same(state(trainer.network), state(with_pool.network))
+
+
+def test_a_training_on_the_rest_of_the_fold_logs_the_teachers_dice(make_trainer, no_pictures):
+    trainer = make_trainer(nnUNetTrainerMedContext, f"seed=1 {REST} num_epochs=1 num_val_iterations_per_epoch=2")
+    trainer.run_training()
+    with (Path(trainer.output_folder) / "epochs.csv").open() as stream:
+        [row] = list(csv.DictReader(stream))
+    assert float(row["loss/unlabelled_consistency"]) >= 0 and 0 <= float(row["teacher/pseudo_dice"]) <= 1
+
+
+def test_with_guides_unlabelled_patches_are_refused(make_trainer):
+    from nnunetv2_ext.trainers.nnUNetTrainerMedContextJRAS import nnUNetTrainerMedContextJRAS
+
+    with pytest.raises(ValueError, match="draws guides for labelled patches only"):
+        make_trainer(nnUNetTrainerMedContextJRAS, REST).initialize()
+
+
+@pytest.mark.parametrize("labels", ["tiny", "ignore", "regions", "regions_ignore"])
+def test_the_teachers_counts_are_nnunets_and_the_students_stay(make_trainer, request, labels):
+    dataset = request.getfixturevalue(labels)
+    trainer, plain = ready(make_trainer, dataset=dataset), ready(make_trainer, dataset=dataset, cls=nnUNetTrainer)
+    batch = make_batches(trainer, 1)[0]
+    with torch.no_grad():
+        for parameter in trainer.teacher.module.parameters():
+            parameter.add_(0.05)
+        for seen, network in ((trainer, trainer.network), (plain, trainer.teacher.module)):
+            plain.network.load_state_dict(network.state_dict())
+            wanted = plain.validation_step(copy.deepcopy(batch))
+            trainer.on_validation_epoch_start()
+            found = trainer.validation_step(copy.deepcopy(batch))
+            if seen is plain:
+                found = dict(zip(("tp_hard", "fp_hard", "fn_hard"), trainer._teacher_counts))
+            for name in ("tp_hard", "fp_hard", "fn_hard"):
+                assert np.array_equal(found[name], wanted[name]), name
+    assert trainer._teacher_counts.sum() > 0 and not np.array_equal(trainer._teacher_counts[0], trainer.validation_step(
+        copy.deepcopy(batch))["tp_hard"])  # fmt: skip
+
+
 # ---- the teacher ----
 
 

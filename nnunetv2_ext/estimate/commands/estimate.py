@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     second.add_argument("--local-labels", type=Path, metavar="FOLDER", help="true segmentations of some of the images")
     second.add_argument("--previous-stage", type=Path, metavar="FOLDER", help="of a cascade: its segmentations")
     second.add_argument("--npz", type=Path, metavar="FOLDER", help="as nnUNetv2_predict --save_probabilities left it")
+    second.add_argument("--reverse", metavar="tiny-unet|universeg:FILE", help="also SPE's score; see the card")
     for step in (first, second):
         step.add_argument("--threshold", type=float, default=0.7, metavar="DICE", help="look below (%(default)s)")
         step.add_argument(
@@ -65,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_ext.core.files import read_json
     from nnunetv2_ext.estimate.apply import apply
 
-    result = apply(args.model, args.i, args.o, args.local_labels, args.threshold, device, args.previous_stage, args.npz)
+    result = apply(
+        args.model, args.i, args.o, args.local_labels, args.threshold, device, args.previous_stage, args.npz,
+        args.reverse,
+    )  # fmt: skip
     report.write_results(result, args.o)
     report.draw_worst(result, args.i, args.o, read_json(args.model / "dataset.json"), args.o / "estimate_worst.png")
     print(f"{report.apply_report(result)}\nwrote segmentations, estimate.md, .csv, .json and a picture to {args.o}")

@@ -27,12 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the model."""
     from nnunetv2_ext.core.export import export_model
-    from nnunetv2_ext.jras.replace import replace_bank
+    from nnunetv2_ext.jras.replace import replace_bank, require_guides
 
     given = [folder is not None for folder in (args.images, args.labels)]
     if any(given) if args.strip else not all(given):
         raise ValueError("give the new guides with --images and --labels, or --strip to leave none")
     if args.strip:
+        require_guides(args.model_folder)
         written = export_model(args.model_folder, args.output, edits=("strip-bank",))
     else:
         written = replace_bank(args.model_folder, args.images, args.labels, args.output, args.queries, args.seed)

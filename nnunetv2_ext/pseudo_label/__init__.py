@@ -1,0 +1,1 @@
+"""Pseudo-labels by nnU-Net itself: the baseline of everything that learns from unlabelled scans."""

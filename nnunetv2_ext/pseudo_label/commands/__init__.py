@@ -1,0 +1,1 @@
+"""The subcommand of ``nnUNetv2_ext`` that ``outside.py`` names."""
