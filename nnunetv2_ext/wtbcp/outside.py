@@ -20,7 +20,7 @@ METHOD = Method(
             promises={
                 "": Promise(cpu=2.4, cuda=2.4, predict=1.0),
                 "wtbcp.mode=mean_teacher": Promise(cpu=2.4, cuda=2.4, predict=1.0),
-                "wtbcp.mode=bcp": Promise(cpu=1.4, cuda=1.4, predict=1.0),
+                "wtbcp.mode=bcp": Promise(cpu=1.55, cuda=1.4, predict=1.0),
                 "wtbcp.mode=wtbcp": Promise(cpu=4.2, cuda=4.2),
             },
         )
