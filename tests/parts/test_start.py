@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -479,6 +481,28 @@ def test_it_is_read_once_and_may_be_gone_by_then(make_trainer, plain, tmp_path):
         make_trainer(nnUNetTrainerExt, "init_from=other.pth", configuration="2d", continued=True).load_checkpoint(final)
     with pytest.raises(ValueError, match="does not exist"):  # --c without a checkpoint is a new training
         make_trainer(nnUNetTrainerExt, f"init_from={file}", configuration="2d", continued=True).on_train_start()
+
+
+@pytest.mark.slow
+def test_two_ranks_start_from_it_alike(plain, tiny, tmp_path):
+    file, base = plain[1], tiny.preprocessed / tiny.name
+    worker = Path(__file__).parents[1] / "contract" / "ddp_worker.py"
+    what = [nnUNetTrainerExt.__module__, "nnUNetTrainerExt", "2d", str(base / "tiny.json"), str(base / "dataset.json")]
+    settings = f"init_from={file} batch_size=4 num_epochs=1 num_iterations_per_epoch=2 num_val_iterations_per_epoch=1"
+    done = subprocess.run(
+        [sys.executable, str(worker), *what, str(tmp_path)],
+        env={**os.environ, **tiny.environment(tmp_path, settings)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    ranks = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]
+    theirs = read(file)["network_weights"]
+    for name, value in ranks[0]["start"].items():
+        assert torch.equal(value, ranks[1]["start"][name])
+        assert torch.equal(value, theirs[name.removeprefix("network.")]), name
+    assert ranks[0]["losses"] != ranks[1]["losses"]
 
 
 def test_not_set_it_changes_nothing_and_may_be_set_by_its_old_name(make_trainer, plain):
