@@ -40,7 +40,8 @@ PROMISES = {Candidate(n, settings): p for n, trainer in TRAINERS.items() for set
 # without files to download: semantics=clip, the default, needs CLIP's weights
 RADA = [c for c in PROMISES if c.trainer == "nnUNetTrainerRADA" and c.settings]
 JRAS = [c for c in PROMISES if c.trainer == "nnUNetTrainerJRAS"]
-OTHERS = [c for c in PROMISES if c.trainer != "nnUNetTrainerRADA" and c not in JRAS]
+WTBCP = [c for c in PROMISES if c.trainer == "nnUNetTrainerWTBCP"]
+OTHERS = [c for c in PROMISES if c.trainer != "nnUNetTrainerRADA" and c not in [*JRAS, *WTBCP]]
 # J-RAS' reader and RADA's semantic head have a fixed width. Beside a network of 8-16-32 features they weigh far more
 # than in training (measured: RADA 4.9 x with learned vectors); the promise is about networks of nnU-Net's own width.
 NNUNETS_FEATURES = [32, 64, 128]
@@ -71,8 +72,16 @@ def test_rada_costs_no_quarter_more_than_promised(asked_for, tmp_path: Path, mon
     measure(dataset, RADA, tmp_path, monkeypatch, features=NNUNETS_FEATURES, rounds=3)
 
 
+@pytest.mark.slow
+@pytest.mark.benchmark
+@pytest.mark.timeout(1800)
+def test_wtbcp_costs_no_quarter_more_than_promised(asked_for, tiny, tmp_path: Path, monkeypatch) -> None:
+    """There is no pool; patches of the training cases cost the same."""
+    measure(tiny, WTBCP, tmp_path, monkeypatch, rounds=3, further="wtbcp.unlabelled=labelled")
+
+
 def test_every_promise_is_guarded() -> None:
-    assert {*OTHERS, *JRAS, *RADA} == set(PROMISES) - {Candidate("nnUNetTrainerRADA")}
+    assert {*OTHERS, *JRAS, *RADA, *WTBCP} == set(PROMISES) - {Candidate("nnUNetTrainerRADA")}
     assert set(TRAINERS) <= set(installed_trainers()), "outside.py names a trainer that is not there"
     for method in (method for method in methods().values() if method.trainers):
         # a network of one's own costs what it costs, whatever the plan's network is; PEMMA needs a finished model
@@ -98,8 +107,12 @@ def measure(
     features: list[int] = FEATURES,
     rounds: int = 5,
     steps_per_round: int = 2,
+    further: str = "",
 ) -> dict[str, dict[str, float]]:
-    """Bench these candidates and hold step, prediction and memory against what they promise; parts of each's step."""
+    """Bench these candidates and hold step, prediction and memory against what they promise; parts of each's step.
+
+    They are measured with ``further`` settings, which change no cost.
+    """
     for name, value in dataset.environment(tmp_path / "results").items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("nnUNet_ext_settings")
@@ -109,8 +122,8 @@ def measure(
     configuration["architecture"]["arch_kwargs"]["features_per_stage"] = features
     file = dataset.preprocessed / dataset.name / "benchmark.json"
     file.write_text(json.dumps(plans | {"plans_name": "benchmark"}))
-    candidates = parse_candidates([f"{c.trainer}:{c.settings}" for c in wanted])
-    assert candidates[1:] == wanted
+    candidates = parse_candidates([f"{c.trainer}:{c.settings} {further}" for c in wanted])
+    assert candidates[1:] == [Candidate(c.trainer, f"{c.settings} {further}".strip()) for c in wanted]
     try:
         # one thread gives steady processor time; with it torch is slow on single samples, hence the batch size
         target = Target(dataset.name, "3d_fullres", "benchmark", device=DEVICE, threads=1)
@@ -121,14 +134,15 @@ def measure(
     clock = "cpu" if DEVICE == "cpu" else "wall"
     memory = "saved_tensors" if DEVICE == "cpu" else "allocator_peak"
     broken = []
-    for result in report.results[1:]:
+    for candidate, result in zip(wanted, report.results[1:], strict=True):
         assert result.failure is None, result.failure
+        promise = PROMISES[candidate]
         step, predict = (report.ratio(result, what, clock) for what in ("real", "predict"))
         assert step is not None and predict is not None
         for what, ratio, promised in (
-            ("step", step.median, result.promise.step(DEVICE)),
-            ("predict", predict.median, result.promise.predict),
-            ("memory", report.memory_ratio(result, memory), result.promise.memory),
+            ("step", step.median, promise.step(DEVICE)),
+            ("predict", predict.median, promise.predict),
+            ("memory", report.memory_ratio(result, memory), promise.memory),
         ):
             assert ratio is not None and promised is not None
             line = f"{result.label}: {what} {ratio:.2f} x plain, promised {promised:g}"
