@@ -201,13 +201,16 @@ class WTBCPTraining(UnlabelledTraining):
     @torch.no_grad()
     def _note_agreement(self, student: Tensor, labels: Tensor, where: Tensor) -> None:
         """Share of foreground among the labels, and of voxels that either calls foreground on which both agree."""
-        regions = self.label_manager.has_regions
-        said = taught(student, regions, ())
-        start = 0 if regions else 1
-        foreground = [(hot[:, start:] > 0).any(1, keepdim=True) & where for hot in (labels, said)]
-        same = (said == labels).all(1, keepdim=True) & (foreground[0] | foreground[1])
-        self._figures.add("wtbcp/foreground", foreground[0].sum() / where.sum())
-        self._figures.add("wtbcp/agreement", same.sum() / (foreground[0] | foreground[1]).sum())
+        if self.label_manager.has_regions:
+            learnt, said = labels > 0, student > 0
+            same, foreground = (learnt == said).all(1), [hot.any(1) for hot in (learnt, said)]
+        else:
+            learnt, said = labels.argmax(1), student.argmax(1)
+            same, foreground = learnt == said, [learnt > 0, said > 0]
+        counts = where[:, 0]
+        either = (foreground[0] | foreground[1]) & counts
+        self._figures.add("wtbcp/foreground", (foreground[0] & counts).sum() / counts.sum())
+        self._figures.add("wtbcp/agreement", (same & either).sum() / either.sum())
 
     # ---- log, picture and checkpoint ---------------------------------------------------------------------------------
     def epoch_figures(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ from nnunetv2_ext.data.fill_pool import fill_pool
 from nnunetv2_ext.parts.prediction import FoldPredictor
 from nnunetv2_ext.pseudo_label import labelling
 from nnunetv2_ext.pseudo_label.verdict import agreement, confidence, judge, ranked
-from tests.conftest import TinyDataset, in_this_process
+from tests.conftest import TinyDataset, in_this_process, make_tiny_dataset
 
 CASES = [f"new_{number}" for number in range(4)]
 
@@ -50,21 +50,27 @@ class World:
         return ext_main(["pseudo-label", *fixed, *(options if "-o" in options else ("-o", "104", *options))])
 
 
-@pytest.fixture
-def world(tiny: TinyDataset, tmp_path: Path, make_trainer, monkeypatch: pytest.MonkeyPatch) -> World:
-    """The tiny dataset with a pool of four scans; a model of two folds whose classes are ranges of intensities."""
+def untrained(make_trainer, dataset: TinyDataset, configuration: str, folds: int = 2) -> Path:
+    """A model folder of plain nnUNetTrainer."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    for name in ("raw", "preprocessed"):
-        shutil.copytree(getattr(tiny, name), tmp_path / name)
-    own = TinyDataset(tmp_path, tiny.dataset_id, tiny.name)
-    for fold in (0, 1):
-        trainer = make_trainer(nnUNetTrainer, configuration="2d", fold=fold, dataset=own)
+    for fold in range(folds):
+        trainer = make_trainer(nnUNetTrainer, configuration=configuration, fold=fold, dataset=dataset)
         trainer.initialize()
         trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
         model = Path(trainer.output_folder_base)
         for name, content in (("plans.json", trainer.plans_manager.plans), ("dataset.json", trainer.dataset_json)):
             (model / name).write_text(json.dumps(content))
+    return model
+
+
+@pytest.fixture
+def world(tiny: TinyDataset, tmp_path: Path, make_trainer, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The tiny dataset with a pool of four scans; a model of two folds whose classes are ranges of intensities."""
+    for name in ("raw", "preprocessed"):
+        shutil.copytree(getattr(tiny, name), tmp_path / name)
+    own = TinyDataset(tmp_path, tiny.dataset_id, tiny.name)
+    model = untrained(make_trainer, own, "2d")
     scans = tmp_path / "scans"
     scans.mkdir()
     images = sorted((own.raw / own.name / "imagesTs").glob("*_0000.nii.gz"))
@@ -225,6 +231,51 @@ def test_an_interrupted_run_goes_on_and_a_full_disk_leaves_no_half_dataset(world
     assert world.run() == 0 and len(judged) == 4, "labels were made once"
     # another threshold is another label, and a scan that changed has another one too
     assert world.run("-o", "105", "--confidence", "0.8") == 0 and len(judged) == 8
+
+
+def test_regions_in_3d_with_an_ignore_label_of_their_own(make_trainer, tmp_path, monkeypatch) -> None:
+    own = make_tiny_dataset(tmp_path, configurations=("3d_fullres",), regions=True, ignore=True, num_test=2)
+    model = untrained(make_trainer, own, "3d_fullres")
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for file in own.images_ts.glob("*_0000.nii.gz"):
+        sitk.WriteImage(sitk.ReadImage(str(file)) * 2.0, str(scans / f"new_{file.name}"))
+    fill_pool(own.dataset_id, "3d_fullres", "tiny", scans, say=lambda line: None)
+
+    def logits(self: FoldPredictor, data: Any) -> Iterator[torch.Tensor]:
+        x = torch.from_numpy(np.asarray(data, dtype=np.float32))[0]
+        for fold in self.folds:  # whole: all that is bright; organ_2: the brighter part
+            yield torch.stack([6 * (x + 0.1 * int(fold) - bound) for bound in (-0.3, 1.2)])
+
+    monkeypatch.setattr(FoldPredictor, "logits", logits)
+    arguments = ["-d", str(own.dataset_id), "-m", str(model), "-o", "104", "--keep", "1", "-device", "cpu"]
+    assert ext_main(["pseudo-label", *arguments]) == 0
+    new = own.raw / "Dataset104_Phantom_pseudo"
+    content = json.loads((new / "dataset.json").read_text())
+    assert content["labels"] == {"background": 0, "whole": [1, 2], "organ_2": [2], "ignore": 3}
+    assert content["regions_class_order"] == [1, 2] and content["numTraining"] == 8
+    for case in content["nnunetv2_ext"]["pseudo_label"]["cases"]:
+        assert set(np.unique(array_of(new / "labelsTr" / f"{case}.nii.gz"))) == {0, 1, 2, 3}
+
+
+def test_photographs(colours, make_trainer, tmp_path, monkeypatch) -> None:
+    from PIL import Image
+
+    fill_pool(3, "2d", "tiny", tmp_path / "new", say=lambda line: None)
+    model = untrained(make_trainer, colours, "2d", folds=1)
+
+    def logits(self: FoldPredictor, data: Any) -> Iterator[torch.Tensor]:
+        x = torch.from_numpy(np.asarray(data, dtype=np.float32))[0]
+        yield torch.stack([0 * x, 5 * (x - 0.5)])
+
+    monkeypatch.setattr(FoldPredictor, "logits", logits)
+    assert ext_main(["pseudo-label", "-d", "3", "-m", str(model), "-o", "104", "--keep", "1", "-device", "cpu"]) == 0
+    new = tmp_path / "raw" / "Dataset104_Photo_pseudo"
+    for case in "xy":
+        assert (new / "imagesTr" / f"{case}_0000.png").is_file()
+        label, red = (np.asarray(Image.open(new / f)) for f in (f"labelsTr/{case}.png", f"imagesTr/{case}_0000.png"))
+        assert set(np.unique(label)) == {0, 1, 2} and label.shape == (40, 48)
+        assert (label[red[..., 0] > 200] == 1).all() and (label[red[..., 0] < 50] == 0).all()
 
 
 def gone(world: World) -> None:

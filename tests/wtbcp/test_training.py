@@ -198,3 +198,15 @@ def test_the_panel_shows_patches(make_trainer, tmp_path, mode: str, configuratio
     trainer.train_step(next(trainer.dataloader_train))
     trainer.draw_panel(tmp_path / "panel.png")
     assert (tmp_path / "panel.png").stat().st_size > 10_000
+
+
+def test_agreement_counts_what_either_calls_foreground(make_trainer) -> None:
+    trainer = started(make_trainer)
+    hot = torch.eye(3)
+    labels, student = hot[[0, 1, 1, 2, 0, 2]].T[None, :, :, None], 5 * hot[[0, 1, 2, 2, 1, 2]].T[None, :, :, None]
+    where = torch.tensor([True, True, True, True, True, False])[None, None, :, None]
+    trainer._note_agreement(student, labels, where)
+    assert trainer._figures.read() == {
+        "wtbcp/foreground": pytest.approx(3 / 5),
+        "wtbcp/agreement": pytest.approx(2 / 4),
+    }

@@ -1,0 +1,3 @@
+"""Photographs with their pool of scans."""
+
+from tests.data.test_pool import colours  # noqa: F401 - fixture
