@@ -23,6 +23,7 @@ def advice(facts: DatasetFacts) -> list[Advice]:
                 "stays, by construction; what the channel brings was not measured on real images",
                 (
                     f"nnUNetv2_ext add-channel prepare -d {facts.id} -base {folder} -f {model.fold}",
+                    f"nnUNetv2_extract_fingerprint -d {facts.id}",
                     f"nnUNetv2_preprocess -d {facts.id} -plans_name nnUNetPlans_pemma -c {facts.configuration}",
                     f'nnUNet_ext_settings="pemma.base={folder}" nnUNetv2_train {where} -tr nnUNetTrainerPEMMA',
                 ),

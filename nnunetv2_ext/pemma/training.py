@@ -165,6 +165,10 @@ class PEMMATraining(MethodTrainer):
     def on_train_start(self) -> None:
         """nnU-Net's; ``pemma.json`` says what was adapted, and how much of it learns."""
         if not self.was_initialized:
+            fingerprint = Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json"
+            if not fingerprint.is_file():  # nnU-Net's planning leaves it, and add-channel takes the base's plans
+                number = self.plans_manager.dataset_name[7:10]
+                raise ValueError(f"{fingerprint} is missing: run nnUNetv2_extract_fingerprint -d {number}")
             self.initialize()  # before the settings are compared with other folds': it finds the number of channels
         super().on_train_start()
         network: Any = unwrap(self.network)

@@ -68,6 +68,7 @@ def test_a_new_dataset_is_prepared_and_one_of_before_is_not_overwritten(there: T
     assert "T2: 4 of 6 cases have it, 2 lack it (all zeros)" in said and not file.parent.exists()
     assert prepare(there) == 0 == prepare(there)
     said = capsys.readouterr().out
+    assert "next: nnUNetv2_extract_fingerprint -d 007\n" in said
     assert f"next: nnUNetv2_preprocess -d 007 -plans_name {PLANS} -c 2d" in said and "pemma.base=" in said
     assert json.loads((file.parent / "dataset.json").read_text())["channel_names"] == {"0": "T1", "1": "T2"}
     before = file.read_text()

@@ -291,6 +291,16 @@ def test_if_no_training_case_has_the_channel_there_is_nothing_to_train(new: Any)
         trainer.on_train_start()
 
 
+def test_a_dataset_without_a_fingerprint_is_told_what_to_run(new: Any, extended: TinyDataset) -> None:
+    fingerprint = extended.preprocessed / extended.name / "dataset_fingerprint.json"
+    aside = fingerprint.rename(fingerprint.with_suffix(".aside"))
+    try:
+        with pytest.raises(ValueError, match=r"fingerprint\.json is missing: run nnUNetv2_extract_fingerprint -d 007"):
+            new().on_train_start()
+    finally:
+        aside.rename(fingerprint)
+
+
 def test_a_base_of_a_cascade_is_refused(extended: TinyDataset, new: Any, tmp_path: Path) -> None:
     checkpoint = read(base_file(extended))
     plans = json.loads(json.dumps(checkpoint["init_args"]["plans"]))

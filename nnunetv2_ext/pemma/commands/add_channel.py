@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     prepared.write()
     number = prepared.raw.name[7:10]
     print(f"wrote {prepared.file}")
+    if not (prepared.file.parent / "dataset_fingerprint.json").is_file():  # nnU-Net's training copies it
+        print(f"next: nnUNetv2_extract_fingerprint -d {number}")
     print(f"next: nnUNetv2_preprocess -d {number} -plans_name {args.p} -c {name}")
     print(
         f'then: nnUNet_ext_settings="pemma.base={args.base}" nnUNetv2_train {number} {name} {args.f} '
