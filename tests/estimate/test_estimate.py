@@ -322,6 +322,7 @@ def predict_and_save(model: Path, fold: int, images: Path, target: Path) -> None
         ("nan", "NaN or infinite"),
         ("unknown case", "no image of that case"),
         ("unknown value", "holds the value 9"),
+        ("shape", "has shape"),
         ("mirror", "mirrored along"),
         ("stage", "leave --previous-stage away"),
     ],
@@ -336,8 +337,10 @@ def test_what_cannot_be_estimated_is_one_line(
     image = sitk.ReadImage(str(first))
     for n in range(3):
         shutil.copy(first, mine / f"x{n}_0000.nii.gz")
-        label = sitk.GetImageFromArray(np.full(image.GetSize()[::-1], 9 if how == "unknown value" else 1, np.uint8))
-        label.CopyInformation(image)
+        z, y, x = image.GetSize()[::-1]
+        shape = (z, y, x + 1) if how == "shape" else (z, y, x)
+        label = sitk.GetImageFromArray(np.full(shape, 9 if how == "unknown value" else 1, np.uint8))
+        label.SetSpacing(image.GetSpacing())
         sitk.WriteImage(label, str(labels / f"{'y' if how == 'unknown case' else 'x'}{n}.nii.gz"))
     options = ["--local-labels", str(labels)]
     if how == "nan":  # SimpleITK reads NaN of NIfTI files as 0, other readers do not

@@ -15,7 +15,8 @@ def test_regions_in_3d_are_estimated_by_their_names(tmp_path, monkeypatch) -> No
     dataset = make_tiny_dataset(tmp_path / "data", num_test=2, regions=True, ignore=True)
     results = tmp_path / "results"
     results.mkdir()
-    settings = "num_epochs=3 num_iterations_per_epoch=20 num_val_iterations_per_epoch=1 panel_every=0 seed=1 initial_lr=0.05 mirroring=false"
+    settings = "num_epochs=3 num_iterations_per_epoch=20 num_val_iterations_per_epoch=1 panel_every=0 seed=1"
+    settings = f"{settings} initial_lr=0.05 mirroring=false"
     commands = Commands(dataset, results, "nnUNetTrainerExt", "3d_fullres", settings)
     commands.there(commands.train_command(0))
     base = dataset.preprocessed / dataset.name
