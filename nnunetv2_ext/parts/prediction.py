@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from nnunetv2.inference.export_prediction import (
     convert_predicted_logits_to_segmentation_with_correct_shape,
-    export_prediction_from_logits,
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
@@ -84,6 +83,7 @@ class FoldPredictor:
 
     @property
     def has_regions(self) -> bool:
+        """Whether the heads are regions, each decided by itself."""
         return bool(self.labels.has_regions)
 
     @property
@@ -153,12 +153,6 @@ class FoldPredictor:
     def _converted(self, logits: Tensor, properties: dict[str, Any], both: bool) -> Any:
         return convert_predicted_logits_to_segmentation_with_correct_shape(
             logits, self.plans, self.configuration, self.labels, properties, both, num_threads_torch=1
-        )
-
-    def write(self, logits: Tensor, properties: dict[str, Any], target: Path) -> None:
-        """nnU-Net's file of the segmentation; ``target`` without its ending."""
-        export_prediction_from_logits(
-            logits, properties, self.configuration, self.plans, self.dataset_json, str(target)
         )
 
     def reader(self) -> Any:

@@ -107,9 +107,8 @@ class Stem(nn.Module):
         conv, dim = encoder.conv_op, len(encoder.strides[0])
         norm = nn.InstanceNorm2d if dim == 2 else nn.InstanceNorm3d
         blocks, joins = [], []
-        for features, kernel, stride in list(zip(encoder.output_channels, encoder.kernel_sizes, encoder.strides))[
-            :stages
-        ]:
+        of_stages = zip(encoder.output_channels[:stages], encoder.kernel_sizes, encoder.strides)
+        for features, kernel, stride in of_stages:
             width, layers = max(NARROWEST, features // NARROWER), []
             size = [kernel] * dim if isinstance(kernel, int) else kernel
             for step in (stride, 1):
