@@ -1,7 +1,7 @@
 """Dice and average precision of each class on a fold's validation cases, voxels of all cases pooled.
 
-Average precision needs the probabilities, so the model predicts here, by nnU-Net's own predictor. It judges lesions of a
-thousandth of an image: there an empty map has a pixel accuracy above 99 %, and Dice is 0 below a probability of one half.
+Average precision needs the probabilities, so the model predicts here, by nnU-Net's own predictor. It judges lesions of
+a thousandth of an image: there an empty map has a pixel accuracy above 99 %, and Dice is 0 below a probability of half.
 
     python examples/average_precision.py $nnUNet_results/Dataset032_NAME/nnUNetTrainerPhoto__nnUNetPlans__2d -f 0
 
