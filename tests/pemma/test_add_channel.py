@@ -90,7 +90,7 @@ def test_cases_that_the_base_was_trained_on_and_that_would_validate_are_warned_o
     other = folder.with_name("Dataset009_Other")
     other.mkdir()
     (other / "splits_final.json").write_text(json.dumps([{"train": cases[:4], "val": cases[4:]}]))
-    monkeypatch.setattr(module, "read_base", lambda model, fold: replace(read_base(model, fold), plans=plans))
+    monkeypatch.setattr(module, "read_base", lambda *given: replace(read_base(*given), plans=plans))
     assert prepare(there) == 0
     assert "fold 0 was trained on 2 cases that validate here, e.g. phantom_000: copy" in capsys.readouterr().out
 
