@@ -90,7 +90,7 @@ def test_pemma_costs_no_quarter_more_than_promised(asked_for, tmp_path: Path, mo
     """Beside plain nnU-Net of both channels; the base is a model of the first one."""
     dataset = make_tiny_dataset(tmp_path / "extended", 8, channels=2)
     dataset = with_model(dataset, tmp_path / "model", "3d_fullres", benchmark_plans(dataset, NNUNETS_FEATURES))
-    measure(dataset, PEMMA, tmp_path, monkeypatch, features=NNUNETS_FEATURES, further=f"pemma.base={dataset.model}")
+    measure(dataset, PEMMA, tmp_path, monkeypatch, NNUNETS_FEATURES, rounds=3, further=f"pemma.base={dataset.model}")
 
 
 def test_every_promise_is_guarded() -> None:
