@@ -76,6 +76,8 @@ def prepare(dataset: int | str, model: Path, fold: str = "0", scheme: str = Z_SC
             f"{scheme} does not leave a missing channel at zero ({why}), so that it would not be recognised: use one "
             f"of {', '.join(KEEPS_ZERO)}"
         )
+    if fold != "all" and not fold.isdigit():
+        raise ValueError(f"-f {fold!r} is neither a number nor all")
     base, raw = read_base(model, fold, "-base"), open_raw(dataset)
     if difference := misfit_of_dataset(base, raw.json):
         raise ValueError(f"{raw.name} does not fit the base {base.file}: {difference}")

@@ -127,6 +127,28 @@ def test_a_normalisation_that_moves_zero_is_refused(there: TinyDataset, capsys) 
     assert prepare(there, "--normalization", "Nonsense") == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["-base", "/nowhere"], "-base=/nowhere does not exist: give a model folder"),
+        (
+            ["-base", "{raw}"],
+            "-base={raw}: fold 0 starts from fold 0 there, and {raw}/fold_0/checkpoint_final.pth does",
+        ),
+        (["-base", "{raw}/dataset.json"], "{raw}/dataset.json"),
+        (["-f", "3"], "give one of its files, fold_0/checkpoint_final.pth, fold_1/checkpoint_final.pth"),
+        (["-f", "first"], "-f 'first' is neither a number nor all"),
+        (["-d", "99"], "99"),
+    ],
+)
+def test_arguments_that_name_nothing_are_refused(there: TinyDataset, options: list[str], said: str, capsys) -> None:
+    raw = str(there.raw / there.name)
+    assert prepare(there, *(option.replace("{raw}", raw) for option in options)) == 2
+    error = capsys.readouterr().err
+    assert said.replace("{raw}", raw) in error and error.count("\n") == 1
+    assert not (there.preprocessed / there.name).exists()
+
+
 def test_a_missing_file_is_named_with_the_command_that_writes_it(there: TinyDataset, capsys) -> None:
     image(there, 1, 1).unlink()
     assert prepare(there) == 2
