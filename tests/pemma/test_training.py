@@ -18,11 +18,13 @@ from nnunetv2_ext.cli import main
 from nnunetv2_ext.core.checkpoint import read
 from nnunetv2_ext.pemma.missing import KeepMissing
 from nnunetv2_ext.pemma.network import is_present
+from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
 from tests.conftest import TinyDataset
 from tests.pemma.conftest import base_file, plans_of
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SHORT = "num_epochs=1 num_iterations_per_epoch=3 num_val_iterations_per_epoch=1 panel_every=1 initial_lr=0.05"
+SMALL_JRAS = "jras.key_dim=8 jras.value_dim=4 jras.num_guides=2 jras.bank_size=24"
 _models: dict[str, Path] = {}
 
 
@@ -325,6 +327,27 @@ def test_a_base_of_another_network_is_refused(new: Any, model: Path) -> None:
         ValueError, match=r"is of nnUNetTrainerPEMMA, whose network is not plain.*run nnUNetv2_ext export"
     ):
         new(f"pemma.base={model}").initialize()
+
+
+def test_a_base_of_j_ras_is_refused_and_its_export_is_taken(
+    new: Any, make_trainer: Any, extended: TinyDataset, tmp_path: Path, monkeypatch
+) -> None:
+    """The remedy that the message names passes."""
+    plans, alone = (json.loads((extended.model / f"{name}.json").read_text()) for name in ("plans", "dataset"))  # type: ignore[operator]
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyDataset, "dataset_json", lambda self: alone)
+        known = {"plans": plans, "configuration": "2d", "dataset": extended, "results": tmp_path / "results"}
+        jras = make_trainer(nnUNetTrainerJRAS, SMALL_JRAS, **known)
+        jras.on_train_start()
+    jras.save_checkpoint(str(Path(jras.output_folder) / "checkpoint_final.pth"))
+    folder = jras.output_folder_base
+    with pytest.raises(ValueError, match=r"is of nnUNetTrainerJRAS, whose network is not plain.*nnUNetv2_ext export"):
+        new(f"pemma.base={folder}").initialize()
+    assert main(["export", folder, str(tmp_path / "plain")]) == 0
+    trainer = new(f"pemma.base={tmp_path / 'plain'}")
+    trainer.initialize()
+    theirs = jras.network.backbone.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in trainer.network.base.state_dict().items())
 
 
 def test_if_no_training_case_has_the_channel_there_is_nothing_to_train(new: Any) -> None:
