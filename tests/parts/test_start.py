@@ -289,6 +289,16 @@ def test_the_plans_are_compared_and_differences_marked(tmp_path):
     assert re.search(r"^  patch +16 x 16 +16 x 16$", table, re.MULTILINE)
 
 
+def test_plans_that_lack_the_configuration_do_not_keep_the_weights_from_being_read(tmp_path):
+    theirs, ours = unet(seed=1), unet(seed=2)
+    file = save(theirs, tmp_path / "a")
+    content = torch.load(file, weights_only=False)
+    content["init_args"]["configuration"] = "3d_fullres"
+    torch.save(content, file)
+    assert start_from(ours, file).startswith("100.0 %")
+    assert_same(ours, theirs)
+
+
 def test_half_precision_is_read(tmp_path):
     theirs, ours = unet(seed=1), unet(seed=2)
     start_from(ours, save({n: v.half() for n, v in theirs.state_dict().items()}, tmp_path / "a"))
