@@ -78,7 +78,10 @@ def check_settings(candidate: Candidate, cls: type) -> None:
 
 
 def promise_of(candidate: Candidate, cls: type) -> Promise:
-    """What the trainer's method promises with the candidate's settings, however they are written; else nothing."""
+    """What the trainer's method promises with the candidate's settings, however they are written; else nothing.
+
+    Which file a setting names is not compared: a promise is for every such file.
+    """
     trainer = trainer_of(cls)
     if trainer is None:
         return Promise()
@@ -87,11 +90,12 @@ def promise_of(candidate: Candidate, cls: type) -> Promise:
 
 
 def _settings(cls: Any, text: str | None) -> dict[str, Any]:
-    """A trainer's settings by key with what ``nnUNet_ext_settings`` would hold; None: with what it holds."""
+    """A trainer's settings by key with what ``nnUNet_ext_settings`` would hold, without files; None: what it holds."""
     from nnunetv2_ext.core.resolve import resolve
-    from nnunetv2_ext.core.settings import flatten
+    from nnunetv2_ext.core.settings import flatten, without_local_paths
 
-    return flatten(resolve(cls.settings_model(), trainer_defaults=cls.trainer_defaults(), environment=text).settings)
+    found = flatten(resolve(cls.settings_model(), trainer_defaults=cls.trainer_defaults(), environment=text).settings)
+    return without_local_paths(found, cls.settings_model())
 
 
 def find_trainer(name: str) -> type:

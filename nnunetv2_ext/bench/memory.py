@@ -16,7 +16,8 @@ from torch import Tensor
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     """Context manager that follows how many bytes autograd keeps for backward passes, at their ``peak``.
 
-    A storage counts once however often it is saved. Parameters do not count: they are there anyway.
+    A storage counts once however often it is saved. Parameters do not count, frozen or not: they are
+    there anyway.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,8 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
         self._users: Counter[int] = Counter()
 
     def _pack(self, tensor: Tensor) -> Tensor | _Kept:
-        return tensor if tensor.is_leaf and tensor.requires_grad else _Kept(tensor, self)
+        is_parameter = isinstance(tensor, torch.nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
+        return tensor if is_parameter else _Kept(tensor, self)
 
     def count(self, storage: torch.UntypedStorage, change: int) -> None:
         """``storage`` has one user more (1) or one less (-1)."""

@@ -2,7 +2,7 @@
 
 import statistics
 
-from nnunetv2_ext.bench.result import PREDICT, Report, Spread, spread
+from nnunetv2_ext.bench.result import MISSING, PREDICT, Report, Spread, spread
 from nnunetv2_ext.evaluate.table import grid
 
 MIB = 2**20
@@ -18,6 +18,7 @@ def as_text(report: Report) -> str:
     blocks = [_head(report), _answer(report)]
     blocks += [f"Training step, {kind} batch\n{_times(report, kind)}" for kind in report.options["batches"]]
     blocks.append(f"Prediction, network on one patch\n{_times(report, PREDICT)}")
+    blocks.append(f"Prediction, patch without the added channel\n{_times(report, MISSING)}")
     blocks.append(f"Memory of a training step\n{_memory(report)}")
     blocks.append(f"Where a step's time goes, {report.options['batches'][0]} batch (wall)\n{_parts(report)}")
     blocks += [_notes(report), _failures(report)]
@@ -52,24 +53,34 @@ def _answer(report: Report) -> str:
     clock = "cpu" if device == "cpu" else "wall"  # processor time, which other work on the machine disturbs least
     lines = ["In short (hours: of 1000 epochs of 250 such steps, without validation and waiting for data)"]
     for r in report.measured:
-        step, predict = report.ratio(r, kind, clock), report.ratio(r, PREDICT, clock)
+        step, predict, missing = (report.ratio(r, what, clock) for what in (kind, PREDICT, MISSING))
         if r is report.baseline or step is None:
             continue
-        promise, kept = r.promise.step(device), ""
-        if promise is not None:
-            kept = f" (promised {promise:g}: {'kept' if round(step.median, 2) <= promise else 'MISSED here'})"
+        kept, then = _kept(step.median, r.promise.step(device)), ""
+        if predict:
+            then = f"; prediction takes {predict.median:.2f} times as long{_kept(predict.median, r.promise.predict)}"
+        if missing:
+            then += f", {missing.median:.2f} without the added channel{_kept(missing.median, r.promise.missing)}"
+        memory = report.memory_ratio(r, "saved_tensors" if device == "cpu" else "allocator_peak")
+        if memory and r.promise.memory is not None:
+            then += f"; a step takes {memory:.2f} times the memory{_kept(memory, r.promise.memory)}"
         hours = (statistics.median(x.rounds(kind).wall) * 250_000 / 3600 for x in (r, report.baseline))
         lengths = " instead of ".join(f"{h:.3g} h" for h in hours)
-        then = f"; prediction takes {predict.median:.2f} times as long" if predict else ""
         lines.append(
             f"- {r.label}: a step takes {step.median:.2f} times as long as plain nnU-Net's{kept}{then}; {lengths}."
         )
     return "\n".join(lines) if len(lines) > 1 else ""
 
 
+def _kept(ratio: float, promise: float | None) -> str:
+    if promise is None:
+        return ""
+    return f" (promised {promise:g}: {'kept' if round(ratio, 2) <= promise else 'MISSED here'})"
+
+
 def _times(report: Report, what: str) -> str:
     """Of training steps on a batch kind, or of prediction."""
-    predicts = what == PREDICT
+    predicts = what in (PREDICT, MISSING)
     head = ["trainer", "patch" if predicts else "step", "", "x plain", "", "x plain, CPU", "", "promised"]
     rows = [head if predicts else [*head, "samples/s"]]
     for r in report.measured:
@@ -78,7 +89,8 @@ def _times(report: Report, what: str) -> str:
             continue
         ratios = (report.ratio(r, what, clock) for clock in ("wall", "cpu"))
         row = [r.label, *_cells(time, 1, " ms"), *(cell for ratio in ratios for cell in _cells(ratio, 2))]
-        row.append(_promised(r.promise.predict if predicts else r.promise.step(report.machine["device"])))
+        promises = {PREDICT: r.promise.predict, MISSING: r.promise.missing}
+        row.append(_promised(promises[what] if predicts else r.promise.step(report.machine["device"])))
         rows.append(row if predicts else [*row, f"{r.facts['batch_size'] / (time.median / 1000):.3g}"])
     return grid(rows) if rows[1:] else ""
 

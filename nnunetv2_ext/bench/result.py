@@ -10,7 +10,7 @@ import torch
 
 from nnunetv2_ext.core.outside import Promise
 
-PREDICT = "predict"
+PREDICT, MISSING = "predict", "missing"
 
 
 class Spread(NamedTuple):
@@ -61,14 +61,15 @@ class Result:
     facts: dict[str, Any] = field(default_factory=dict)  # batch size, dtype, compile state; see Subject.facts
     steps: dict[str, Rounds] = field(default_factory=dict)  # by batch kind, a training step
     predict: Rounds = field(default_factory=Rounds)  # a patch
+    missing: Rounds = field(default_factory=Rounds)  # a patch without the channels that were added to a finished model
     parts: dict[str, float] = field(default_factory=dict)  # of a step, in seconds
     # bytes: allocator_peak (CUDA) or saved_tensors and, of a process of its own, resident_before and resident_peak
     memory: dict[str, int] = field(default_factory=dict)
     failure: str | None = None  # why there are no figures
 
     def rounds(self, what: str) -> Rounds:
-        """Of a training step on a batch kind, or of ``PREDICT``; empty if there are none."""
-        return self.predict if what == PREDICT else self.steps.get(what, Rounds())
+        """Of a training step on a batch kind, or of ``PREDICT`` or ``MISSING``; empty if there are none."""
+        return {PREDICT: self.predict, MISSING: self.missing}.get(what) or self.steps.get(what, Rounds())
 
 
 @dataclass
@@ -91,9 +92,11 @@ class Report:
     def ratio(self, result: Result, what: str, clock: str = "wall") -> Spread | None:
         """Time by a clock over plain nnUNetTrainer's, round by round: what slows a whole round down cancels.
 
-        ``what`` is as of `Result.rounds`. None unless both have all rounds.
+        ``what`` is as of `Result.rounds`; a patch without a channel is held against plain's prediction. None unless
+        both have all rounds.
         """
-        ours, plain = (getattr(r.rounds(what), clock) for r in (result, self.baseline))
+        ours = getattr(result.rounds(what), clock)
+        plain = getattr(self.baseline.rounds(PREDICT if what == MISSING else what), clock)
         return spread([a / b for a, b in zip(ours, plain) if b > 0]) if len(ours) == len(plain) else None
 
     def memory_ratio(self, result: Result, measure: str) -> float | None:
@@ -117,6 +120,7 @@ class Report:
             plain["ratios"] = {
                 "step": {kind: ratios(result, kind) for kind in result.steps if self.ratio(result, kind)},
                 "predict": ratios(result, PREDICT),
+                "missing": ratios(result, MISSING),
                 "memory": {m: self.memory_ratio(result, m) for m in result.memory},
             }
         return content

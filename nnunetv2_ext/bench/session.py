@@ -18,7 +18,7 @@ from nnunetv2_ext.bench import memory
 from nnunetv2_ext.bench.candidates import Candidate, check_settings, find_trainer, promise_of
 from nnunetv2_ext.bench.isolated import one_line, resident_size
 from nnunetv2_ext.bench.parts import measure_parts
-from nnunetv2_ext.bench.result import PREDICT, Report, Result, Rounds
+from nnunetv2_ext.bench.result import MISSING, PREDICT, Report, Result, Rounds
 from nnunetv2_ext.bench.subject import BATCHES, Subject, Target, dry_environment
 from nnunetv2_ext.core.compat import nnunet_version
 from nnunetv2_ext.core.devices import check_device
@@ -138,6 +138,9 @@ class Session:
         rounds = result.predict if what == PREDICT else result.steps.setdefault(what, Rounds())
         with self.subjects[index].turn(what) as call:
             rounds.measure(call, self.options.steps_per_round, self.device)
+        if what == PREDICT and self.subjects[index].missing is not None:  # in the same round as plain's prediction
+            with self.subjects[index].turn(MISSING) as call:
+                result.missing.measure(call, self.options.steps_per_round, self.device)
 
     def _time_parts(self, index: int) -> None:
         subject, kind = self.subjects[index], self.options.batches[0]

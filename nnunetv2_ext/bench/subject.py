@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from nnunetv2_ext.bench.candidates import Candidate, check_settings, find_trainer
 from nnunetv2_ext.bench.parts import other_networks
-from nnunetv2_ext.bench.result import PREDICT
+from nnunetv2_ext.bench.result import MISSING, PREDICT
 from nnunetv2_ext.core.checkpoint import unwrap
+from nnunetv2_ext.core.outside import trainer_of
 from nnunetv2_ext.core.randomness import seed_everything
 from nnunetv2_ext.core.sources import ENVIRONMENT_VARIABLE
 from nnunetv2_ext.data.preprocessed import open_preprocessed
@@ -56,6 +57,7 @@ class Subject:
 
     They are by kind (of ``BATCHES``: one of its own loader, or synthetic of the same shape), on the CPU and pinned for
     a GPU as nnU-Net's loaders do it. ``others_bytes`` were in use on a CUDA device before this trainer was built.
+    ``missing`` is a patch without the channels that the trainer adds to a finished model; None: it adds none.
     ValueError: settings for a trainer that takes none, or settings it refuses; data that are not there.
     """
 
@@ -85,25 +87,29 @@ class Subject:
         if on_gpu:
             self.batches = {k: _map(batch, Tensor.pin_memory) for k, batch in self.batches.items()}
         self._patch = torch.randn(1, *real["data"].shape[1:]).to(self.trainer.device)
+        self.missing: Tensor | None = None
+        if getattr(trainer_of(cls), "data", None) == "added_channel":
+            self.missing = self._patch.clone()
+            self.missing[:, self.trainer.old_channels :] = 0
 
     def step(self, kind: str) -> None:
         """One training step on the fixed batch."""
         self.trainer.train_step(self.batches[kind])
 
-    def predict(self) -> None:
+    def predict(self, patch: Tensor) -> None:
         """The network on one patch, ``(1, C, *patch)``, as nnU-Net's predictor calls it for each tile and mirroring."""
         on_gpu = self.trainer.device.type == "cuda"
         with torch.inference_mode(), torch.autocast("cuda") if on_gpu else contextlib.nullcontext():
-            self.trainer.network(self._patch)
+            self.trainer.network(patch)
 
     @contextlib.contextmanager
     def turn(self, what: str) -> Iterator[Callable[[], None]]:
-        """While it is this trainer's turn; gives `step` on a batch kind, or `predict` for ``PREDICT``.
+        """While it is this trainer's turn; gives `step` on a batch kind, or `predict` for ``PREDICT`` or ``MISSING``.
 
         cudnn's switches, which are global, stand as this trainer left them. For prediction the network is in eval mode
         and has one output resolution.
         """
-        network, cudnn, predicts = self.trainer.network, torch.backends.cudnn, what == PREDICT
+        network, cudnn, predicts = self.trainer.network, torch.backends.cudnn, what in (PREDICT, MISSING)
         before = (cudnn.deterministic, cudnn.benchmark)
         # as it is, not as the trainer's attribute says: one that makes its own targets may switch the loader's off
         decoder = getattr(unwrap(network), "decoder", None)
@@ -113,7 +119,8 @@ class Subject:
             network.eval()
             self.trainer.set_deep_supervision_enabled(False)
         try:
-            yield self.predict if predicts else partial(self.step, what)
+            patch = self.missing if what == MISSING and self.missing is not None else self._patch
+            yield partial(self.predict, patch) if predicts else partial(self.step, what)
         finally:
             if predicts:
                 self.trainer.set_deep_supervision_enabled(deep_supervision)

@@ -30,6 +30,7 @@ class Promise:
     cuda: float | None = None  # step time on one GPU
     memory: float | None = None  # peak memory
     predict: float | None = None  # the network on one patch
+    missing: float | None = None  # the same where the channels that the trainer adds to a finished model are zero
 
     def step(self, device: str) -> float | None:
         """Of the step on a type of device; None elsewhere than on ``cpu`` and ``cuda``."""

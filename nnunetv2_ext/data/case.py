@@ -44,8 +44,13 @@ def find_reader(ending: str, name: str | None, example: Path) -> Any:
     raise ValueError(f"nnU-Net cannot read files that end in {ending!r} ({cause})") from cause
 
 
-def read_image(case: str, files: Sequence[str | Path], reader: Any) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+def read_image(
+    case: str, files: Sequence[str | Path], reader: Any, same_place: bool = False
+) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
     """The channels of a case (a file each), ``(C, X, Y, Z)`` in array order, and the properties of the first file.
+
+    Args:
+        same_place: also compare where the channels lie in the patient, of which nnU-Net only warns.
 
     Raises:
         ValueError: a file is missing or damaged, channels lie on different grids, or a value is NaN or infinite.
@@ -62,6 +67,8 @@ def read_image(case: str, files: Sequence[str | Path], reader: Any) -> tuple[npt
         channels.append(content)
         volumes.append(Volume(f"channel {Path(file).name}", content.shape[1:], properties))
         require_same_grid(case, volumes[0], volumes[-1], "resample the channels to one grid")
+        if same_place:
+            _require_same_place(case, volumes[0], volumes[-1])
     return np.vstack(channels).astype(np.float32, copy=False), dict(volumes[0].properties)
 
 
@@ -93,6 +100,18 @@ def require_same_grid(case: str, one: Volume, other: Volume, remedy: str) -> Non
             f"case {case}: {one.name} and {other.name} differ in spacing, {short(found[0])} and {short(found[1])}; the "
             "two do not show the same grid"
         )
+
+
+def _require_same_place(case: str, one: Volume, other: Volume) -> None:
+    for what in ("direction", "origin"):
+        found = difference(what, one.properties, other.properties)
+        # by less than half a voxel, voxels of one index still are the nearest ones
+        if found and (what == "direction" or np.abs(found[0] - found[1]).max() > spacing_of(one.properties).min() / 2):
+            raise ValueError(
+                f"case {case}: {one.name} and {other.name} differ in {what}, {short(found[0])} and {short(found[1])}, "
+                "and nnU-Net lays voxels of one index over each other: resample the second onto the grid of the first "
+                "or, if only its header is wrong, copy the header of the first"
+            )
 
 
 def difference(

@@ -14,7 +14,6 @@ from torch import Tensor
 from nnunetv2_ext.core.checkpoint import first_difference, read
 from nnunetv2_ext.core.stock import stock_network
 from nnunetv2_ext.data.channels import OF_CT, channel_names
-from nnunetv2_ext.data.find import find_checkpoint
 
 FINAL = "checkpoint_final.pth"
 # what of a configuration the base's weights know; patch and batch size may be others
@@ -49,17 +48,18 @@ class Base:
         return channel_names(self.dataset_json)
 
 
-def read_base(path: Path, fold: int | str) -> Base:
+def read_base(path: Path, fold: int | str, key: str = "pemma.base") -> Base:
     """The base for a fold.
 
     Args:
         path: a model folder, of which the checkpoint of the same fold is taken; or a fold's folder, or a checkpoint.
         fold: of the training that adapts it.
+        key: what named it, for messages.
 
     Raises:
         ValueError: no such file, no such fold, or not a model of plain nnU-Net's network on images alone.
     """
-    file = _file(path.expanduser(), fold)
+    file = checkpoint_of(path, fold, key)
     checkpoint = read(file)
     init, weights = checkpoint.get("init_args") or {}, checkpoint["network_weights"]
     name, trainer = init.get("configuration"), str(checkpoint.get("trainer_name", "an unnamed trainer"))
@@ -86,17 +86,27 @@ def read_base(path: Path, fold: int | str) -> Base:
     return Base(file, weights, *facts, digest.hexdigest())
 
 
-def _file(path: Path, fold: int | str) -> Path:
+def checkpoint_of(path: Path, fold: int | str, key: str) -> Path:
+    """The file that a setting names: a checkpoint, that of a fold's folder, or that of a model folder's same fold.
+
+    Raises:
+        ValueError: no such file or fold; names the setting.
+    """
+    path = path.expanduser()
     if path.is_file():
         return path
     if not path.is_dir():
-        raise ValueError(f"pemma.base={path} does not exist: give a model folder TRAINER__PLANS__CONFIGURATION")
+        raise ValueError(f"{key}={path} does not exist: give a model folder TRAINER__PLANS__CONFIGURATION")
     if (path / FINAL).is_file():
         return path / FINAL
-    try:
-        return find_checkpoint(path, str(fold))
-    except ValueError as error:
-        raise ValueError(f"pemma.base: fold {fold} adapts the base's own fold {fold}. {error}") from None
+    file = path / f"fold_{fold}" / FINAL
+    if not file.is_file():
+        there = sorted(p.relative_to(path).as_posix() for p in path.glob(f"fold_*/{FINAL}"))
+        remedy = f"give one of its files, {', '.join(there)}" if there else "give a model folder of a finished training"
+        raise ValueError(
+            f"{key}={path}: fold {fold} starts from fold {fold} there, and {file} does not exist: {remedy}"
+        )
+    return file
 
 
 def misfit(

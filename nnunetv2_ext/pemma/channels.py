@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -15,13 +15,27 @@ from nnunetv2_ext.data.raw import RawDataset
 State = Literal["present", "missing", "constant"]
 
 
-def states_of(raw: RawDataset, old: int) -> dict[str, State]:
-    """Of each case: whether its channels behind the first `old` are there.
+class Look(NamedTuple):
+    """What a case's images are like.
+
+    Attributes:
+        state: of its new channels.
+        file: of its first channel.
+        properties: of that file, as nnU-Net's reader returns them.
+    """
+
+    state: State
+    file: str
+    properties: Mapping[str, Any]
+
+
+def look_at(raw: RawDataset, old: int) -> dict[str, Look]:
+    """Of each case: whether its channels behind the first `old` are there, and where it lies.
 
     Raises:
-        ValueError: a file is missing or damaged, or the channels of a case lie on different grids; names the case.
+        ValueError: a file is missing or damaged, or the channels of a case lie in different places; names the case.
     """
-    found: dict[str, State] = {}
+    found: dict[str, Look] = {}
     for case in progress_bar(raw.cases, "reading images"):
         files, number = raw.files[case]["images"], len(raw.channels)
         if len(files) != number:
@@ -30,10 +44,11 @@ def states_of(raw: RawDataset, old: int) -> dict[str, State]:
                 f"add the files, or write zeros with nnUNetv2_ext add-channel zeros -i {raw.folder / 'imagesTr'} "
                 f"--channels {number}"
             )
-        image, _ = read_image(case, files, raw.reader)
+        image, properties = read_image(case, files, raw.reader, same_place=True)
         new = image[old:]
         constant = all(float(channel.min()) == float(channel.max()) for channel in new)
-        found[case] = "missing" if not new.any() else "constant" if constant else "present"
+        state: State = "missing" if not new.any() else "constant" if constant else "present"
+        found[case] = Look(state, str(files[0]), properties)
     return found
 
 

@@ -51,7 +51,8 @@ class Adapter(nn.Module):
         gate = self.now.gate
         if gate is None:
             return output
-        return torch.where(gate, output + self(inputs[0]).to(output.dtype), output)
+        # the sum with -0.0 is the output itself, -0.0 included; the output's gradient then needs no selection
+        return output + torch.where(gate, self(inputs[0]).to(output.dtype), -0.0)
 
 
 class LowRank(Adapter):

@@ -15,7 +15,8 @@ from nnunetv2_ext.data.find import PREPROCESSED, dataset_if_there, nnunet_folder
 from nnunetv2_ext.data.raw import RawDataset, open_raw
 from nnunetv2_ext.data.split import SPLIT, read_split
 from nnunetv2_ext.pemma.base import Base, misfit_of_dataset, read_base
-from nnunetv2_ext.pemma.channels import said_of, states_of
+from nnunetv2_ext.pemma.channels import look_at, said_of
+from nnunetv2_ext.pemma.geometry import compare, lie_of, lies_of_base
 
 PLANS, Z_SCORE = "nnUNetPlans_pemma", "ZScoreNormalization"
 KEEPS_ZERO = (Z_SCORE, "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
@@ -66,8 +67,8 @@ def prepare(dataset: int | str, model: Path, fold: str = "0", scheme: str = Z_SC
         name: of the plans.
 
     Raises:
-        ValueError: they do not fit, a file is missing or damaged, a scheme that does not keep zeros, or no case has
-            the new channels.
+        ValueError: they do not fit, a file is missing or damaged, images lie in different places or have their axes in
+            another order than the base's, a scheme that does not keep zeros, or no case has the new channels.
     """
     if scheme not in KEEPS_ZERO:
         why = "it subtracts the mean of all images" if scheme == OF_CT else "it is not one of nnU-Net's that keep zero"
@@ -75,7 +76,9 @@ def prepare(dataset: int | str, model: Path, fold: str = "0", scheme: str = Z_SC
             f"{scheme} does not leave a missing channel at zero ({why}), so that it would not be recognised: use one "
             f"of {', '.join(KEEPS_ZERO)}"
         )
-    base, raw = read_base(model, fold), open_raw(dataset)
+    if fold != "all" and not fold.isdigit():
+        raise ValueError(f"-f {fold!r} is neither a number nor all")
+    base, raw = read_base(model, fold, "-base"), open_raw(dataset)
     if difference := misfit_of_dataset(base, raw.json):
         raise ValueError(f"{raw.name} does not fit the base {base.file}: {difference}")
     reader = base.plans.get("image_reader_writer")
@@ -85,7 +88,9 @@ def prepare(dataset: int | str, model: Path, fold: str = "0", scheme: str = Z_SC
             'axes in another way: set "overwrite_image_reader_writer" in dataset.json, or convert the files'
         )
     old, names = len(base.channels), channel_names(raw.json)
-    said = said_of(states_of(raw, old), ", ".join(names[old:]))
+    looks = look_at(raw, old)
+    said = said_of({case: look.state for case, look in looks.items()}, ", ".join(names[old:]))
+    said += compare({case: (look.file, lie_of(look.properties)) for case, look in looks.items()}, lies_of_base(base))
     said += _leaks(base, raw, fold)
     file = nnunet_folder(PREPROCESSED) / raw.name / f"{name}.json"
     return Prepared(raw, base, _plans(base, raw.name, names[old:], scheme, name), file, said)

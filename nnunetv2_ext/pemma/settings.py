@@ -45,7 +45,8 @@ class PEMMASettings(Settings):
     start_from: str | None = Field(
         None,
         min_length=1,
-        description="checkpoint of another training of these adapters on the same base, which this one goes on from",
+        description="model folder or checkpoint of another training of these adapters on the same base, which this one "
+        "goes on from; that one stays as it is",
         json_schema_extra=LOCAL_PATH,
     )
 

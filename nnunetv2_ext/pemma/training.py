@@ -18,7 +18,7 @@ from nnunetv2_ext.core.trainer_settings import method_settings_in
 from nnunetv2_ext.data.channels import channel_names
 from nnunetv2_ext.parts.epoch_means import EpochMeans
 from nnunetv2_ext.parts.trainer import MethodTrainer
-from nnunetv2_ext.pemma.base import Base, misfit, read_base
+from nnunetv2_ext.pemma.base import Base, checkpoint_of, misfit, read_base
 from nnunetv2_ext.pemma.missing import KeepMissing
 from nnunetv2_ext.pemma.network import PEMMANetwork, is_present
 from nnunetv2_ext.pemma.panel import draw_panel
@@ -94,7 +94,7 @@ class PEMMATraining(MethodTrainer):
             network.base.load_state_dict(base.weights)
             self._base_facts = {"base": str(base.file), "base_sha256": base.sha256, "base_trainer": base.trainer}
             if self.pemma.start_from is not None:
-                self._start_from(Path(self.pemma.start_from).expanduser())
+                self._start_from(Path(self.pemma.start_from))
 
     def _require_frozen(self) -> None:
         s: Any = self.settings
@@ -139,7 +139,12 @@ class PEMMATraining(MethodTrainer):
         return base
 
     def _start_from(self, path: Path) -> None:
-        file = path / "checkpoint_final.pth" if path.is_dir() else path
+        file = checkpoint_of(path, self.fold, "pemma.start_from")
+        if file.resolve().parent == Path(self.output_folder).resolve():
+            raise ValueError(
+                f"pemma.start_from={file} is a checkpoint of the very training that starts here, which will move it "
+                "away: copy it to another folder, or continue the training with --c and without pemma.start_from"
+            )
         theirs, network = read(file)["network_weights"], unwrap(self.network)
         ours = network.state_dict()
         if difference := first_difference(ours, theirs):

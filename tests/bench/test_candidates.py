@@ -74,5 +74,13 @@ def test_a_promise_for_the_defaults_does_not_hold_for_the_settings_of_the_enviro
     assert promise_of(Candidate("nnUNetTrainerSigned"), nnUNetTrainerSigned) == Promise()
 
 
+def test_which_file_a_setting_names_changes_no_promise(monkeypatch) -> None:
+    monkeypatch.delenv("nnUNet_ext_settings", raising=False)
+    pemma = find_trainer("nnUNetTrainerPEMMA")
+    promised = promise_of(Candidate("nnUNetTrainerPEMMA", "pemma.base=/a/model"), pemma)
+    assert promised.missing == 1.02
+    assert promise_of(Candidate("nnUNetTrainerPEMMA", "pemma.base=/a/model pemma.rank=8"), pemma) == Promise()
+
+
 def test_plain_nnunet_promises_nothing() -> None:
     assert promise_of(Candidate("nnUNetTrainer"), find_trainer("nnUNetTrainer")) == Promise()

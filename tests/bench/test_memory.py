@@ -23,6 +23,12 @@ def test_a_storage_that_is_saved_twice_counts_once() -> None:
     assert saved_tensor_peak(lambda: (x * a + x[:1000] * b).sum().backward(), 1) == 4000
 
 
+def test_a_frozen_parameter_does_not_count() -> None:
+    """It is saved for the gradient of what comes in, and is there anyway."""
+    frozen, w = torch.nn.Parameter(torch.randn(1000), requires_grad=False), torch.randn(1000, requires_grad=True)
+    assert saved_tensor_peak(lambda: (w * frozen).sum().backward(), 1) == 0
+
+
 def test_passes_in_turn_hold_one_pass_and_passes_together_hold_all() -> None:
     w = torch.randn(1000, requires_grad=True)
 

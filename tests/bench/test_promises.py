@@ -11,6 +11,7 @@ measured in the same run.
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from nnunetv2_ext.bench.candidates import Candidate, find_trainer, parse_candida
 from nnunetv2_ext.bench.session import Options, Session
 from nnunetv2_ext.bench.subject import Target
 from nnunetv2_ext.core.outside import Promise, methods
-from tests.conftest import TinyDataset
+from tests.conftest import TinyDataset, make_tiny_dataset
+from tests.contract.data import with_model
 from tests.rada.sparse_data import make_sparse_tiny
 
 TOLERANCE = 1.25
@@ -41,7 +43,8 @@ PROMISES = {Candidate(n, settings): p for n, trainer in TRAINERS.items() for set
 RADA = [c for c in PROMISES if c.trainer == "nnUNetTrainerRADA" and c.settings]
 JRAS = [c for c in PROMISES if c.trainer == "nnUNetTrainerJRAS"]
 WTBCP = [c for c in PROMISES if c.trainer == "nnUNetTrainerWTBCP"]
-OTHERS = [c for c in PROMISES if c.trainer != "nnUNetTrainerRADA" and c not in [*JRAS, *WTBCP]]
+PEMMA = [c for c in PROMISES if c.trainer == "nnUNetTrainerPEMMA"]
+OTHERS = [c for c in PROMISES if c.trainer != "nnUNetTrainerRADA" and c not in [*JRAS, *WTBCP, *PEMMA]]
 # J-RAS' reader and RADA's semantic head have a fixed width. Beside a network of 8-16-32 features they weigh far more
 # than in training (measured: RADA 4.9 x with learned vectors); the promise is about networks of nnU-Net's own width.
 NNUNETS_FEATURES = [32, 64, 128]
@@ -80,13 +83,23 @@ def test_wtbcp_costs_no_quarter_more_than_promised(asked_for, tiny, tmp_path: Pa
     measure(tiny, WTBCP, tmp_path, monkeypatch, rounds=3, further="wtbcp.unlabelled=labelled")
 
 
+@pytest.mark.slow
+@pytest.mark.benchmark
+@pytest.mark.timeout(1800)
+def test_pemma_costs_no_quarter_more_than_promised(asked_for, tmp_path: Path, monkeypatch) -> None:
+    """Beside plain nnU-Net of both channels; the base is a model of the first one."""
+    dataset = make_tiny_dataset(tmp_path / "extended", 8, channels=2)
+    dataset = with_model(dataset, tmp_path / "model", "3d_fullres", benchmark_plans(dataset, NNUNETS_FEATURES))
+    measure(dataset, PEMMA, tmp_path, monkeypatch, NNUNETS_FEATURES, rounds=3, further=f"pemma.base={dataset.model}")
+
+
 def test_every_promise_is_guarded() -> None:
-    assert {*OTHERS, *JRAS, *RADA, *WTBCP} == set(PROMISES) - {Candidate("nnUNetTrainerRADA")}
+    assert {*OTHERS, *JRAS, *RADA, *WTBCP, *PEMMA} == set(PROMISES) - {Candidate("nnUNetTrainerRADA")}
     assert set(TRAINERS) <= set(installed_trainers()), "outside.py names a trainer that is not there"
     for method in (method for method in methods().values() if method.trainers):
-        # a network of one's own costs what it costs, whatever the plan's network is; PEMMA needs a finished model
+        # a network of one's own costs what it costs, whatever the plan's network is
         if not any(trainer.off is not None or trainer.promises for trainer in method.trainers.values()):
-            assert method.name in {"med2d", "pemma", "photo"}
+            assert method.name in {"med2d", "photo"}
             continue
         assert any(trainer.promises for trainer in method.trainers.values()), f"{method.name} promises nothing"
 
@@ -97,6 +110,15 @@ def test_a_candidate_is_promised_what_its_method_promises(candidate: Candidate, 
     cls = find_trainer(candidate.trainer)
     assert promise_of(candidate, cls) == PROMISES[candidate]
     assert promise_of(Candidate(candidate.trainer, f"{candidate.settings} num_epochs=7".strip()), cls) == Promise()
+
+
+def benchmark_plans(dataset: TinyDataset, features: list[int]) -> dict[str, Any]:
+    """The dataset's plans with a larger patch and another network."""
+    plans = dataset.plans() | {"plans_name": "benchmark"}
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration["patch_size"], configuration["batch_size"] = PATCH, BATCH_SIZE
+    configuration["architecture"]["arch_kwargs"]["features_per_stage"] = features
+    return plans
 
 
 def measure(
@@ -116,12 +138,8 @@ def measure(
     for name, value in dataset.environment(tmp_path / "results").items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("nnUNet_ext_settings")
-    plans = dataset.plans()
-    configuration = plans["configurations"]["3d_fullres"]
-    configuration["patch_size"], configuration["batch_size"] = PATCH, BATCH_SIZE
-    configuration["architecture"]["arch_kwargs"]["features_per_stage"] = features
     file = dataset.preprocessed / dataset.name / "benchmark.json"
-    file.write_text(json.dumps(plans | {"plans_name": "benchmark"}))
+    file.write_text(json.dumps(benchmark_plans(dataset, features)))
     candidates = parse_candidates([f"{c.trainer}:{c.settings} {further}" for c in wanted])
     assert candidates[1:] == [Candidate(c.trainer, f"{c.settings} {further}".strip()) for c in wanted]
     try:
@@ -137,12 +155,13 @@ def measure(
     for candidate, result in zip(wanted, report.results[1:], strict=True):
         assert result.failure is None, result.failure
         promise = PROMISES[candidate]
-        step, predict = (report.ratio(result, what, clock) for what in ("real", "predict"))
-        assert step is not None and predict is not None
+        step, predict, missing = (report.ratio(result, what, clock) for what in ("real", "predict", "missing"))
+        assert step is not None and predict is not None and (missing is None) == (promise.missing is None)
         for what, ratio, promised in (
             ("step", step.median, promise.step(DEVICE)),
             ("predict", predict.median, promise.predict),
             ("memory", report.memory_ratio(result, memory), promise.memory),
+            *([("missing", missing.median, promise.missing)] if missing else []),
         ):
             assert ratio is not None and promised is not None
             line = f"{result.label}: {what} {ratio:.2f} x plain, promised {promised:g}"

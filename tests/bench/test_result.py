@@ -35,7 +35,7 @@ def report() -> Report:
     med = Result(
         MED,
         MED,
-        promise=Promise(cpu=2.4, predict=1.05),
+        promise=Promise(cpu=2.4, predict=1.05, memory=1.05, missing=1.02),
         facts=FACTS,
         memory={"saved_tensors": 1100, "resident_peak": 5100},
     )
@@ -70,7 +70,14 @@ def test_the_text_answers_what_it_costs(report: Report) -> None:
     assert "FAILED nnUNetTrainerBig: out of memory: 8 GiB" in text
     short = next(line for line in text.splitlines() if line.startswith(f"- {MED}: "))
     assert "a step takes 2.40 times as long as plain nnU-Net's (promised 2.4: kept)" in short
-    assert short.endswith("prediction takes 1.00 times as long; 27.8 h instead of 13.9 h.")
+    assert "prediction takes 1.00 times as long (promised 1.05: kept)" in short
+    assert "a step takes 1.10 times the memory (promised 1.05: MISSED here)" in short
+    assert "added channel" not in text and short.endswith("; 27.8 h instead of 13.9 h.")
+    report.results[1].missing = Rounds([0.01] * 3, [0.011] * 3)
+    text = as_text(report)
+    assert "1.10 without the added channel (promised 1.02: MISSED here)" in text
+    added = text[text.index("Prediction, patch without the added channel") :].split("\n\n")[0]
+    assert added.splitlines()[-1].endswith("<= 1.02 |") and "nnUNetTrainer " not in added
     report.results[1].steps["real"].cpu[:] = [0.3] * 3
     assert "3.00 times as long as plain nnU-Net's (promised 2.4: MISSED here)" in as_text(report)
     assert "teacher" in text and "30.0 ms  14%" in text
@@ -88,7 +95,8 @@ def test_json_holds_rounds_and_ratios(report: Report) -> None:
     content = json.loads(json.dumps(report.as_dict()))
     assert content["results"][1]["steps"]["real"]["wall"] == [0.2, 0.4, 0.9]
     assert content["results"][1]["ratios"]["step"]["real"]["wall"]["median"] == pytest.approx(2)
-    assert content["results"][1]["promise"] == {"cpu": 2.4, "cuda": None, "memory": None, "predict": 1.05}
+    promised = {"cpu": 2.4, "cuda": None, "memory": 1.05, "predict": 1.05, "missing": 1.02}
+    assert content["results"][1]["promise"] == promised
     assert content["results"][2]["failure"] and content["machine"]["torch"] == "2"
 
 

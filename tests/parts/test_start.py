@@ -19,17 +19,15 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunetv2_ext import installed_trainers
 from nnunetv2_ext.core.checkpoint import read
 from nnunetv2_ext.core.export import export_model
+from nnunetv2_ext.core.outside import load_trainer, methods
 from nnunetv2_ext.parts.start.source import read_source
 from nnunetv2_ext.parts.start.start import Home, look_at
 from nnunetv2_ext.parts.start.units import Asked, stock_tensors, within_plan
-from nnunetv2_ext.trainers.nnUNetTrainerAdapt import nnUNetTrainerAdapt
 from nnunetv2_ext.trainers.nnUNetTrainerExt import nnUNetTrainerExt
-from nnunetv2_ext.trainers.nnUNetTrainerGIN import nnUNetTrainerGIN
 from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
-from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
-from nnunetv2_ext.trainers.nnUNetTrainerMedContextJRAS import nnUNetTrainerMedContextJRAS
 
 SMALL_JRAS = "jras.key_dim=8 jras.value_dim=4 jras.num_guides=2 jras.bank_size=24"
 
@@ -291,6 +289,16 @@ def test_the_plans_are_compared_and_differences_marked(tmp_path):
     assert re.search(r"^  patch +16 x 16 +16 x 16$", table, re.MULTILINE)
 
 
+def test_plans_that_lack_the_configuration_do_not_keep_the_weights_from_being_read(tmp_path):
+    theirs, ours = unet(seed=1), unet(seed=2)
+    file = save(theirs, tmp_path / "a")
+    content = torch.load(file, weights_only=False)
+    content["init_args"]["configuration"] = "3d_fullres"
+    torch.save(content, file)
+    assert start_from(ours, file).startswith("100.0 %")
+    assert_same(ours, theirs)
+
+
 def test_half_precision_is_read(tmp_path):
     theirs, ours = unet(seed=1), unet(seed=2)
     start_from(ours, save({n: v.half() for n, v in theirs.state_dict().items()}, tmp_path / "a"))
@@ -433,19 +441,20 @@ def plain(make_trainer, tmp_path):
     return trainer.network, tmp_path / "plain.pth"
 
 
-@pytest.mark.parametrize(
-    ("cls", "settings"),
-    [
-        (nnUNetTrainerExt, ""),
-        (nnUNetTrainerMedContext, ""),
-        (nnUNetTrainerJRAS, SMALL_JRAS),
-        (nnUNetTrainerMedContextJRAS, SMALL_JRAS),
-        (nnUNetTrainerGIN, ""),
-        (nnUNetTrainerAdapt, ""),
-    ],
-)
-def test_every_trainer_starts_from_plain_nnunet_and_from_its_own(make_trainer, plain, tmp_path, cls, settings):
+TRAINERS = {name: facts for method in methods().values() for name, facts in method.trainers.items()}
+OWN_NETWORK = {"nnUNetTrainerMed2D", "nnUNetTrainerPhoto"}  # which plain nnU-Net's weights do not fit
+ELSEWHERE = {"nnUNetTrainerPEMMA", "nnUNetTrainerRADA"}  # refuses it, tests/pemma; 3-D and sparse, tests/rada
+
+
+def smallest(name: str) -> str:
+    facts = TRAINERS.get(name)
+    return " ".join(f"{key}={value}" for key, value in (facts.smallest if facts else {}).items())
+
+
+@pytest.mark.parametrize("name", sorted({*installed_trainers()} - OWN_NETWORK - ELSEWHERE))
+def test_every_trainer_starts_from_plain_nnunet_and_from_its_own(make_trainer, plain, tmp_path, name):
     network, file = plain
+    cls, settings = load_trainer(name), smallest(name)
     trainer = make_trainer(cls, f"{settings} init_from={file}", configuration="2d")
     trainer.on_train_start()
     inner = getattr(trainer.network, "backbone", trainer.network)
@@ -460,6 +469,21 @@ def test_every_trainer_starts_from_plain_nnunet_and_from_its_own(make_trainer, p
     assert_same(getattr(again.network, "backbone", again.network), network)
     if cls is nnUNetTrainerJRAS:  # other patients' patches stay where they are
         assert again.network.bank.is_empty
+
+
+@pytest.mark.parametrize("name", sorted(OWN_NETWORK))
+def test_a_trainer_with_a_network_of_its_own_starts_from_its_own_only(make_trainer, plain, tmp_path, name):
+    if name == "nnUNetTrainerPhoto":
+        pytest.importorskip("segmentation_models_pytorch")
+    cls, settings = load_trainer(name), smallest(name)
+    with pytest.raises(ValueError, match=r"init_from=.*plain\.pth: nothing of its encoder fits"):
+        make_trainer(cls, f"{settings} init_from={plain[1]}", configuration="2d").initialize()
+    trainer = make_trainer(cls, settings, configuration="2d")
+    trainer.initialize()
+    own = own_checkpoint(trainer, tmp_path)
+    again = make_trainer(cls, f"{settings} init_from={own} seed=5", configuration="2d", results=tmp_path / "again")
+    again.initialize()
+    assert_same(again.network, trainer.network)
 
 
 def own_checkpoint(trainer, folder: Path) -> Path:

@@ -90,7 +90,7 @@ def test_cases_that_the_base_was_trained_on_and_that_would_validate_are_warned_o
     other = folder.with_name("Dataset009_Other")
     other.mkdir()
     (other / "splits_final.json").write_text(json.dumps([{"train": cases[:4], "val": cases[4:]}]))
-    monkeypatch.setattr(module, "read_base", lambda model, fold: replace(read_base(model, fold), plans=plans))
+    monkeypatch.setattr(module, "read_base", lambda *given: replace(read_base(*given), plans=plans))
     assert prepare(there) == 0
     assert "fold 0 was trained on 2 cases that validate here, e.g. phantom_000: copy" in capsys.readouterr().out
 
@@ -127,6 +127,28 @@ def test_a_normalisation_that_moves_zero_is_refused(there: TinyDataset, capsys) 
     assert prepare(there, "--normalization", "Nonsense") == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["-base", "/nowhere"], "-base=/nowhere does not exist: give a model folder"),
+        (
+            ["-base", "{raw}"],
+            "-base={raw}: fold 0 starts from fold 0 there, and {raw}/fold_0/checkpoint_final.pth does",
+        ),
+        (["-base", "{raw}/dataset.json"], "{raw}/dataset.json"),
+        (["-f", "3"], "give one of its files, fold_0/checkpoint_final.pth, fold_1/checkpoint_final.pth"),
+        (["-f", "first"], "-f 'first' is neither a number nor all"),
+        (["-d", "99"], "99"),
+    ],
+)
+def test_arguments_that_name_nothing_are_refused(there: TinyDataset, options: list[str], said: str, capsys) -> None:
+    raw = str(there.raw / there.name)
+    assert prepare(there, *(option.replace("{raw}", raw) for option in options)) == 2
+    error = capsys.readouterr().err
+    assert said.replace("{raw}", raw) in error and error.count("\n") == 1
+    assert not (there.preprocessed / there.name).exists()
+
+
 def test_a_missing_file_is_named_with_the_command_that_writes_it(there: TinyDataset, capsys) -> None:
     image(there, 1, 1).unlink()
     assert prepare(there) == 2
@@ -149,6 +171,82 @@ def test_if_all_cases_lack_the_channel_there_is_nothing_to_train(there: TinyData
         sitk.WriteImage(sitk.ReadImage(str(image(there, case, 1))) * 0, str(image(there, case, 1)))
     assert prepare(there) == 2
     assert "T2 is missing (all zeros) in each of the 6 cases: there is nothing to train" in capsys.readouterr().err
+
+
+def change_header(file: Path, change: Callable[[sitk.Image], Any]) -> None:
+    image = sitk.ReadImage(str(file))
+    change(image)
+    sitk.WriteImage(image, str(file))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda i: i.SetDirection((-1, 0, 0, 0, 1, 0, 0, 0, 1)), "differ in direction"),
+        (lambda i: i.SetOrigin((0.6, 0, 0)), "differ in origin"),
+        (lambda i: i.SetSpacing((1, 1, 1.1)), "differ in spacing"),
+        (lambda i: i.SetOrigin((0.4, 0, 0)), ""),  # the voxels of one index are the nearest ones
+    ],
+)
+def test_channels_of_a_case_that_lie_in_different_places_are_refused(there, change, said, capsys) -> None:
+    change_header(image(there, 1, 1), change)
+    assert prepare(there, step="inspect") == (2 if said else 0)
+    error = capsys.readouterr().err
+    if said:
+        assert said in error and error.count("\n") == 1
+        assert "case phantom_001" in error and "channel phantom_001_0001.nii.gz" in error
+        if "resample the second" in error:  # the remedy passes
+            change_header(image(there, 1, 1), lambda i: i.CopyInformation(sitk.ReadImage(str(image(there, 1, 0)))))
+            assert prepare(there, step="inspect") == 0
+
+
+def all_headers(dataset: TinyDataset, cases: range, change: Callable[[sitk.Image], Any]) -> None:
+    for case in cases:
+        for channel in (0, 1):
+            change_header(image(dataset, case, channel), change)
+
+
+MIRRORED, SAGITTAL = (-1, 0, 0, 0, -1, 0, 0, 0, 1), (0, 0, 1, 1, 0, 0, 0, 1, 0)
+
+
+@pytest.fixture
+def base_preprocessed(there: TinyDataset, extended: TinyDataset) -> TinyDataset:
+    """The images of the base's training are known, as on the machine that trained it."""
+    plans = json.loads((there.model / "plans.json").read_text())  # type: ignore[operator]
+    identifier = plans["configurations"]["2d"]["data_identifier"]
+    shutil.copytree(extended.preprocessed / extended.name / identifier, there.preprocessed / there.name / identifier)
+    return there
+
+
+def test_images_that_lie_otherwise_than_the_bases_are_named(base_preprocessed: TinyDataset, capsys) -> None:
+    there = base_preprocessed
+    assert prepare(there, step="inspect") == 0 and "WARNING" not in capsys.readouterr().out
+    all_headers(there, range(2), lambda i: i.SetDirection(MIRRORED))
+    assert prepare(there, step="inspect") == 0
+    said = capsys.readouterr().out
+    assert "WARNING: 2 cases are mirrored against all images that the base was trained on, e.g. case" in said
+    assert f"phantom_000: {image(there, 0, 0)}, whose axes run to SAR; there to SPL" in said
+    all_headers(there, range(5), lambda i: i.SetDirection(SAGITTAL))
+    assert prepare(there, step="inspect") == 0
+    assert "WARNING: 5 cases have their axes in another order than all" in capsys.readouterr().out
+    all_headers(there, range(6), lambda i: i.SetDirection(SAGITTAL))
+    assert prepare(there) == 2
+    error = capsys.readouterr().err
+    assert f"case phantom_000: {image(there, 0, 0)}, whose axes run R-L, I-S, A-P; there I-S, A-P, R-L." in error
+    assert error.count("\n") == 1 and not (there.preprocessed / there.name / f"{PLANS}.json").exists()
+
+
+def test_where_only_the_bases_spacing_is_known_thick_slices_tell(there: TinyDataset, capsys, monkeypatch) -> None:
+    plans = json.loads((there.model / "plans.json").read_text())  # type: ignore[operator]
+    plans |= {"original_median_spacing_after_transp": [5.0, 1, 1], "transpose_backward": [1, 0, 2]}
+    monkeypatch.setattr(module, "read_base", lambda *given: replace(read_base(*given), plans=plans))
+    assert prepare(there, step="inspect") == 0, "isotropic images tell nothing"
+    all_headers(there, range(6), lambda i: i.SetSpacing((1, 5, 1)))
+    assert prepare(there, step="inspect") == 0 and "WARNING" not in capsys.readouterr().out
+    all_headers(there, range(6), lambda i: i.SetSpacing((1, 1, 5)))
+    assert prepare(there, step="inspect") == 2
+    said = f"{image(there, 0, 0)}, with voxels of (5, 1, 1) mm in the array's order; there (1, 5, 1)"
+    assert said in capsys.readouterr().err
 
 
 def test_zeros_lie_on_the_grid_of_the_first_channel_and_overwrite_nothing(tmp_path: Path, capsys) -> None:

@@ -10,7 +10,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
-from nnunetv2_ext.pemma.network import LowRank, PEMMANetwork, convolutions, is_present
+from nnunetv2_ext.pemma.network import Adapter, LowRank, Now, PEMMANetwork, convolutions, is_present
 from nnunetv2_ext.pemma.settings import PEMMASettings
 
 HEADS = 3
@@ -120,6 +120,15 @@ def test_in_bfloat16_too() -> None:
         x[1, 1] = 0
         with torch.no_grad():
             assert same(network.train()(x)[1], base(x[:, :1].contiguous())[1])
+
+
+def test_a_closed_gate_keeps_the_sign_of_zero_and_what_is_not_finite() -> None:
+    now = Now()
+    now.gate = torch.tensor([False, True]).view(2, 1)
+    output = torch.tensor([[-0.0, 0.0, float("inf"), 1.0]]).expand(2, -1)
+    added = type("Added", (Adapter,), {"forward": lambda self, z: torch.full_like(z, float("nan"))})(now)
+    kept, changed = added.hook(nn.Identity(), (output,), output)
+    assert torch.equal(kept.view(torch.int32), output[0].view(torch.int32)) and changed.isnan().all()
 
 
 def test_infinite_adapters_do_not_reach_a_sample_without_the_channel() -> None:

@@ -18,27 +18,39 @@ from nnunetv2_ext.cli import main
 from nnunetv2_ext.core.checkpoint import read
 from nnunetv2_ext.pemma.missing import KeepMissing
 from nnunetv2_ext.pemma.network import is_present
+from nnunetv2_ext.trainers.nnUNetTrainerJRAS import nnUNetTrainerJRAS
 from tests.conftest import TinyDataset
 from tests.pemma.conftest import base_file, plans_of
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-SHORT = "num_epochs=1 num_iterations_per_epoch=3 num_val_iterations_per_epoch=1 panel_every=1 seed=1 initial_lr=0.05"
-_model: list[Path] = []
+SHORT = "num_epochs=1 num_iterations_per_epoch=3 num_val_iterations_per_epoch=1 panel_every=1 initial_lr=0.05"
+SMALL_JRAS = "jras.key_dim=8 jras.value_dim=4 jras.num_guides=2 jras.bank_size=24"
+_models: dict[str, Path] = {}
 
 
 @pytest.fixture
 def model(new: Any, extended: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished model folder; its base has been deleted since."""
-    if not _model:
+    if "a" not in _models:
         base = shutil.copytree(extended.model, tmp_path_factory.mktemp("base") / "model")  # type: ignore[arg-type]
-        results = tmp_path_factory.mktemp("results")
-        trainer = new(f"pemma.base={base} {SHORT}", results=results)
+        trainer = new(f"pemma.base={base} seed=1 {SHORT}", results=tmp_path_factory.mktemp("results"))
         trainer.run_training()
         ours = {id(p) for p in trainer.network.adapters.parameters()}
         assert {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} == ours
         shutil.rmtree(base)
-        _model.append(Path(trainer.output_folder_base))
-    return _model[0]
+        _models["a"] = Path(trainer.output_folder_base)
+    return _models["a"]
+
+
+@pytest.fixture
+def other_site(model: Path, new: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second model of the same base, which went on from the first one's adapters."""
+    if "b" not in _models:
+        settings = f"pemma.base={{model}} pemma.start_from={model} seed=2 {SHORT}"
+        trainer = new(settings, results=tmp_path_factory.mktemp("other"))
+        trainer.run_training()
+        _models["b"] = Path(trainer.output_folder_base)
+    return _models["b"]
 
 
 def predicted(folder: Path, files: list[Path], output: Path) -> bytes:
@@ -153,13 +165,43 @@ def test_channel_dropout_takes_the_new_channel_from_a_share_of_the_samples(new: 
     assert all(data[:, 0].any() for data in given)
 
 
+def test_two_sites_have_adapters_of_their_own_beside_one_base(
+    model: Path, other_site: Path, extended: TinyDataset, tmp_path: Path
+) -> None:
+    a, b = (read(folder / "fold_0" / "checkpoint_final.pth")["network_weights"] for folder in (model, other_site))
+    base = {f"base.{name}": value for name, value in read(base_file(extended))["network_weights"].items()}
+    assert list(a) == list(b)
+    differ = {name for name in a if not torch.equal(a[name], b[name])}
+    assert differ and all(name.startswith("adapters.") for name in differ)
+    assert all(torch.equal(value, weights[name]) for weights in (a, b) for name, value in base.items())
+    t1, t2 = sorted(extended.images_ts.glob("*.nii.gz"))
+    zeros = tmp_path / "case_0001.nii.gz"
+    sitk.WriteImage(sitk.ReadImage(str(t1)) * 0, str(zeros))
+    old = predicted(extended.model, [t1], tmp_path / "old")  # type: ignore[arg-type]
+    without = {predicted(folder, [t1, zeros], tmp_path / f"{i}") for i, folder in enumerate((model, other_site))}
+    both = {predicted(folder, [t1, t2], tmp_path / f"{i} both") for i, folder in enumerate((model, other_site))}
+    assert without == {old} and len(both | {old}) == 3, "the model folder chooses the adapters"
+
+
 def test_it_goes_on_from_other_adapters_of_the_same_base(model: Path, new: Any, extended: TinyDataset) -> None:
+    """Of a model folder, of a fold's folder or of a file."""
     file = model / "fold_0" / "checkpoint_final.pth"
-    trainer = new(f"pemma.base={{model}} pemma.start_from={file}")
-    trainer.initialize()
-    assert all(torch.equal(v, trainer.network.state_dict()[n]) for n, v in read(file)["network_weights"].items())
+    before, theirs = file.read_bytes(), read(file)["network_weights"]
+    for given in (model, file.parent, file):
+        trainer = new(f"pemma.base={{model}} pemma.start_from={given}")
+        trainer.initialize()
+        assert all(torch.equal(v, trainer.network.state_dict()[n]) for n, v in theirs.items())
+    assert file.read_bytes() == before
     with pytest.raises(ValueError, match=r"has other adapters: adapters\.heads\.\S+ is 3 x .* there and missing here"):
         new(f"pemma.base={{model}} pemma.train_heads=false pemma.start_from={file}").initialize()
+    with pytest.raises(
+        ValueError, match=rf"start_from={model}: fold 1 .*give one of its files, fold_0/checkpoint_final"
+    ):
+        new(f"pemma.base={{model}} pemma.start_from={model}", fold=1).initialize()
+    with pytest.raises(ValueError, match="start_from=/nowhere does not exist"):
+        new("pemma.base={model} pemma.start_from=/nowhere").initialize()
+    with pytest.raises(ValueError, match="copy it to another folder"):
+        new(f"pemma.base={{model}} pemma.start_from={file}", results=model.parents[1]).initialize()
 
 
 def test_adapters_of_another_base_are_refused(model: Path, new: Any, extended: TinyDataset, tmp_path: Path) -> None:
@@ -239,7 +281,9 @@ def test_pretrained_weights_are_refused(new: Any, extended: TinyDataset) -> None
 
 def test_a_fold_without_a_base_of_its_own_is_refused(new: Any, extended: TinyDataset) -> None:
     trainer = new(fold=3)
-    with pytest.raises(ValueError, match=r"fold 3 adapts the base's own fold 3.*there is fold_0/checkpoint_final"):
+    with pytest.raises(
+        ValueError, match=r"fold 3 starts from fold 3 there.*give one of its files, fold_0/checkpoint_final"
+    ):
         trainer.initialize()
 
 
@@ -283,6 +327,27 @@ def test_a_base_of_another_network_is_refused(new: Any, model: Path) -> None:
         ValueError, match=r"is of nnUNetTrainerPEMMA, whose network is not plain.*run nnUNetv2_ext export"
     ):
         new(f"pemma.base={model}").initialize()
+
+
+def test_a_base_of_j_ras_is_refused_and_its_export_is_taken(
+    new: Any, make_trainer: Any, extended: TinyDataset, tmp_path: Path, monkeypatch
+) -> None:
+    """The remedy that the message names passes."""
+    plans, alone = (json.loads((extended.model / f"{name}.json").read_text()) for name in ("plans", "dataset"))  # type: ignore[operator]
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyDataset, "dataset_json", lambda self: alone)
+        known = {"plans": plans, "configuration": "2d", "dataset": extended, "results": tmp_path / "results"}
+        jras = make_trainer(nnUNetTrainerJRAS, SMALL_JRAS, **known)
+        jras.on_train_start()
+    jras.save_checkpoint(str(Path(jras.output_folder) / "checkpoint_final.pth"))
+    folder = jras.output_folder_base
+    with pytest.raises(ValueError, match=r"is of nnUNetTrainerJRAS, whose network is not plain.*nnUNetv2_ext export"):
+        new(f"pemma.base={folder}").initialize()
+    assert main(["export", folder, str(tmp_path / "plain")]) == 0
+    trainer = new(f"pemma.base={tmp_path / 'plain'}")
+    trainer.initialize()
+    theirs = jras.network.backbone.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in trainer.network.base.state_dict().items())
 
 
 def test_if_no_training_case_has_the_channel_there_is_nothing_to_train(new: Any) -> None:

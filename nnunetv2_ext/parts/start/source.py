@@ -141,7 +141,7 @@ def _plan(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, A
         name = str(args["configuration"])
         try:
             whole = PlansManager(args["plans"]).get_configuration(name).configuration
-        except (KeyError, TypeError, AttributeError, ValueError):  # of a version that writes other plans
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):  # of a version that writes other plans
             whole = (args["plans"].get("configurations") or {}).get(name) or {}
         return args["plans"], whole, args["dataset_json"], name
     if isinstance(adaptation, Mapping):
