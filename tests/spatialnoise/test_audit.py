@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import SimpleITK as sitk
 from nnunetv2_ext.cli import main
 from nnunetv2_ext.phantom import write_phantom_dataset
 from nnunetv2_ext.spatialnoise.audit import audit as module_of_audit
+from nnunetv2_ext.spatialnoise.audit.audit import Audited
+from nnunetv2_ext.spatialnoise.audit.report import markdown
 from nnunetv2_ext.spatialnoise.audit.verdict import judge
 from tests.conftest import TinyDataset
 
@@ -113,6 +116,13 @@ def test_five_wrong_labels_of_twenty_come_first_and_nothing_else_is_touched(twen
     assert len(rows) == 60 and {row["case"] for row in rows[:15]} == set(WRONG)
     said = capsys.readouterr().out
     assert "It is not a proof" in said and "pointwise" in said and "control: Dice" in said
+    # one fold of five has not learnt a structure
+    assert "is not found" not in said
+    for record in found["cases"][5:9]:
+        record["classes"][2]["dice_label_prediction"] = 0.05
+    audited = Audited(SimpleNamespace(name="Dataset007_Phantom"), "", found["cases"], [], [], 0, out)
+    names = ", ".join(sorted(record["case"] for record in found["cases"][5:9]))
+    assert f"**organ_3 is not found (Dice below 0.1) in 4 of 20 cases that have it:** {names}." in markdown(audited)
     # a label that was corrected is judged anew, the others are not
     stamps = {p.name: p.stat().st_mtime_ns for p in (out / ".cases").glob("*.json")}
     case = found["cases"][0]["case"]
