@@ -19,6 +19,7 @@ import SimpleITK as sitk
 from nnunetv2_ext.cli import main
 from nnunetv2_ext.phantom import write_phantom_dataset
 from nnunetv2_ext.spatialnoise.audit import audit as module_of_audit
+from nnunetv2_ext.spatialnoise.audit import panel
 from nnunetv2_ext.spatialnoise.audit.audit import Audited
 from nnunetv2_ext.spatialnoise.audit.report import markdown
 from nnunetv2_ext.spatialnoise.audit.verdict import judge
@@ -306,3 +307,27 @@ def test_a_region_is_judged_by_its_own_probability() -> None:
     ]
     whole, core = found.classes
     assert whole["expected_wrong_voxels"] < 0.5 and core["of_these_labelled"] == pytest.approx(16, abs=0.5)
+
+
+def test_a_photograph_is_drawn_in_its_colours_and_a_volume_at_its_most_doubtful_slice(tmp_path, monkeypatch) -> None:
+    drawn: list[tuple[Any, ...]] = []
+    draw = panel.draw_slice
+    monkeypatch.setattr(
+        panel, "draw_slice", lambda *args, **more: drawn.append((args[1], more["title"])) or draw(*args, **more)
+    )
+    photo, classes = np.zeros((3, 1, 20, 30), np.float32), {1: "disc"}
+    photo[0] = 255
+    label = np.zeros((1, 20, 30), int)
+    label[0, 5:9, 5:9] = 1
+    common = (label, label, 0.9 * label, {"spacing": (999, 1, 1)}, classes, "", tmp_path / "photo.png")
+    panel.draw_case("photo", photo, *common)
+    assert [part.shape for part, _ in drawn] == [(20, 30, 3), (20, 30, 3), (20, 30)]
+    assert drawn[0][0][0, 0].tolist() == [1, 0, 0] and drawn[0][1] == "label"
+    drawn.clear()
+    error = np.zeros((4, 20, 30))
+    error[2, 3:6, 3:6] = 1
+    volume = np.arange(4.0)[:, None, None] + np.zeros((1, 4, 20, 30))
+    panel.draw_case(
+        "ct", volume, (error > 0).astype(int), 0 * error, error, {"spacing": (3, 1, 1)}, classes, "", tmp_path / "c.png"
+    )
+    assert all((part == 2).all() for part, _ in drawn) and "slice 2" in drawn[0][1]

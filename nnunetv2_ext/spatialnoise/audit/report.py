@@ -54,8 +54,9 @@ def markdown(found: Audited) -> str:
         "- Every voxel was judged by itself (pointwise)."
         if found.rho == 0
         else f"- Neighbours support one another (field, rho {found.rho:g}). The column 1 - p is pointwise.",
-        "- Control columns: 1 - p is the same share by the network's own probability; Dice is that of label and "
-        "prediction. A ranking that agrees with the control has told you nothing that it would not.",
+        "- Control columns: 1 - p is the same share by the network's own probability (above 1 where the network is "
+        "unsure of the whole image); Dice is that of label and prediction. A ranking that agrees with the control has "
+        "told you nothing that it would not.",
         "- What all annotators leave out, the model leaves out too. No audit finds that.",
         f"- Pictures, worst first: `{PANELS}/`. Maps to load over the images: `{MAPS}/`. All numbers: `cases.csv`, "
         "`regions.csv`, `audit.json`.",
