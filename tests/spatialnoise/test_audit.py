@@ -161,7 +161,8 @@ def test_doubtful_voxels_go_under_ignore_in_a_new_dataset(no_panels, twenty, raw
         assert np.array_equal(label == 4, error > 0.6) and np.array_equal(label[label != 4], old[label != 4])
         total += int((label == 4).sum())
     assert total == sum(block["ignored_voxels"].values()) > 500
-    assert f"{total} voxels of" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{total} voxels of" in said and "next: nnUNetv2_plan_and_preprocess -d 9" in said
     copied = tmp_path / "nnUNet_preprocessed" / new.name / "splits_final.json"
     assert copied.read_text() == splits.read_text()
 
