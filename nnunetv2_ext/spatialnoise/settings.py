@@ -61,10 +61,10 @@ class SpatialNoiseSettings(Settings):
     )
     rho: float = Field(
         0.5,
-        gt=0,
+        ge=0,
         le=0.95,
-        description="spatial: correlation of errors between neighbours along the finest axis. Source: prototype; the "
-        "paper's .75 does not converge in 3-D.",
+        description="spatial: correlation of errors between neighbours along the finest axis; 0 is mode posterior. "
+        "Source: prototype; the paper's .75 does not converge in 3-D.",
     )
     mu: float = Field(
         -2.0, description="Mean of the error logit's prior: 12 % of the labels wrong. Source: paper's code."

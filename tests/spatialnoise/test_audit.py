@@ -140,7 +140,7 @@ def test_doubtful_voxels_go_under_ignore_in_a_new_dataset(no_panels, twenty, raw
     run = [twenty[1], "-o", tmp_path / "report", "-device", "cpu"]
     assert "above 0 and below 1" in refused([*run[:3], "--ignore-above", "1", "-d", 9], capsys)
     assert "give its id with -d" in refused([*run[:3], "--ignore-above", "0.6"], capsys)
-    assert "is taken" in refused([*run[:3], "--ignore-above", "0.6", "-d", 7], capsys)
+    assert "choose another id with -d" in refused([*run[:3], "--ignore-above", "0.6", "-d", 7], capsys)
     assert "give both" in refused([*run[:3], "-d", 9], capsys)
     assert not (tmp_path / "report").exists()
     splits = tmp_path / "nnUNet_preprocessed" / raw.name / "splits_final.json"
@@ -176,6 +176,9 @@ def test_bad_inputs_are_one_line(no_panels, twenty, raw, tmp_path, capsys) -> No
     assert "is not empty and no audit" in refused([saved, "-o", tmp_path / "full"], capsys)
     assert "neither a model folder nor" in refused([tmp_path / "full", "-o", out], capsys)
     assert "is in" in refused([saved, twenty[1], "-o", out], capsys)
+    (saved / "plans.json").rename(saved / "plan.json")
+    assert "plans.json is missing: copy it from the model" in refused([saved, "-o", out], capsys)
+    (saved / "plan.json").rename(saved / "plans.json")
     shutil.copy(saved / "phantom_000.npz", saved / "stranger.npz")
     assert "stranger has a prediction and no label" in refused([saved, "-o", out], capsys)
     (saved / "stranger.npz").unlink()
@@ -256,9 +259,22 @@ def test_no_fold_judges_what_it_has_trained_on(no_panels, folds, tiny, tmp_path,
     loaded.clear()
     assert main(["audit", str(folds), "-o", str(out), "-device", "cpu"]) == 0 and loaded == [[1]]
     capsys.readouterr()
+    said = refused([folds, "-o", tmp_path / "x", "-f", "all"], capsys)
+    assert "fold all has trained on every case" in said and "no numbered fold" not in said
+    assert "fold_7" in refused([folds, "-o", tmp_path / "x", "-f", "7"], capsys)
     (folds / "fold_0").rename(folds / "fold_all")
     shutil.rmtree(folds / "fold_1")
-    assert "only fold all: fold all has trained on every case" in refused([folds, "-o", tmp_path / "x"], capsys)
+    said = refused([folds, "-o", tmp_path / "x"], capsys)
+    assert "has no numbered fold" in said and "fold all has trained on every case" in said
+    cascade = folds.with_name(folds.name.replace("2d", "3d_cascade_fullres"))
+    shutil.copytree(folds, cascade)
+    (cascade / "fold_all").rename(cascade / "fold_0")
+    plans = json.loads((cascade / "plans.json").read_text())
+    stage = {**plans["configurations"]["3d_fullres"], "previous_stage": "3d_lowres"}
+    plans["configurations"] |= {"3d_cascade_fullres": stage}
+    (cascade / "plans.json").write_text(json.dumps(plans))
+    assert "last stage of a cascade" in refused([cascade, "-o", tmp_path / "x"], capsys)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_fold_without_its_split_is_refused(folds, tiny, tmp_path, monkeypatch, capsys) -> None:

@@ -124,6 +124,11 @@ def test_a_sure_teacher_corrects_and_an_unsure_one_does_not(mode) -> None:
     torch.testing.assert_close(found.target().sum(1), torch.ones(1, 6, 8))
     assert torch.equal(found.target(0.0), found.observed)
     assert found.given_up()[label == truth].max() < 0.1 and found.given_up()[label != truth].min() > 0.5
+    pointwise = SpatialNoiseSettings(mode="posterior", warmup=0.5)
+    if mode == "spatial":  # a field without correlation is the pointwise posterior
+        without = correct(logits_of(truth), label, settings.model_copy(update={"rho": 0.0}), None, False, (1.0, 1.0))
+        assert torch.equal(without.moved, correct(logits_of(truth), label, pointwise, None, False, (1.0, 1.0)).moved)
+        assert not torch.equal(without.moved, found.moved)
     unsure = correct(0.01 * logits_of(truth), label, settings, None, False, (1.0, 1.0))
     assert torch.equal(unsure.target().argmax(1, keepdim=True), label)
 
@@ -182,7 +187,7 @@ def test_a_class_that_the_teacher_never_says_keeps_its_labels() -> None:
     [
         ({"mode": "magic"}, "robust"),
         ({"mode": "spatial", "rho": 0.99}, "less than or equal to 0.95"),
-        ({"mode": "spatial", "rho": -0.1}, "greater than 0"),
+        ({"mode": "spatial", "rho": -0.1}, "greater than or equal to 0"),
         ({"mode": "spatial", "warmup": 1}, "never starts"),
         ({"q": 0}, "greater than 0"),
         ({"ema": 0.9}, "has none"),
