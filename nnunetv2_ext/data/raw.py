@@ -248,15 +248,15 @@ def require_consecutive_labels(labels: Mapping[str, Any], name: str) -> None:
         )
 
 
-def require_free_id(dataset_id: int) -> None:
-    """Raise ValueError if a dataset with this id is among raw data, preprocessed data or results."""
+def require_free_id(dataset_id: int, option: str = "-o") -> None:
+    """Raise ValueError if this id, given by `option`, is of a dataset in raw data, preprocessed data or results."""
     if not 1 <= dataset_id <= 999:
         raise ValueError(f"a dataset id is a number from 1 to 999, got {dataset_id}")
     taken = datasets_of_id(dataset_id)
     if taken:
         raise ValueError(
             f"dataset id {dataset_id} is taken by {', '.join(taken)} (raw data, preprocessed data or results) and "
-            "nothing is overwritten: choose another id with -o, or remove those folders"
+            f"nothing is overwritten: choose another id with {option}, or remove those folders"
         )
 
 

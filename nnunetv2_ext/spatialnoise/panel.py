@@ -48,7 +48,8 @@ def draw_panel(
     with matplotlib.style.context("default"):
         high = view.height(batch.data.shape[2:], spacing, 2.6)
         figure = Figure(figsize=(2.6 * 4 + 0.9, high * number + 1.3), layout="constrained")
-        figure.suptitle(f"{title}\naugmented patches; before the guard", fontsize=10, wrap=True)
+        note = "augmented patches; before the guard holds back classes that are not learnt"
+        figure.suptitle(f"{title}\n{note}", fontsize=10, wrap=True)
         for row, cells in enumerate(figure.subplots(number, 4, squeeze=False)):
             truth = target_to_labels(batch.top_target[row], labels)
             wrong = correction.given_up()[row, 0].cpu().numpy()

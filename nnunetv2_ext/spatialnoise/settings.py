@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from nnunetv2_ext.core.settings import Settings
+from nnunetv2_ext.spatialnoise.loss import RobustLoss
 from nnunetv2_ext.spatialnoise.posterior import Form
 
 
@@ -22,11 +23,16 @@ class SpatialNoiseSettings(Settings):
         "relabel, posterior, spatial: a moving-average teacher corrects labels late in the training; harmful where "
         "errors have one direction. Source: prototype.",
     )
+    loss: RobustLoss = Field(
+        "gce",
+        description="robust: what stands in the place of the cross-entropy. gce = generalised; controls: sce = "
+        "symmetric (Wang et al., arXiv 1908.06112), smoothing = label smoothing of 0.1.",
+    )
     q: float = Field(
         0.7,
         gt=0,
         le=1,
-        description="Exponent of robust, no unit: (1 - p^q) / q; towards 0 it is the cross-entropy, 1 is the absolute "
+        description="Exponent of gce, no unit: (1 - p^q) / q; towards 0 it is the cross-entropy, 1 is the absolute "
         "error. Source: Zhang & Sabuncu, arXiv 1805.07836, not tuned.",
     )
     warmup: float = Field(
@@ -55,10 +61,10 @@ class SpatialNoiseSettings(Settings):
     )
     rho: float = Field(
         0.5,
-        gt=0,
+        ge=0,
         le=0.95,
-        description="spatial: correlation of errors between neighbours along the finest axis. Source: prototype; the "
-        "paper's .75 does not converge in 3-D.",
+        description="spatial: correlation of errors between neighbours along the finest axis; 0 is mode posterior. "
+        "Source: prototype; the paper's .75 does not converge in 3-D.",
     )
     mu: float = Field(
         -2.0, description="Mean of the error logit's prior: 12 % of the labels wrong. Source: paper's code."
@@ -85,4 +91,11 @@ class SpatialNoiseSettings(Settings):
                 "spatialnoise.ema is the momentum of a teacher, and spatialnoise.mode=robust has none: leave it out, "
                 "or set another mode"
             )
+        if self.loss != "gce" and self.mode != "robust":
+            raise ValueError(
+                f"spatialnoise.loss={self.loss} is of spatialnoise.mode=robust, and mode {self.mode} keeps nnU-Net's "
+                "loss: leave one of them out"
+            )
+        if self.loss != "gce" and "q" in self.model_fields_set:
+            raise ValueError(f"spatialnoise.q is of spatialnoise.loss=gce, not of {self.loss}: leave one of them out")
         return self

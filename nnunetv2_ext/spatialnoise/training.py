@@ -18,7 +18,7 @@ from nnunetv2_ext.parts.ramps import momentum
 from nnunetv2_ext.parts.soft_loss import soft_loss
 from nnunetv2_ext.parts.teacher_training import TeacherTraining
 from nnunetv2_ext.spatialnoise.correction import Correction, Guard, correct
-from nnunetv2_ext.spatialnoise.loss import GeneralisedCrossEntropy
+from nnunetv2_ext.spatialnoise.loss import robust_loss
 from nnunetv2_ext.spatialnoise.panel import draw_panel
 from nnunetv2_ext.spatialnoise.settings import SpatialNoiseSettings
 
@@ -62,11 +62,11 @@ class SpatialNoiseTraining(TeacherTraining):
             )
 
     def _build_loss(self) -> nn.Module:
-        """nnU-Net's; in mode robust with the generalised cross-entropy in the place of its own."""
+        """nnU-Net's; in mode robust with another loss in the place of its cross-entropy."""
         loss = super()._build_loss()
         if self.spatialnoise.mode == "robust":
             inner = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
-            inner.ce = GeneralisedCrossEntropy(inner.ce, self.spatialnoise.q)
+            inner.ce = robust_loss(inner.ce, self.spatialnoise.loss, self.spatialnoise.q)
         return loss
 
     # ---- the step ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ import SimpleITK as sitk
 from nnunetv2_ext.cli import main
 from nnunetv2_ext.phantom import write_phantom_dataset
 from nnunetv2_ext.spatialnoise.audit import audit as module_of_audit
+from nnunetv2_ext.spatialnoise.audit import panel
+from nnunetv2_ext.spatialnoise.audit.audit import Audited
+from nnunetv2_ext.spatialnoise.audit.report import markdown
 from nnunetv2_ext.spatialnoise.audit.verdict import judge
 from tests.conftest import TinyDataset
 
@@ -113,6 +117,13 @@ def test_five_wrong_labels_of_twenty_come_first_and_nothing_else_is_touched(twen
     assert len(rows) == 60 and {row["case"] for row in rows[:15]} == set(WRONG)
     said = capsys.readouterr().out
     assert "It is not a proof" in said and "pointwise" in said and "control: Dice" in said
+    # one fold of five has not learnt a structure
+    assert "is not found" not in said
+    for record in found["cases"][5:9]:
+        record["classes"][2]["dice_label_prediction"] = 0.05
+    audited = Audited(SimpleNamespace(name="Dataset007_Phantom"), "", found["cases"], [], [], 0, out)
+    names = ", ".join(sorted(record["case"] for record in found["cases"][5:9]))
+    assert f"**organ_3 is not found (Dice below 0.1) in 4 of 20 cases that have it:** {names}." in markdown(audited)
     # a label that was corrected is judged anew, the others are not
     stamps = {p.name: p.stat().st_mtime_ns for p in (out / ".cases").glob("*.json")}
     case = found["cases"][0]["case"]
@@ -129,7 +140,7 @@ def test_doubtful_voxels_go_under_ignore_in_a_new_dataset(no_panels, twenty, raw
     run = [twenty[1], "-o", tmp_path / "report", "-device", "cpu"]
     assert "above 0 and below 1" in refused([*run[:3], "--ignore-above", "1", "-d", 9], capsys)
     assert "give its id with -d" in refused([*run[:3], "--ignore-above", "0.6"], capsys)
-    assert "is taken" in refused([*run[:3], "--ignore-above", "0.6", "-d", 7], capsys)
+    assert "choose another id with -d" in refused([*run[:3], "--ignore-above", "0.6", "-d", 7], capsys)
     assert "give both" in refused([*run[:3], "-d", 9], capsys)
     assert not (tmp_path / "report").exists()
     splits = tmp_path / "nnUNet_preprocessed" / raw.name / "splits_final.json"
@@ -150,7 +161,8 @@ def test_doubtful_voxels_go_under_ignore_in_a_new_dataset(no_panels, twenty, raw
         assert np.array_equal(label == 4, error > 0.6) and np.array_equal(label[label != 4], old[label != 4])
         total += int((label == 4).sum())
     assert total == sum(block["ignored_voxels"].values()) > 500
-    assert f"{total} voxels of" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{total} voxels of" in said and "next: nnUNetv2_plan_and_preprocess -d 9" in said
     copied = tmp_path / "nnUNet_preprocessed" / new.name / "splits_final.json"
     assert copied.read_text() == splits.read_text()
 
@@ -164,6 +176,9 @@ def test_bad_inputs_are_one_line(no_panels, twenty, raw, tmp_path, capsys) -> No
     assert "is not empty and no audit" in refused([saved, "-o", tmp_path / "full"], capsys)
     assert "neither a model folder nor" in refused([tmp_path / "full", "-o", out], capsys)
     assert "is in" in refused([saved, twenty[1], "-o", out], capsys)
+    (saved / "plans.json").rename(saved / "plan.json")
+    assert "plans.json is missing: copy it from the model" in refused([saved, "-o", out], capsys)
+    (saved / "plan.json").rename(saved / "plans.json")
     shutil.copy(saved / "phantom_000.npz", saved / "stranger.npz")
     assert "stranger has a prediction and no label" in refused([saved, "-o", out], capsys)
     (saved / "stranger.npz").unlink()
@@ -244,9 +259,22 @@ def test_no_fold_judges_what_it_has_trained_on(no_panels, folds, tiny, tmp_path,
     loaded.clear()
     assert main(["audit", str(folds), "-o", str(out), "-device", "cpu"]) == 0 and loaded == [[1]]
     capsys.readouterr()
+    said = refused([folds, "-o", tmp_path / "x", "-f", "all"], capsys)
+    assert "fold all has trained on every case" in said and "no numbered fold" not in said
+    assert "fold_7" in refused([folds, "-o", tmp_path / "x", "-f", "7"], capsys)
     (folds / "fold_0").rename(folds / "fold_all")
     shutil.rmtree(folds / "fold_1")
-    assert "only fold all: fold all has trained on every case" in refused([folds, "-o", tmp_path / "x"], capsys)
+    said = refused([folds, "-o", tmp_path / "x"], capsys)
+    assert "has no numbered fold" in said and "fold all has trained on every case" in said
+    cascade = folds.with_name(folds.name.replace("2d", "3d_cascade_fullres"))
+    shutil.copytree(folds, cascade)
+    (cascade / "fold_all").rename(cascade / "fold_0")
+    plans = json.loads((cascade / "plans.json").read_text())
+    stage = {**plans["configurations"]["3d_fullres"], "previous_stage": "3d_lowres"}
+    plans["configurations"] |= {"3d_cascade_fullres": stage}
+    (cascade / "plans.json").write_text(json.dumps(plans))
+    assert "last stage of a cascade" in refused([cascade, "-o", tmp_path / "x"], capsys)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_fold_without_its_split_is_refused(folds, tiny, tmp_path, monkeypatch, capsys) -> None:
@@ -296,3 +324,27 @@ def test_a_region_is_judged_by_its_own_probability() -> None:
     ]
     whole, core = found.classes
     assert whole["expected_wrong_voxels"] < 0.5 and core["of_these_labelled"] == pytest.approx(16, abs=0.5)
+
+
+def test_a_photograph_is_drawn_in_its_colours_and_a_volume_at_its_most_doubtful_slice(tmp_path, monkeypatch) -> None:
+    drawn: list[tuple[Any, ...]] = []
+    draw = panel.draw_slice
+    monkeypatch.setattr(
+        panel, "draw_slice", lambda *args, **more: drawn.append((args[1], more["title"])) or draw(*args, **more)
+    )
+    photo, classes = np.zeros((3, 1, 20, 30), np.float32), {1: "disc"}
+    photo[0] = 255
+    label = np.zeros((1, 20, 30), int)
+    label[0, 5:9, 5:9] = 1
+    common = (label, label, 0.9 * label, {"spacing": (999, 1, 1)}, classes, "", tmp_path / "photo.png")
+    panel.draw_case("photo", photo, *common)
+    assert [part.shape for part, _ in drawn] == [(20, 30, 3), (20, 30, 3), (20, 30)]
+    assert drawn[0][0][0, 0].tolist() == [1, 0, 0] and drawn[0][1] == "label"
+    drawn.clear()
+    error = np.zeros((4, 20, 30))
+    error[2, 3:6, 3:6] = 1
+    volume = np.arange(4.0)[:, None, None] + np.zeros((1, 4, 20, 30))
+    panel.draw_case(
+        "ct", volume, (error > 0).astype(int), 0 * error, error, {"spacing": (3, 1, 1)}, classes, "", tmp_path / "c.png"
+    )
+    assert all((part == 2).all() for part, _ in drawn) and "slice 2" in drawn[0][1]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nnunetv2_ext.parts.soft_loss import soft_loss
 from nnunetv2_ext.spatialnoise.advice import advice
 from nnunetv2_ext.spatialnoise.correction import Guard, correct
-from nnunetv2_ext.spatialnoise.loss import GeneralisedCrossEntropy
+from nnunetv2_ext.spatialnoise.loss import GeneralisedCrossEntropy, SymmetricCrossEntropy, robust_loss
 from nnunetv2_ext.spatialnoise.settings import SpatialNoiseSettings
 from nnunetv2_ext.trainers.nnUNetTrainerSpatialNoise import nnUNetTrainerSpatialNoise
 
@@ -38,6 +38,47 @@ def test_the_robust_loss_by_hand() -> None:
     far = torch.tensor([-30.0, 30.0]).view(1, 2, 1, 1).requires_grad_()
     loss(far, torch.zeros(1, 1, 1)).backward()
     assert far.grad.abs().max() < 1e-6  # the plain cross-entropy pulls with 1
+
+
+def test_the_controls_of_the_robust_loss_by_hand() -> None:
+    logits = torch.tensor([[[0.0, 2.0, 1.0]], [[0.0, 0.0, 0.0]]]).movedim(-1, 1)[..., None]  # (2, 3, 1, 1)
+    target = torch.tensor([0.0, 2.0]).view(2, 1, 1)
+    p = [1 / (1 + math.e**2 + math.e), 1 / 3]
+    symmetric = [-0.1 * math.log(x) + 4 * (1 - x) for x in p]
+    ln = math.log(1 + math.e**2 + math.e)  # log p = logit - ln
+    smooth = [0.9 * ln + 0.1 * (3 * ln - 3) / 3, math.log(3)]
+    for name, values in (("sce", symmetric), ("smoothing", smooth)):
+        assert robust_loss(RobustCrossEntropyLoss(), name, 0.7)(logits, target).item() == pytest.approx(sum(values) / 2)
+        ignoring = robust_loss(RobustCrossEntropyLoss(ignore_index=2), name, 0.7)
+        assert ignoring(logits, target).item() == pytest.approx(values[0])
+    answers = torch.tensor([2.0, 2.0]).view(1, 2, 1, 1), torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+    p = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))]
+    expected = {
+        "sce": [-0.1 * math.log(x) + 4 * (1 - x) for x in p],
+        "smoothing": [-0.95 * math.log(x) - 0.05 * math.log(1 - x) for x in p],
+    }
+    for name, values in expected.items():
+        found = robust_loss(nn.BCEWithLogitsLoss(reduction="none"), name, 0.7)(*answers)  # of an ignore label
+        assert found.flatten().tolist() == pytest.approx(values)
+        assert robust_loss(nn.BCEWithLogitsLoss(), name, 0.7)(*answers).item() == pytest.approx(sum(values) / 2)
+
+
+@pytest.mark.parametrize("name", ["gce", "sce", "smoothing"])
+@pytest.mark.parametrize("regions", [False, True])
+def test_no_robust_loss_pulls_at_ignored_voxels(name, regions) -> None:
+    options = {"batch_dice": True, "smooth": 1e-5, "do_bg": regions, "ddp": False}
+    logits = torch.randn(2, 2, 6, 6, requires_grad=True)
+    if regions:
+        loss = DC_and_BCE_loss({}, options, use_ignore_label=True, dice_class=MemoryEfficientSoftDiceLoss)
+        target = torch.randint(0, 2, (2, 3, 6, 6)).float()
+        target[:, 2] = torch.arange(6) < 3
+    else:
+        loss = DC_and_CE_loss(options, {}, ignore_label=2, dice_class=MemoryEfficientSoftDiceLoss)
+        target = torch.randint(0, 2, (2, 1, 6, 6))
+        target[..., :3] = 2
+    loss.ce = robust_loss(loss.ce, name, 0.7)
+    loss(logits, target).backward()
+    assert (logits.grad[..., :3] == 0).all() and (logits.grad[..., 3:] != 0).all()
 
 
 @pytest.mark.parametrize("regions", [False, True])
@@ -83,6 +124,11 @@ def test_a_sure_teacher_corrects_and_an_unsure_one_does_not(mode) -> None:
     torch.testing.assert_close(found.target().sum(1), torch.ones(1, 6, 8))
     assert torch.equal(found.target(0.0), found.observed)
     assert found.given_up()[label == truth].max() < 0.1 and found.given_up()[label != truth].min() > 0.5
+    pointwise = SpatialNoiseSettings(mode="posterior", warmup=0.5)
+    if mode == "spatial":  # a field without correlation is the pointwise posterior
+        without = correct(logits_of(truth), label, settings.model_copy(update={"rho": 0.0}), None, False, (1.0, 1.0))
+        assert torch.equal(without.moved, correct(logits_of(truth), label, pointwise, None, False, (1.0, 1.0)).moved)
+        assert not torch.equal(without.moved, found.moved)
     unsure = correct(0.01 * logits_of(truth), label, settings, None, False, (1.0, 1.0))
     assert torch.equal(unsure.target().argmax(1, keepdim=True), label)
 
@@ -141,10 +187,13 @@ def test_a_class_that_the_teacher_never_says_keeps_its_labels() -> None:
     [
         ({"mode": "magic"}, "robust"),
         ({"mode": "spatial", "rho": 0.99}, "less than or equal to 0.95"),
-        ({"mode": "spatial", "rho": -0.1}, "greater than 0"),
+        ({"mode": "spatial", "rho": -0.1}, "greater than or equal to 0"),
         ({"mode": "spatial", "warmup": 1}, "never starts"),
         ({"q": 0}, "greater than 0"),
         ({"ema": 0.9}, "has none"),
+        ({"loss": "huber"}, "smoothing"),
+        ({"loss": "sce", "mode": "relabel"}, "leave one of them out"),
+        ({"loss": "smoothing", "q": 0.5}, "leave one of them out"),
     ],
 )
 def test_wrong_settings_are_refused_with_their_remedy(wrong, words) -> None:
@@ -172,6 +221,9 @@ def test_the_default_changes_the_cross_entropy_and_nothing_else(make_trainer, fi
     trainer.loss.loss.ce.q = 1e-4
     assert trainer.loss(trainer.forward(batch), batch.target) != robust
     assert trainer.loss_passes(batch).names == ("supervised",)
+    control = make_trainer(nnUNetTrainerSpatialNoise, "spatialnoise.loss=sce")
+    control.initialize()
+    assert isinstance(control.loss.loss.ce, SymmetricCrossEntropy)
 
 
 def test_the_correction_starts_after_the_warmup_and_grows(make_trainer) -> None:

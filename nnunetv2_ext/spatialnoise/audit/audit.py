@@ -13,6 +13,7 @@ from nnunetv2_ext.core.files import atomic_write_text, read_json, require_writab
 from nnunetv2_ext.core.labelmaps import names_of_values, structures_of
 from nnunetv2_ext.core.progress import progress_bar
 from nnunetv2_ext.data.case import read_image, spacing_of
+from nnunetv2_ext.data.channels import are_colours, channel_names
 from nnunetv2_ext.data.find import RAW, nnunet_folder
 from nnunetv2_ext.data.preprocessed import file_stamp
 from nnunetv2_ext.data.raw import RawDataset, declared_values, open_raw
@@ -173,11 +174,14 @@ def _judge_case(
         rho,
     )
     write_map(found.error, properties, output / MAPS / f"{case}.nii.gz")
-    image, of_image = read_image(case, dataset.files[case]["images"][:1], dataset.reader)
-    wrong = f"about {found.summary['expected_wrong_voxels']:.0f} wrong voxels"
+    colours = are_colours(channel_names(dataset.json))  # in one file or in three
+    image, of_image = read_image(case, dataset.files[case]["images"][: 3 if colours else 1], dataset.reader)
+    unit = "voxels" if len(label) > 1 else "pixels"
+    wrong = f"about {found.summary['expected_wrong_voxels']:.0f} wrong {unit}"
     subtitle = f"{wrong}, {found.summary['score']:.1%} of its structures"
     classes = names if dataset.ignore is None else {**names, dataset.ignore: "ignore"}
-    draw_case(case, image[0], label, segmentation, found.error, of_image, classes, subtitle, work / f"{case}.png")
+    shown, panel = image[: 3 if colours else 1], work / f"{case}.png"
+    draw_case(case, shown, label, segmentation, found.error, of_image, classes, subtitle, panel)
     return {"summary": found.summary, "classes": found.classes, "regions": found.regions}
 
 

@@ -32,7 +32,7 @@ def require_request(threshold: float, target_id: int | None) -> int:
         raise ValueError(f"--ignore-above is a probability above 0 and below 1, got {threshold}")
     if target_id is None:
         raise ValueError("--ignore-above writes a new dataset: give its id with -d")
-    require_free_id(target_id)
+    require_free_id(target_id, "-d")
     return target_id
 
 

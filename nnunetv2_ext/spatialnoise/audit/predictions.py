@@ -57,7 +57,8 @@ class OfFolds:
         device: of torch.
 
     Raises:
-        ValueError: no finished fold but ``all``, no split, a fold that the split lacks, or every case is known to all.
+        ValueError: no finished fold but ``all``, a cascade, no split, a fold that the split lacks, or every case is
+            known to all.
     """
 
     def __init__(self, folder: Path, folds: Sequence[str] | None, checkpoint: str, device: str) -> None:
@@ -65,12 +66,12 @@ class OfFolds:
         if model is None:
             raise ValueError(f"{folder} is not a model folder named TRAINER__PLANS__CONFIGURATION")
         there = [f for f in model.folds() if (model.folder / f"fold_{f}" / checkpoint).is_file()]
-        wanted = list(folds) if folds else [f for f in there if f != "all"]
+        wanted = list(dict.fromkeys(folds or [f for f in there if f != "all"]))
         if not wanted or "all" in wanted:
-            only = ", only fold all" if "all" in there else ""
+            named = "" if wanted else f"{model.folder} has no numbered fold with {checkpoint}: "
             raise ValueError(
-                f"{model.folder} has no numbered fold with {checkpoint}{only}: fold all has trained on every case, and "
-                "who has learnt a label does not find its errors; train the folds 0 to 4, or give -chk"
+                f"{named}fold all has trained on every case, and who has learnt a label does not find its errors; "
+                "train the folds 0 to 4, or give others with -f or -chk"
             )
         self._folder, self._checkpoint, self._device = model.folder, checkpoint, device
         files = {fold: find_checkpoint(model.folder, fold, checkpoint) for fold in wanted}
@@ -78,6 +79,11 @@ class OfFolds:
         self.dataset_json = read_json(model.folder / "dataset.json")
         plans = read_json(model.folder / "plans.json")
         self.plans = PlansManager(plans)
+        if self.plans.get_configuration(model.configuration).previous_stage_name is not None:
+            raise ValueError(
+                f"{model.folder} is the last stage of a cascade, which needs the previous stage's segmentations: "
+                "validate its folds with nnUNetv2_train ... --val --npz, and give the folders fold_*/validation"
+            )
         self._data = open_preprocessed(model.dataset, model.configuration, str(plans["plans_name"]))
         if not self._data.splits_file.is_file():
             raise ValueError(

@@ -12,6 +12,9 @@ from nnunetv2_ext.spatialnoise.audit.audit import MAPS, PANELS, Audited, panel_n
 from nnunetv2_ext.spatialnoise.audit.verdict import FLAGGED, MOST_REGIONS, SMALLEST_REGION
 
 _SHOWN = 30  # cases and regions in the Markdown tables; the CSV files have all
+# A Dice below which a structure is not found, and the share of its cases from which on the model is to blame: one fold
+# of five is a fifth. Of labels alone with the worst errors of examples/label_errors.py it was a fourteenth
+_NOT_FOUND, _NOT_LEARNT = 0.1, 0.15
 
 
 def write_report(found: Audited) -> str:
@@ -51,8 +54,9 @@ def markdown(found: Audited) -> str:
         "- Every voxel was judged by itself (pointwise)."
         if found.rho == 0
         else f"- Neighbours support one another (field, rho {found.rho:g}). The column 1 - p is pointwise.",
-        "- Control columns: 1 - p is the same share by the network's own probability; Dice is that of label and "
-        "prediction. A ranking that agrees with the control has told you nothing that it would not.",
+        "- Control columns: 1 - p is the same share by the network's own probability (above 1 where the network is "
+        "unsure of the whole image); Dice is that of label and prediction. A ranking that agrees with the control has "
+        "told you nothing that it would not.",
         "- What all annotators leave out, the model leaves out too. No audit finds that.",
         f"- Pictures, worst first: `{PANELS}/`. Maps to load over the images: `{MAPS}/`. All numbers: `cases.csv`, "
         "`regions.csv`, `audit.json`.",
@@ -68,8 +72,14 @@ def markdown(found: Audited) -> str:
         ),
     ):
         if names:
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            lines += [f"**{len(names)} cases {why}:** {', '.join(names[:10])}{more}.", ""]
+            lines += [f"**{len(names)} cases {why}:** {_listed(names)}.", ""]
+    for name, cases, number in _not_learnt(found):
+        lines += [
+            f"**{name} is not found (Dice below {_NOT_FOUND:g}) in {len(cases)} of {number} cases that have it:** "
+            f"{_listed(cases)}. A model that has not learnt a structure cannot judge its labels. Look at that fold, "
+            "and train longer before you believe the ranks of these cases.",
+            "",
+        ]
     lines += ["## Cases", "", f"The worst {min(_SHOWN, len(found.records))} of {len(found.records)}.", ""]
     lines += [
         "| rank | case | expected wrong voxels | share | control: 1 - p | control: Dice | largest doubtful region |"
@@ -99,6 +109,25 @@ def markdown(found: Audited) -> str:
     if not regions:
         lines.append("| none | | | | | | | |")
     return "\n".join(lines) + "\n"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _not_learnt(found: Audited) -> list[tuple[str, list[str], int]]:
+    """Structures that the model misses too often, with these cases and the number of cases that have it."""
+    dice: dict[str, dict[str, float]] = {}
+    for record in found.records:
+        for row in record["classes"]:
+            if row["labelled_voxels"]:
+                dice.setdefault(row["class"], {})[record["case"]] = row["dice_label_prediction"]
+    missed = {name: sorted(case for case in all_ if all_[case] < _NOT_FOUND) for name, all_ in dice.items()}
+    return [
+        (name, cases, len(dice[name]))
+        for name, cases in missed.items()
+        if len(cases) > 1 and len(cases) >= _NOT_LEARNT * len(dice[name])
+    ]
 
 
 _NO_REGION = {

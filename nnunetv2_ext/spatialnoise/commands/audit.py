@@ -57,4 +57,5 @@ def run(args: argparse.Namespace) -> int:
     if args.ignore_above is not None:
         folder, voxels, cases = ignore_doubtful(found, args.ignore_above, args.d)
         print(f"wrote {folder}: {voxels} voxels of {cases} cases are ignored")
+        print(f"next: nnUNetv2_plan_and_preprocess -d {args.d}, and a training with any trainer")
     return 0
