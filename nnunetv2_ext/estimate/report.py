@@ -17,9 +17,9 @@ from nnunetv2_ext.core.files import atomic_write_text
 from nnunetv2_ext.core.labelmaps import names_of_values
 from nnunetv2_ext.core.orientation import directions_of, view_across
 from nnunetv2_ext.data.case import find_reader, read_image, read_label_map, spacing_of
-from nnunetv2_ext.estimate.apply import Result
 from nnunetv2_ext.estimate.calibration import ALPHA, MIN_LOCAL, Calibration, quality
 from nnunetv2_ext.estimate.fit import NOT_A_MEASUREMENT, Fitted
+from nnunetv2_ext.estimate.result import Result
 
 RANKING = (
     "If these images are of another site, scanner or sequence than the training cases, the numbers are a ranking, not "

@@ -59,7 +59,7 @@ METHOD = Method(
     # faiss-gpu before 1.14.3 is for Python <= 3.10
     requires=(f"faiss-gpu>=1.14.3; {_LINUX_X86_64}", f"faiss-cpu; {_ELSEWHERE}"),
     card="methods/jras.md",
-    citation="Ahmed, Mohammed, & Asilian Bidgoli (2025). J-RAS: Enhancing Medical Image Segmentation via "
-    "Retrieval-Augmented Joint Training. arXiv:2510.09953",
+    citation="Ahmed, S. J., Mohammed, E. A., & Asilian Bidgoli, A. (2025). J-RAS: Enhancing Medical Image Segmentation "
+    "via Retrieval-Augmented Joint Training. arXiv:2510.09953",
     advice="nnunetv2_ext.jras.advice:advice",
 )

@@ -20,6 +20,6 @@ METHOD = Method(
         )
     },
     card="methods/med2d.md",
-    citation="Chowdhury, Sabrin, et al. (2025). Med-2D SegNet: A Light Weight Deep Neural Network for Medical 2D Image "
-    "Segmentation. arXiv:2504.14715",
+    citation="Sabrin, L., Chowdhury, M. S., Tapu, S., Sarkar, N. K., & Ali, F. B. (2025). Med-2D SegNet: A Light "
+    "Weight Deep Neural Network for Medical 2D Image Segmentation. arXiv:2504.14715",
 )

@@ -32,6 +32,6 @@ METHOD = Method(
     extras={"photo": ("segmentation-models-pytorch>=0.5", "safetensors")},
     card="methods/photo.md",
     advice="nnunetv2_ext.photo.advice:advice",
-    citation="Boulaabi, Ben Aicha Gader, Kacem Echi, & Mbarek (2024). Advanced Segmentation of "
+    citation="Boulaabi, M., Ben Aïcha Gader, T., Kacem Echi, A., & Mbarek, S. (2024). Advanced Segmentation of "
     "Diabetic Retinopathy Lesions Using DeepLabv3+. AICCSA 2024. arXiv:2504.17306",
 )

@@ -1,5 +1,8 @@
 """Settings of the photo trainer, ``photo.*``."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import Field
 
 from nnunetv2_ext.core.settings import LOCAL_PATH, STRUCTURAL, Settings
@@ -7,6 +10,12 @@ from nnunetv2_ext.core.settings import LOCAL_PATH, STRUCTURAL, Settings
 
 class PhotoSettings(Settings):
     """Network and start; the optimiser's are common settings (``optimizer``, ``initial_lr``, ``weight_decay``)."""
+
+    # common keys
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "encoder_lr": "encoder_lr_factor",
+        "freeze_encoder_epochs": "freeze_encoder_epochs",
+    }
 
     architecture: str = Field(
         "Unet",
@@ -26,8 +35,4 @@ class PhotoSettings(Settings):
         json_schema_extra=LOCAL_PATH,
         description="file with the encoder's pre-trained weights, read once at the start of the training; none: random "
         "weights, which lost all of the gain on colour photographs and little on grey micrographs",
-    )
-    encoder_lr: float = Field(1.0, ge=0, description="factor of the learning rate for the encoder. Source: ours")
-    freeze_encoder_epochs: int = Field(
-        0, ge=0, description="epochs at the start in which the encoder's weights stay as they were. Source: ours"
     )

@@ -3,21 +3,16 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from pydantic import BaseModel
 
 from nnunetv2_ext.core.checkpoint import unwrap
 from nnunetv2_ext.parts.architecture import replace_architecture, require_2d
-from nnunetv2_ext.parts.schedule import ScaledPolyLR
 from nnunetv2_ext.parts.trainer import MethodTrainer
 from nnunetv2_ext.photo.network import SMPNetwork
 from nnunetv2_ext.photo.panel import draw_panel
 from nnunetv2_ext.photo.plans import NETWORK, architecture
 from nnunetv2_ext.photo.settings import PhotoSettings
 from nnunetv2_ext.photo.weights import load_encoder
-
-ENCODER = "encoder"  # name of its group in the optimiser
 
 
 class PhotoTraining(MethodTrainer):
@@ -69,38 +64,8 @@ class PhotoTraining(MethodTrainer):
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Nothing: these networks have one output."""
 
-    def configure_optimizers(self, *args: Any, **kwargs: Any) -> tuple[torch.optim.Optimizer, Any]:
-        """The encoder in a group of its own, at ``encoder_lr`` times the rate.
-
-        Raises:
-            ValueError: the rates differ and the base trainer has a schedule of its own.
-        """
-        optimizer, scheduler = super().configure_optimizers(*args, **kwargs)
-        if self.photo.encoder_lr == 1:
-            return optimizer, scheduler
-        if type(scheduler) is not PolyLRScheduler:
-            raise ValueError(
-                f"photo.encoder_lr goes with nnU-Net's schedule, not {type(scheduler).__name__}: leave it 1"
-            )
-        encoder = {id(p) for p in self._network.encoder.parameters()}
-        group = optimizer.param_groups[0]
-        mine = [p for p in group["params"] if id(p) in encoder]
-        group["params"] = [p for p in group["params"] if id(p) not in encoder]
-        optimizer.add_param_group({"params": mine, "lr_scale": self.photo.encoder_lr, "name": ENCODER})
-        return optimizer, ScaledPolyLR(optimizer, self.initial_lr, self.num_epochs)
-
     def draw_panel(self, path: Path) -> None:
         """Patches of the last batch with truth and prediction."""
         if self.last_batch is not None:
             title = f"{self.picture_title}, epoch {self.current_epoch - 1}"
             draw_panel(self, self.on_device(self.last_batch), path, title)
-
-    def on_train_epoch_start(self) -> None:
-        """nnU-Net's; in the first epochs the encoder is frozen, its running statistics too."""
-        super().on_train_epoch_start()
-        encoder = self._network.encoder
-        frozen = self.current_epoch < self.photo.freeze_encoder_epochs
-        for parameter in encoder.parameters():
-            parameter.requires_grad_(not frozen)
-        if frozen:
-            encoder.eval()

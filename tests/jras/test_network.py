@@ -143,7 +143,8 @@ def test_a_cascades_channels_are_zero_for_guides(make_network):
         ((64, 64), [1, 2, 2, 2], 2),  # a quarter, 16 cells
         ((128, 128, 128), [1, 2, 2, 2, 2, 2], 3),  # a quarter would be 32,768 cells
         ((512, 512), [1, 2, 2, 2, 2, 2], 3),
-        ((40, 56, 40), [1, 2, 2, 2], 1),  # a quarter has 10
+        ((40, 56, 40), [1, 2, 2, 2], 2),  # 10 cells along an axis; a half would have 11,200 in all
+        ((24, 32, 24), [1, 2, 2, 2], 1),  # 2,304 cells
         ((16, 16), [1, 2, 2], 0),
         ((64, 64), [1, 2, 2], 1),  # the bottleneck has no skip
     ],

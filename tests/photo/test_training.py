@@ -64,8 +64,9 @@ def test_without_weights_it_warns(build) -> None:
     assert "photo.weights is not set" in log
 
 
-def test_the_encoder_has_a_rate_of_its_own(build) -> None:
-    trainer = build("photo.encoder_lr=0.1 initial_lr=0.002")
+@pytest.mark.parametrize("key", ["encoder_lr_factor", "photo.encoder_lr"])  # the latter: its name before
+def test_the_encoder_has_a_rate_of_its_own(build, key: str) -> None:
+    trainer = build(f"{key}=0.1 initial_lr=0.002")
     trainer.initialize()
     rates = {group.get("name"): group["lr"] for group in trainer.optimizer.param_groups}
     assert type(trainer.optimizer).__name__ == "AdamW"
@@ -76,7 +77,7 @@ def test_the_encoder_has_a_rate_of_its_own(build) -> None:
 
 
 def test_a_frozen_encoder_keeps_weights_and_statistics_until_it_thaws(build) -> None:
-    trainer = build("photo.freeze_encoder_epochs=1")
+    trainer = build("freeze_encoder_epochs=1")
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     before = encoder_of(trainer)
