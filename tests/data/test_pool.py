@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunetv2_ext.cli import main as ext_main
 from nnunetv2_ext.data import fill_pool as module
@@ -54,9 +55,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres", "3d_lowres"])
 def test_a_pool_is_what_the_own_preprocessor_makes_and_the_labelled_data_stay(own, scans, configuration) -> None:
-    target = open_preprocessed(own.dataset_id, configuration, "tiny")
+    if configuration == "3d_lowres":
+        plans = own.plans()
+        known = plans["configurations"]
+        known["3d_lowres"] = known["3d_fullres"] | {"data_identifier": "tiny_3d_lowres", "spacing": [2.0, 2.0, 1.0]}
+        (own.preprocessed / own.name / "tiny.json").write_text(json.dumps(plans))
+    target = open_preprocessed(own.dataset_id, configuration, "tiny", files=False)
     before = content(target.folder), content(own.raw)
     pool = fill(own, scans, configuration=configuration)
     assert (content(target.folder), content(own.raw)) == before
@@ -64,7 +70,7 @@ def test_a_pool_is_what_the_own_preprocessor_makes_and_the_labelled_data_stay(ow
     assert open_pool(target.base, target.plans, target.configuration, configuration) == pool
 
     folder, case = pool.data_folder, "new_1"
-    data, inside, _, properties = target._dataset_class(str(folder), [case]).load_case(case)
+    data, inside, _, properties = infer_dataset_class(str(folder))(str(folder), [case]).load_case(case)
     preprocessor = target.configuration.preprocessor_class(verbose=False)
     arguments = target.plans, target.configuration, target.dataset_json
     wanted, seg, _ = preprocessor.run_case([str(scans / f"{case}_0000.nii.gz")], None, *arguments)
