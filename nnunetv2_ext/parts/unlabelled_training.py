@@ -122,7 +122,7 @@ class UnlabelledTraining(UnlabelledCases, TeacherTraining):
             data = torch.from_numpy(np.asarray(self._unlabelled_dataset.load_case(case)[0][:]))
             logits = predictor.predict_sliding_window_return_logits(data)
             regions = self.label_manager.has_regions
-            foreground = (logits > 0).any(0) if regions else logits.argmax(0) > 0
+            foreground = (logits > 0).any(0) if regions else logits.max(0).indices > 0
             voxels = np.argwhere(foreground.cpu().numpy())
             if len(voxels) > _VOXELS:
                 voxels = voxels[random.choice(len(voxels), _VOXELS, replace=False)]
