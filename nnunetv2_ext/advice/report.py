@@ -78,6 +78,7 @@ def _seen(facts: DatasetFacts) -> list[tuple[str, str]]:
     elsewhere = f"{facts.test_cases} in imagesTs" + (
         f", {len(facts.without_label)} in imagesTr without a label" if facts.without_label else ""
     )
+    elsewhere += f", {facts.plans.pool} in the pool" if facts.plans and facts.plans.pool else ""
     patterns = {
         "dense": "every voxel",
         "slices": "a few whole slices a volume, the rest ignored",

@@ -21,6 +21,10 @@ def as_text(report: Report) -> str:
     blocks.append(f"Prediction, patch without the added channel\n{_times(report, MISSING)}")
     blocks.append(f"Memory of a training step\n{_memory(report)}")
     blocks.append(f"Where a step's time goes, {report.options['batches'][0]} batch (wall)\n{_parts(report)}")
+    if report.options["workers"]:
+        blocks.append(
+            f"Waiting for the loader, {report.options['workers']} worker process(es) (wall)\n{_loading(report)}"
+        )
     blocks += [_notes(report), _failures(report)]
     return "\n\n".join(block for block in blocks if block and not block.endswith("\n"))
 
@@ -116,6 +120,14 @@ def _parts(report: Report) -> str:
         if total:
             cells = (r.parts.get(name) for name in names)
             rows.append([r.label, *("" if c is None else f"{c * 1000:.1f} ms {c / total:4.0%}" for c in cells)])
+    return grid(rows) if rows[1:] else ""
+
+
+def _loading(report: Report) -> str:
+    rows = [["trainer", "step", "wait for its batch", "share of waiting"]]
+    for r in report.measured:
+        wait, step = (f"{r.loading[name] * 1000:.1f} ms" for name in ("wait", "step"))
+        rows.append([r.label, step, wait, f"{r.loading['share']:.1%}"])
     return grid(rows) if rows[1:] else ""
 
 

@@ -65,6 +65,7 @@ class Result:
     parts: dict[str, float] = field(default_factory=dict)  # of a step, in seconds
     # bytes: allocator_peak (CUDA) or saved_tensors and, of a process of its own, resident_before and resident_peak
     memory: dict[str, int] = field(default_factory=dict)
+    loading: dict[str, float] = field(default_factory=dict)  # with workers; see loading.measure_loading
     failure: str | None = None  # why there are no figures
 
     def rounds(self, what: str) -> Rounds:

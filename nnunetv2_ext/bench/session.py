@@ -16,7 +16,7 @@ import torch
 from nnunetv2_ext import __version__
 from nnunetv2_ext.bench import memory
 from nnunetv2_ext.bench.candidates import Candidate, check_settings, find_trainer, promise_of
-from nnunetv2_ext.bench.isolated import one_line, resident_size
+from nnunetv2_ext.bench.isolated import loading, one_line, resident_size
 from nnunetv2_ext.bench.parts import measure_parts
 from nnunetv2_ext.bench.result import MISSING, PREDICT, Report, Result, Rounds
 from nnunetv2_ext.bench.subject import BATCHES, Subject, Target, dry_environment
@@ -36,9 +36,10 @@ class Options:
     warm_up: int = 2  # steps before the first round, not counted
     batches: tuple[str, ...] = BATCHES
     resident: bool = True  # also measure the resident size in a process of its own (CPU only)
+    workers: int = 0  # of the loader, of which the wait is measured in a process of its own; 0: it is not
 
     def __post_init__(self) -> None:
-        for name, lowest in (("rounds", 1), ("steps_per_round", 1), ("warm_up", 0)):
+        for name, lowest in (("rounds", 1), ("steps_per_round", 1), ("warm_up", 0), ("workers", 0)):
             if (given := getattr(self, name)) < lowest:
                 raise ValueError(f"--{name.replace('_', '-')} must be {lowest} or more, but it is {given}")
 
@@ -73,11 +74,13 @@ class Session:
         if self.target.threads is not None:
             torch.set_num_threads(self.target.threads)
         measure_resident = o.resident and self.device.type == "cpu"
-        turns = measure_resident + 3 + o.rounds * (len(o.batches) + 1)
+        turns = measure_resident + (o.workers > 0) + 3 + o.rounds * (len(o.batches) + 1)
         try:
             with progress_bar(turns * len(self.candidates), "bench") as self._bar, dry_environment():
                 if measure_resident:
                     self._each("resident size", self._measure_resident, running=False)
+                if o.workers:
+                    self._each("loading", self._measure_loading, running=False)
                 self._each("building, memory", self._build, running=False)
                 self._each("warm-up", self._warm_up)
                 for what in (*o.batches, PREDICT):
@@ -112,6 +115,11 @@ class Session:
     def _measure_resident(self, index: int) -> None:
         sizes = resident_size(self.candidates[index], self.target, self._memory_steps, self.options.batches[0])
         self.results[index].memory |= {f"resident_{name}": size for name, size in sizes.items()}
+
+    def _measure_loading(self, index: int) -> None:
+        o = self.options
+        steps = o.rounds * o.steps_per_round
+        self.results[index].loading = loading(self.candidates[index], self.target, steps, o.workers)
 
     def _build(self, index: int) -> None:
         memory.release()

@@ -40,14 +40,14 @@ class Target:
 
 
 @contextlib.contextmanager
-def dry_environment() -> Iterator[Path]:
-    """nnUNet_results is a temporary folder, data are loaded in this process, and what nnU-Net prints is swallowed.
+def dry_environment(workers: int = 0) -> Iterator[Path]:
+    """nnUNet_results is a temporary folder, data are loaded by so many workers, and what nnU-Net prints is swallowed.
 
     nnU-Net's own ``splits_final.json`` is still written into the preprocessed dataset if it is missing there, as
     training would.
     """
     with tempfile.TemporaryDirectory(prefix="nnunetv2_ext_bench_", ignore_cleanup_errors=True) as folder:
-        changed = {"nnUNet_results": folder, "nnUNet_n_proc_DA": "0"}
+        changed = {"nnUNet_results": folder, "nnUNet_n_proc_DA": str(workers)}
         with patch.dict(os.environ, changed), contextlib.redirect_stdout(io.StringIO()):
             yield Path(folder)
 

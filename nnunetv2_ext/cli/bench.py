@@ -13,7 +13,7 @@ Example:
   nnUNetv2_ext bench -d 4 -c 3d_fullres -tr nnUNetTrainerExt "nnUNetTrainerExt:batch_size=4" --plot cost.png
 
 Nothing is written into nnUNet_results. Every trainer steps on one fixed batch, so loading and augmentation do not
-count.
+count; --workers 2 adds the share of a step that waits for them.
 Exit status: 0, or 1 if a trainer failed (the others are still reported).
 """
 
@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "%(default)s)", choices=("both", "real", "synthetic"), default="both")  # fmt: skip
     add("--threads", help="torch's CPU threads; 1 gives the steadiest CPU times", type=int)
     add("--no-resident", help="on the CPU, start no process per trainer for its resident size", action="store_true")
+    add("--workers", help="also measure how long a step waits for so many loader processes (nnUNet_n_proc_DA)",
+        type=int, default=0)  # fmt: skip
     add("--json", help="write everything that was measured", type=Path, metavar="FILE")
     add("--plot", help="write a bar chart (PNG)", type=Path, metavar="FILE")
 
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     require_fold(base, args.f)
     target = Target(base.name, args.c, args.p, fold, device, args.threads)
     kinds = BATCHES if args.batches == "both" else (args.batches,)
-    options = Options(args.rounds, args.steps_per_round, args.warm_up, kinds, not args.no_resident)
+    options = Options(args.rounds, args.steps_per_round, args.warm_up, kinds, not args.no_resident, args.workers)
     report = Session(target, candidates, options).run()
     print(as_text(report))
     if args.json is not None:

@@ -59,10 +59,14 @@ class DataTrainer(SettingsTrainer):
         names = self.plans_manager.dataset_name, type(self).__name__, self.configuration_name, f"fold {self.fold}"
         return ", ".join(names)
 
+    def folder_of_case(self, case: str) -> Path:
+        """Where a case lies as nnU-Net preprocesses it."""
+        return Path(self.preprocessed_dataset_folder)
+
     def directions_of_case(self, case: str) -> Array | None:
         """Where the axes of a preprocessed case point in the patient (core/orientation.py); None: not known."""
         try:
-            properties = load_pickle(str(Path(self.preprocessed_dataset_folder) / f"{case}.pkl"))
+            properties = load_pickle(str(self.folder_of_case(case) / f"{case}.pkl"))
         except OSError:  # for pictures only
             return None
         return directions_of(properties, self.plans_manager.transpose_forward)

@@ -79,6 +79,15 @@ class CaseCache:
         return f"{case}.{digest(state)}{self._ending}"
 
 
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file's content."""
+    content = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
+
+
 def digest(value: Any) -> str:
     """16 hexadecimal digits that stand for a JSON-serialisable value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -27,6 +27,7 @@ from nnunetv2_ext.data.find import (
 )
 from nnunetv2_ext.data.fingerprint import needs_fix
 from nnunetv2_ext.data.mirror import MirrorPair, pairs_by_name, pairs_by_shape, thumbnail
+from nnunetv2_ext.data.pool import pools_folder, read_pool
 from nnunetv2_ext.data.raw import RawDataset, open_raw, problems
 from nnunetv2_ext.data.split import SPLIT, read_split
 from nnunetv2_ext.data.subjects import PairsSuggested, divided, pairs_suggested, subjects_of_dataset
@@ -64,6 +65,7 @@ class PlansFacts(NamedTuple):
     batch_size: int
     preprocessed: bool  # its folder is there
     wrong_intensities: bool  # CT, normalised by intensities that count ignored voxels as foreground
+    pool: int  # unlabelled cases, preprocessed for this configuration (data/pool.py)
 
 
 class Trained(NamedTuple):
@@ -313,6 +315,7 @@ def _plans_facts(plans: PlansManager, configuration: str, base: Path, ignore: in
             int(of.batch_size),
             (base / of.data_identifier).is_dir(),
             ignore is not None and needs_fix(plans.plans, base),
+            0 if (pool := read_pool(pools_folder(base) / of.data_identifier)) is None else len(pool.cases),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(

@@ -227,10 +227,11 @@ def _preprocess_one(
     _remove(folder, case)  # of a run that was killed: blosc2 writes over nothing
     try:
         preprocessor.run_case_save(str(folder / case), [], None, *arguments)
-    except RuntimeError as error:  # blosc2's word for every failed write
+    except (OSError, RuntimeError) as error:  # blosc2's word for every failed write
         _remove(folder, case)
         raise ValueError(
-            f"case {case} cannot be written to {folder} ({error}): look at the free space there"
+            f"case {case} cannot be written to {folder} ({error}): look at the free space there, and run the same "
+            "command again, which goes on"
         ) from error
     except BaseException:
         _remove(folder, case)

@@ -57,7 +57,7 @@ class Pool:
         return self.folder / "manifest.json"
 
     def write(self) -> None:
-        """Write the manifest."""
+        """Write the manifest; ValueError on a full disk."""
         content = {
             "format": FORMAT,
             "key": self.key,
@@ -66,7 +66,13 @@ class Pool:
             "subjects": self.subjects,
             "cases": {name: vars(case) for name, case in sorted(self.cases.items())},
         }
-        atomic_write_text(self.manifest, json.dumps(content, indent=1) + "\n")
+        try:
+            atomic_write_text(self.manifest, json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"{self.manifest} cannot be written ({error.strerror}): look at the free space there, and run the same "
+                "command again, which goes on"
+            ) from error
 
 
 def pools_folder(base: Path) -> Path:

@@ -1,6 +1,5 @@
 """Fitting a calibration on the folds' own validation cases, each predicted by the fold that has not seen it."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from nnunetv2_ext import __version__
 from nnunetv2_ext.core.files import atomic_write_text, read_json, require_writable
 from nnunetv2_ext.core.progress import progress_bar
+from nnunetv2_ext.data.cache import file_hash
 from nnunetv2_ext.data.find import as_model, find_checkpoint
 from nnunetv2_ext.data.preprocessed import Preprocessed, open_preprocessed
 from nnunetv2_ext.data.split import read_split
@@ -86,20 +86,11 @@ class Fitted:
         )
         for fold, digest in found.hashes.items():
             file = find_checkpoint(model, fold, found.checkpoint)
-            if sha256(file) != digest:
+            if file_hash(file) != digest:
                 raise ValueError(
                     f"{file} is not the checkpoint of the fit: run `nnUNetv2_ext estimate fit {model}` again"
                 )
         return found
-
-
-def sha256(file: Path) -> str:
-    """Of a file's content."""
-    with file.open("rb") as content:
-        digest = hashlib.sha256()
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def fit(
@@ -155,7 +146,7 @@ def fit(
         raise ValueError(f"the folds {', '.join(wanted)} have fewer than {_FEWEST} validation cases: fit on more folds")
     names = sorted(set().union(*cases.values()))
     subjects = subjects_from_table(names, groups) if groups else subjects_of_dataset(data.dataset_json, names, None)
-    hashes = {fold: sha256(file) for fold, file in checkpoints.items()}
+    hashes = {fold: file_hash(file) for fold, file in checkpoints.items()}
     predictor = open_predictor(model.folder, [int(f) for f in wanted], checkpoint, device, "tta" in optional)
     if "tta" in optional and predictor.labels.ignore_label is not None:
         raise ValueError("the feature tta would count voxels under the ignore label: leave +tta away")

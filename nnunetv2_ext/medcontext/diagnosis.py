@@ -6,7 +6,8 @@ and changes nothing.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,10 @@ class Diagnosis:
         case: its case id.
         image: first channel, ``(*S)``.
         hidden: bool ``(*S)``, the mask m.
-        target, clean, masked, teacher: label maps ``(*S)`` of the target, of the student on x and on m(x), and of the
-            teacher on x (None without a teacher). Numbered as in core/labelmaps.py.
+        target, clean, masked, teacher: label maps ``(*S)`` of the target (None of an unlabelled patch), of the student
+            on x and on m(x), and of the teacher on x (None without a teacher). Numbered as in core/labelmaps.py.
         gradient_ratio: |d(beta ramp L_cons)| / |d(a L_clean)| over the student's parameters; NaN without a teacher,
-            if a is 0, and under DDP.
+            if a is 0, of an unlabelled patch, and under DDP.
         disagreement: share of voxels, 0..1, that the teacher on x and the student on m(x) label differently; NaN
             without a teacher.
     """
@@ -44,7 +45,7 @@ class Diagnosis:
     case: str
     image: npt.NDArray[Any]
     hidden: npt.NDArray[np.bool_]
-    target: npt.NDArray[Any]
+    target: npt.NDArray[Any] | None
     clean: npt.NDArray[Any]
     masked: npt.NDArray[Any]
     teacher: npt.NDArray[Any] | None
@@ -55,14 +56,50 @@ class Diagnosis:
 def diagnose(trainer: MedContextTraining, batch: Batch) -> Diagnosis:
     """Look at the sample of ``batch`` with the most foreground; the mask's generator is its own, seeded by the step."""
     sample = batch.select([int(_foreground(trainer, batch.top_target).argmax())])
+    with _looking(trainer) as student, torch.enable_grad():
+        return _diagnose(trainer, student, sample)
+
+
+@torch.no_grad()
+def diagnose_unlabelled(trainer: MedContextTraining, batch: Batch) -> Diagnosis:
+    """The same of the unlabelled patch in which the teacher finds most; without gradients.
+
+    Args:
+        trainer: it has a teacher.
+        batch: ``batch.stream()`` of a training batch.
+    """
+    assert trainer.teacher is not None
+    labels = trainer.label_manager
+    with _looking(trainer) as student, _autocast(trainer):
+        seen = top_resolution(trainer.forward(batch, trainer.teacher.module.forward))
+        found = np.stack([logits_to_labels(logits, labels) for logits in seen])
+        row = int((found > 0).reshape(len(found), -1).sum(1).argmax())
+        patch = Batch(batch.data[[row]], [], (batch.keys[row],), owner=batch.owner)
+        mask = trainer.draw_mask(patch.data.shape)
+        clean = top_resolution(trainer.forward(patch, student))
+        masked = top_resolution(trainer.forward(patch.with_data(trainer.hide(patch.data, mask)), student))
+    return Diagnosis(
+        case=patch.keys[0],
+        image=patch.data[0, 0].float().cpu().numpy(),
+        hidden=mask[0, 0].cpu().numpy(),
+        target=None,
+        clean=logits_to_labels(clean[0], labels),
+        masked=logits_to_labels(masked[0], labels),
+        teacher=found[row],
+        gradient_ratio=float("nan"),
+        disagreement=float(disagreement(seen[[row]], masked, labels.has_regions)),
+    )
+
+
+@contextmanager
+def _looking(trainer: MedContextTraining) -> Iterator[torch.nn.Module]:
+    """The uncompiled student in eval mode; the trainer's generator is one of the step's own."""
     student = unwrap(trainer.network)
-    was_training = student.training
+    was_training, generator = student.training, trainer.generator
     student.eval()
-    generator = trainer.generator
     trainer.generator = torch.Generator(trainer.device).manual_seed(trainer.global_step)
     try:
-        with torch.enable_grad():
-            return _diagnose(trainer, student, sample)
+        yield student
     finally:
         trainer.generator = generator
         student.train(was_training)

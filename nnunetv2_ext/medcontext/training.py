@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY
 from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term, top_resolution
-from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose
+from nnunetv2_ext.medcontext.diagnosis import Diagnosis, diagnose, diagnose_unlabelled
 from nnunetv2_ext.medcontext.panel import draw_panel
 from nnunetv2_ext.medcontext.settings import MedContextSettings
 from nnunetv2_ext.parts.consistency import consistency_loss, valid_mask
@@ -198,15 +198,21 @@ class MedContextTraining(UnlabelledTraining):
         return figures
 
     def draw_panel(self, path: Path) -> None:
-        """One patch: image, mask, target, and what student (clean and masked) and teacher make of it."""
+        """A patch, and an unlabelled one: image, mask, target, what student (clean and masked) and teacher say."""
         super().draw_panel(path)
-        if self.last_batch is None or self.medcontext.masked_fraction == 0:
+        if self.last_batch is None:
             return
-        result = self._diagnosis or diagnose(self, self.on_device(self.last_batch))
+        batch, results = self.on_device(self.last_batch), []
+        if self.medcontext.masked_fraction > 0:
+            results.append(self._diagnosis or diagnose(self, batch))
+        if self.has_unlabelled and self.teacher is not None:
+            results.append(diagnose_unlabelled(self, batch.stream()))
+        if not results:
+            return
         title = f"{self.picture_title}, epoch {self.current_epoch - 1}"
-        spacing = self.configuration_manager.spacing[-result.image.ndim :]
-        directions = self.directions_of_case(result.case)
-        draw_panel(result, path, title, self.dataset_json, self.label_manager, spacing, directions)
+        spacing = self.configuration_manager.spacing[-results[0].image.ndim :]
+        directions = [self.directions_of_case(result.case) for result in results]
+        draw_panel(results, path, title, self.dataset_json, self.label_manager, spacing, directions)
 
     # ---- checkpoint --------------------------------------------------------------------------------------------------
     @classmethod

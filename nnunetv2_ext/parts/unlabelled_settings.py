@@ -9,7 +9,7 @@ from nnunetv2_ext.core.settings import Settings
 Source = Literal["pool", "rest", "labelled"]
 
 
-class UnlabelledSettings(Settings):
+class UnlabelledSource(Settings):
     """Base of a method's block; a method overrides a field to give it another default."""
 
     unlabelled: Source | None = Field(
@@ -18,6 +18,16 @@ class UnlabelledSettings(Settings):
         "cases that train_cases leaves, without their labels (for studies); labelled: the training cases (a control); "
         "none (or false): there are none. Source: ours.",
     )
+
+    @field_validator("unlabelled", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {True: "pool", False: None}[value] if isinstance(value, bool) else value
+
+
+class UnlabelledSettings(UnlabelledSource):
+    """With what a method needs whose teacher labels the patches."""
+
     unlabelled_weight: float = Field(
         0.5, ge=0, description="Weight of the loss on unlabelled voxels; 0: off. Source: BCP's released code."
     )
@@ -37,8 +47,3 @@ class UnlabelledSettings(Settings):
         "foreground it found. 0: never; none: ten looks if a patch covers less than half of the median image, else "
         "never. Source: ours.",
     )
-
-    @field_validator("unlabelled", mode="before")
-    @classmethod
-    def _switch(cls, value: Any) -> Any:
-        return {True: "pool", False: None}[value] if isinstance(value, bool) else value

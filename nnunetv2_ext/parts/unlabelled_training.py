@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,32 +11,26 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import distributed
 
-from nnunetv2_ext.data.pool import open_pool
-from nnunetv2_ext.data.subjects import subjects_of_dataset
-from nnunetv2_ext.data.unlabelled import UnlabelledLoader, UnlabelledStream, with_unlabelled, write_found
+from nnunetv2_ext.data.unlabelled import write_found
 from nnunetv2_ext.parts.ramps import gaussian_ramp
 from nnunetv2_ext.parts.teacher_training import TeacherTraining
+from nnunetv2_ext.parts.unlabelled_cases import STATE, UnlabelledCases
 from nnunetv2_ext.parts.unlabelled_settings import UnlabelledSettings
 
 _VOXELS = 500  # of the foreground of a case, to place patches on
 _LOOKS = 10  # in a training, where no setting says how often
-_STATE = "unlabelled"
 
 
-class UnlabelledTraining(TeacherTraining):
-    """Every batch carries ``batch.stream("unlabelled")``, as many patches as labelled ones (data/unlabelled.py).
+class UnlabelledTraining(UnlabelledCases, TeacherTraining):
+    """Every batch carries ``batch.stream("unlabelled")``, as many patches as labelled ones (parts/unlabelled_cases.py).
 
-    A continued training keeps the cases that it began with, also if the pool has grown. From time to time the teacher
-    may say where the foreground of these cases is, and patches are then drawn there as they are from labelled cases.
-    Without a source, with weight 0 or with start 1 there is no stream, and the loader is ``super()``'s.
+    From time to time the teacher may say where the foreground of these cases is, and patches are then drawn there as
+    they are from labelled cases. Without a source, with weight 0 or with start 1 there is no stream, and the loader is
+    ``super()``'s.
     """
 
-    unlabelled_block: ClassVar[str]  # of the settings: the method's, which is an UnlabelledSettings
-
-    _unlabelled: list[str] | None = None  # -> make_train_loader, or the checkpoint
     _places: dict[str, npt.NDArray[Any]] | None = None  # foreground voxels, as last found
     _found_in: int | None = None  # the epoch of that
-    _unlabelled_dataset: Any = None
 
     # ---- what a method asks ------------------------------------------------------------------------------------------
     @property
@@ -49,7 +42,7 @@ class UnlabelledTraining(TeacherTraining):
     def has_unlabelled(self) -> bool:
         """Whether batches carry the stream."""
         s = self.unlabelled_settings
-        return s.unlabelled is not None and s.unlabelled_weight > 0 and s.unlabelled_start < 1
+        return super().has_unlabelled and s.unlabelled_weight > 0 and s.unlabelled_start < 1
 
     def unlabelled_weight(self, step: int) -> float:
         """Weight of the loss on unlabelled voxels at global step ``step``: 0 up to the start, then the ramp."""
@@ -77,74 +70,22 @@ class UnlabelledTraining(TeacherTraining):
         """``super()``'s, with the stream.
 
         Raises:
-            ValueError: a cascade; no unlabelled cases, fewer than a batch takes, or cases of this training are gone.
+            ValueError: a cascade, or what `add_unlabelled` refuses.
         """
-        source = self.unlabelled_settings.unlabelled
         if self.is_cascaded and self.has_unlabelled:
             raise ValueError(
                 f"{type(self).__name__} cannot train a cascade on unlabelled cases, of which nobody has predicted the "
                 "previous stage: use 3d_fullres"
             )
         labelled = super().make_train_loader(dataset, **nnunet_arguments)
-        if source is None or not self.has_unlabelled:
+        if not self.has_unlabelled:
             return labelled
-        found = self._found_file if self.unlabelled_refresh else None
         if self.local_rank == 0:
             self._found_file.unlink(missing_ok=True)  # of an earlier training in this folder
             if self._places is not None:
                 write_found(self._found_file, self._places)
-        if source == "labelled":
-            cases, folder = list(dataset.identifiers), None
-            stream = UnlabelledStream(labelled, UnlabelledLoader(dataset, found=found, **nnunet_arguments))
-        else:
-            cases, subjects, folder = self._unlabelled_cases(source)
-            cases = self._as_begun(cases, source)
-            if len(cases) < self.batch_size:
-                raise ValueError(
-                    f"there are {len(cases)} unlabelled cases, and a batch takes {self.batch_size}: add cases to the "
-                    f"{source}, or set batch_size={max(1, len(cases))}"
-                )
-            others = cases, subjects, self.held_out, folder, found
-            stream = with_unlabelled(labelled, dataset, *others, **nnunet_arguments)
-        self._unlabelled, self._unlabelled_dataset = sorted(cases), stream.unlabelled.of_cases
-        self.print_to_log_file(
-            f"Unlabelled patches come from {len(cases)} cases ({source}), {self.batch_size} in a batch."
-        )
-        return stream
-
-    def _unlabelled_cases(self, source: str) -> tuple[list[str], dict[str, str] | None, Path | None]:
-        """Cases, subjects of these and of the validation cases, and the folder of a pool."""
-        regex = self.settings.group_regex
-        if source == "rest":
-            if not self.left_out:
-                raise ValueError(
-                    f"no training case of fold {self.fold} is left as unlabelled: let train_cases choose some as "
-                    "labelled"
-                )
-            cases, folder = list(self.left_out), None
-            subjects = subjects_of_dataset(self.dataset_json, [*cases, *self.held_out], regex)
-        else:
-            base = Path(self.preprocessed_dataset_folder_base)
-            pool = open_pool(base, self.plans_manager, self.configuration_manager, self.configuration_name)
-            cases, folder = list(pool.cases), pool.data_folder
-            known = pool.subjects if regex is None else None
-            subjects = known or subjects_of_dataset(self.dataset_json, [*cases, *self.held_out], regex)
-        if scored := _of_subjects_of(self.held_out, cases, subjects):
-            self.print_to_log_file(
-                f"{len(scored)} unlabelled cases are of subjects that validate in this fold, and are left out: "
-                f"{', '.join(scored[:5])}"
-            )
-        return [case for case in cases if case not in set(scored)], subjects, folder
-
-    def _as_begun(self, cases: list[str], source: str) -> list[str]:
-        if self._unlabelled is None:
-            return cases
-        if gone := sorted(set(self._unlabelled) - set(cases)):
-            raise ValueError(
-                f"this training was started with {len(self._unlabelled)} unlabelled cases, of which {gone[0]} is gone: "
-                f"put it back into the {source}, or start a new training without --c"
-            )
-        return self._unlabelled
+        found = self._found_file if self.unlabelled_refresh else None
+        return self.add_unlabelled(labelled, dataset, found=found, **nnunet_arguments)
 
     # ---- where their foreground is -----------------------------------------------------------------------------------
     def on_train_epoch_start(self) -> None:
@@ -181,7 +122,7 @@ class UnlabelledTraining(TeacherTraining):
             data = torch.from_numpy(np.asarray(self._unlabelled_dataset.load_case(case)[0][:]))
             logits = predictor.predict_sliding_window_return_logits(data)
             regions = self.label_manager.has_regions
-            foreground = (logits > 0).any(0) if regions else logits.argmax(0) > 0
+            foreground = (logits > 0).any(0) if regions else logits.max(0).indices > 0
             voxels = np.argwhere(foreground.cpu().numpy())
             if len(voxels) > _VOXELS:
                 voxels = voxels[random.choice(len(voxels), _VOXELS, replace=False)]
@@ -190,23 +131,16 @@ class UnlabelledTraining(TeacherTraining):
 
     # ---- checkpoint --------------------------------------------------------------------------------------------------
     def method_state(self) -> dict[str, Any]:
-        """Adds the unlabelled cases, and where their foreground was found."""
+        """Adds where the foreground of the unlabelled cases was found."""
         states = super().method_state()
-        if self._unlabelled is not None:
+        if STATE in states:
             places = {case: torch.from_numpy(voxels) for case, voxels in (self._places or {}).items()}
-            states[_STATE] = {"cases": self._unlabelled, "places": places, "found_in": self._found_in}
+            states[STATE] |= {"places": places, "found_in": self._found_in}
         return states
 
     def load_method_state(self, states: dict[str, Any]) -> None:
         """Counterpart of `method_state`."""
         super().load_method_state(states)
-        if (state := states.get(_STATE)) is not None:
-            self._unlabelled, self._found_in = list(state["cases"]), state["found_in"]
+        if (state := states.get(STATE)) is not None:
+            self._found_in = state["found_in"]
             self._places = {case: voxels.numpy().copy() for case, voxels in state["places"].items()} or None
-
-
-def _of_subjects_of(held_out: Collection[str], cases: Collection[str], subjects: Mapping[str, str] | None) -> list[str]:
-    """Those of ``cases`` that are of a subject of ``held_out``; without ``subjects`` each case is its own."""
-    known = subjects or {}
-    scored = {known.get(case, case) for case in held_out}
-    return sorted(case for case in cases if known.get(case, case) in scored)

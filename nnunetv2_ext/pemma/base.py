@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from nnunetv2_ext.core.checkpoint import first_difference, read
 from nnunetv2_ext.core.stock import stock_network
+from nnunetv2_ext.data.cache import file_hash
 from nnunetv2_ext.data.channels import OF_CT, channel_names
 
 FINAL = "checkpoint_final.pth"
@@ -78,12 +78,8 @@ def read_base(path: Path, fold: int | str, key: str = "pemma.base") -> Base:
             "nnU-Net's): run nnUNetv2_ext export first and give the exported folder"
         )
     plans = init["plans"]
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
     facts = plans, configuration.configuration, name, init["dataset_json"], trainer
-    return Base(file, weights, *facts, digest.hexdigest())
+    return Base(file, weights, *facts, file_hash(file))
 
 
 def checkpoint_of(path: Path, fold: int | str, key: str) -> Path:

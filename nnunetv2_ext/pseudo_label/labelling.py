@@ -53,7 +53,7 @@ def label_pool(pool: Pool, predictor: FoldPredictor, hashes: dict[str, str], thr
         threshold: see `verdict.judge`.
 
     Raises:
-        ValueError: a damaged case, a network's output that is not finite, or no right to write.
+        ValueError: a damaged case, a network's output that is not finite, no right to write, or a full disk.
     """
     asked = json.dumps([hashes, threshold, pool.key], sort_keys=True)
     folder = pool.folder.parents[1] / "pseudo_label" / hashlib.sha256(asked.encode()).hexdigest()[:12]
@@ -85,8 +85,14 @@ def label_pool(pool: Pool, predictor: FoldPredictor, hashes: dict[str, str], thr
             }
             packed = io.BytesIO()
             np.savez_compressed(packed, label=verdict.label.astype(np.int16), doubtful=verdict.doubtful)
-            atomic_write(file, partial(_put, packed.getvalue()))
-            atomic_write_text(note, json.dumps(record) + "\n")  # last: who has it has the other
+            try:
+                atomic_write(file, partial(_put, packed.getvalue()))
+                atomic_write_text(note, json.dumps(record) + "\n")  # last: who has it has the other
+            except OSError as error:
+                raise ValueError(
+                    f"case {case}: its label cannot be written to {folder} ({error.strerror}): look at the free space "
+                    "there, and run the same command again, which goes on"
+                ) from error
         score = math.nan if record["agreement"] is None else float(record["agreement"])
         found[case] = Labelled(score, record["foreground"], record["doubtful"], file)
     return found

@@ -13,6 +13,7 @@ METHOD = Method(
         )
     },
     card="methods/pseudo-label.md",
+    advice="nnunetv2_ext.pseudo_label.advice:advice",
     citation="Lee, D.-H. (2013). Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method for Deep "
     "Neural Networks. ICML 2013 Workshop on Challenges in Representation Learning",
 )

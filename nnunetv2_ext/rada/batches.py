@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
+from nnunetv2_ext.data.unlabelled import UnlabelledStream
 from nnunetv2_ext.rada.annotation.planes import Planes
-from nnunetv2_ext.rada.propagation.propagate import read_propagated
-from nnunetv2_ext.rada.views import NOTHING, LazyTarget
+from nnunetv2_ext.rada.propagation.propagate import NONE, read_propagated
+from nnunetv2_ext.rada.views import INSIDE, NOTHING, LazyTarget
 
 
 class ViewDataset:
@@ -102,3 +104,20 @@ class TwoStreamLoader(nnUNetDataLoader):
             return super().get_bbox(data_shape, False, class_locations, *args, **kwargs)
         finally:
             self.has_ignore = has_ignore
+
+
+class JoinedStream(UnlabelledStream):
+    """Batches of a `TwoStreamLoader`, with further samples of other cases; their label is ``ignore`` throughout."""
+
+    def __init__(self, stream: UnlabelledStream, ignore: int) -> None:
+        super().__init__(stream.labelled, stream.unlabelled)
+        self._ignore = ignore
+
+    def __next__(self) -> dict[str, Any]:
+        batch = super().__next__()
+        other, target = batch.pop("unlabelled"), batch["target"]
+        more = target.new_full((len(other["data"]), *target.shape[1:]), self._ignore)
+        more[:, 1:2] = INSIDE * other["inside"]
+        more[:, 5:] = NONE  # nothing was propagated
+        both = {name: torch.cat((batch[name], new)) for name, new in (("data", other["data"]), ("target", more))}
+        return batch | both | {"keys": np.concatenate((batch["keys"], other["keys"]))}

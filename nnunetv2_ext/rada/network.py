@@ -162,16 +162,11 @@ def build_rada_network(
         ValueError: a 2-D configuration, or a network without encoder and U-Net decoder.
     """
     require_volumes(configuration_manager.patch_size)
+    c = configuration_manager
+    of_plans = c.network_arch_class_name, c.network_arch_init_kwargs, c.network_arch_init_kwargs_req_import
+    options = {"allow_init": True, "deep_supervision": enable_deep_supervision}
     networks = [
-        get_network_from_plans(
-            configuration_manager.network_arch_class_name,
-            configuration_manager.network_arch_init_kwargs,
-            configuration_manager.network_arch_init_kwargs_req_import,
-            num_input_channels,
-            num_output_channels,
-            allow_init=True,
-            deep_supervision=enable_deep_supervision,
-        )
+        get_network_from_plans(*of_plans, num_input_channels, num_output_channels, **options)
         for _ in range(settings.num_networks)
     ]
     return RADANet(networks, settings.semantics, settings.single_network, dimension)

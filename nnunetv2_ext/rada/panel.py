@@ -18,9 +18,8 @@ from nnunetv2_ext.core.labelmaps import class_names
 from nnunetv2_ext.core.orientation import view_across
 from nnunetv2_ext.core.step import Batch
 from nnunetv2_ext.parts.pseudo_labels import Lesson
+from nnunetv2_ext.rada.annotation.planes import Array
 from nnunetv2_ext.rada.views import AXES, INSIDE
-
-Array = npt.NDArray[Any]
 
 DROPPED, AGREE, DISAGREE = 1, 2, 3  # of a voxel nobody annotated; 0: annotated, or outside the image
 _STATES = {

@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nnunetv2_ext.core.settings import LOCAL_PATH, RESUMABLE, STRUCTURAL, Settings
+from nnunetv2_ext.core.settings import LOCAL_PATH, RESUMABLE, STRUCTURAL
+from nnunetv2_ext.parts.unlabelled_settings import UnlabelledSource
 
 
-class RADASettings(Settings):
+class RADASettings(UnlabelledSource):
     """Settings of `nnUNetTrainerRADA`, given as `rada.NAME`.
 
     For network k: total = (1 - n lambda) L_sup + lambda (sum of L_u over the n other networks) + `mu_align` L_align.
@@ -58,6 +59,11 @@ class RADASettings(Settings):
         json_schema_extra=STRUCTURAL,
     )
     # ---- batches and supervision
+    unlabelled: Literal["pool"] | None = Field(
+        None,
+        description="pool (or true): each batch has as many further patches, of `nnUNetv2_ext unlabelled`'s pool, not "
+        "of cases without annotation; none (or false): no pool. Source: ours.",
+    )
     labelled_share: float = Field(
         0.5, gt=0, le=1, description="Share of each batch drawn from labelled cases, rounded up. Source: SGTC (2 + 2)."
     )

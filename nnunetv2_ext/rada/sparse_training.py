@@ -8,22 +8,23 @@ from pydantic import BaseModel
 
 from nnunetv2_ext.data.split import clean_fold, write_split_if_absent
 from nnunetv2_ext.data.subjects import subjects_of_dataset
-from nnunetv2_ext.parts.trainer import MethodTrainer
+from nnunetv2_ext.parts.unlabelled_cases import UnlabelledCases
 from nnunetv2_ext.rada.annotation.annotations import Annotation, log_lines
 from nnunetv2_ext.rada.annotation.cases import CaseSource, cache_root, case_sources
 from nnunetv2_ext.rada.annotation.lost import erased_annotations, require_planes_survived
 from nnunetv2_ext.rada.annotation.preprocessed import SparsePreprocessed, require_trainable
-from nnunetv2_ext.rada.batches import TwoStreamLoader, ViewDataset
+from nnunetv2_ext.rada.batches import JoinedStream, TwoStreamLoader, ViewDataset
 from nnunetv2_ext.rada.propagation.propagate import propagate_cases
 from nnunetv2_ext.rada.settings import RADASettings
 from nnunetv2_ext.rada.targets import supervised_target
 from nnunetv2_ext.rada.views import AXES, axes_in, view_masks
 
 
-class SparseTraining(MethodTrainer):
+class SparseTraining(UnlabelledCases):
     """The part of RADATraining that knows the data."""
 
     method_settings: ClassVar[dict[str, type[BaseModel]]] = {"rada": RADASettings}
+    unlabelled_block: ClassVar[str] = "rada"
     # SGTC's 6000 iterations are 24 such epochs; three networks cost 3.5 times a plain step
     default_settings: ClassVar[dict[str, Any]] = {"num_epochs": 250}
 
@@ -73,25 +74,20 @@ class SparseTraining(MethodTrainer):
         """
         annotations = self.annotations
         labelled = {case for case, annotation in annotations.items() if annotation.labelled}
-        if self.fold == "all":
-            train, validation = super().do_split()
-            self._require_labelled_among_chosen(train, labelled)
-            return train, [case for case in validation if case in labelled]
         file = self.preprocessed.splits_file
         subjects = subjects_of_dataset(self.dataset_json, annotations, self.settings.group_regex)
-        if write_split_if_absent(file, labelled, set(annotations) - labelled, subjects):
+        if self.fold != "all" and write_split_if_absent(file, labelled, set(annotations) - labelled, subjects):
             self.print_to_log_file(f"RADA wrote {file}: unlabelled cases are in every fold's training part.")
         train, validation = super().do_split()
-        self._require_labelled_among_chosen(train, labelled)
-        return clean_fold(train, validation, labelled, self.print_to_log_file)
-
-    def _require_labelled_among_chosen(self, train: list[str], labelled: set[str]) -> None:
-        """`train_cases` counts unlabelled cases too; a split that is to blame is another matter."""
+        # train_cases counts unlabelled cases too; a split that is to blame is another matter
         if self.settings.train_cases is not None and not labelled.intersection(train):
             raise ValueError(
                 f"train_cases chose {len(train)} unlabelled cases and no labelled one: name the cases, with labelled "
                 "ones among them, choose more, or another train_cases_seed"
             )
+        if self.fold == "all":
+            return train, [case for case in validation if case in labelled]
+        return clean_fold(train, validation, labelled, self.print_to_log_file)
 
     # ---- batches -----------------------------------------------------------------------------------------------------
     def get_tr_and_val_datasets(self) -> tuple[ViewDataset, ViewDataset]:
@@ -128,24 +124,27 @@ class SparseTraining(MethodTrainer):
         options = self.ignore_label, self.rada.max_distance, self.print_to_log_file
         return propagate_cases(self.training_sources(), root, key, *options)
 
-    def make_train_loader(self, dataset: ViewDataset, **nnunet_arguments: Any) -> TwoStreamLoader:
-        """Labelled and unlabelled patches in each batch."""
+    def make_train_loader(self, dataset: ViewDataset, **nnunet_arguments: Any) -> TwoStreamLoader | JoinedStream:
+        """Labelled and unlabelled patches in each batch; with a pool the planned batch is all labelled."""
         nnunet_arguments.pop("probabilistic_oversampling")
-        loader = TwoStreamLoader(dataset, self.rada.labelled_share, self.rada.min_labelled, **nnunet_arguments)
+        share = 1.0 if self.has_unlabelled else self.rada.labelled_share
+        loader = TwoStreamLoader(dataset, share, self.rada.min_labelled, **nnunet_arguments)
         number, unlabelled = loader.number_labelled, len(dataset.unlabelled)
-        if number < loader.batch_size:
+        if self.has_unlabelled:
+            rest = f", and {number} of the pool"
+        elif number < loader.batch_size:
             rest = f" and {loader.batch_size - number} of {unlabelled} unlabelled cases"
         elif unlabelled:
-            why = "rada.labelled_share=1"
-            if self.rada.labelled_share < 1:
-                why = f"a batch keeps rada.min_labelled={self.rada.min_labelled} labelled patches; a larger batch_size "
-                why += "takes the unlabelled cases in"
+            keeps = f"a batch keeps rada.min_labelled={self.rada.min_labelled} labelled patches; a larger batch_size "
+            why = f"{keeps}takes the unlabelled cases in" if self.rada.labelled_share < 1 else "rada.labelled_share=1"
             rest = f"; the {unlabelled} unlabelled cases are left out ({why})"
         else:
             rest = "; there are no unlabelled cases, the networks teach each other on what is not annotated in these"
         labelled = f"{number} patches of {len(dataset.labelled)} labelled cases"
         self.print_to_log_file(f"RADA draws for each batch {labelled}{rest}.")
-        return loader
+        if not self.has_unlabelled:
+            return loader
+        return JoinedStream(self.add_unlabelled(loader, self.training_data, **nnunet_arguments), self.ignore_label)
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's, on the annotated voxels of the full resolution."""

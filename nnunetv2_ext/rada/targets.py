@@ -32,19 +32,16 @@ def unannotated(target: Tensor, ignore: int) -> Tensor:
     return (target[:, 0] == ignore) & ((target[:, 1] & INSIDE) != 0)
 
 
-def supervised_strides(pool_op_kernel_sizes: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Strides of the resolutions that have a loss: as in nnU-Net all of the decoder's but the lowest.
+def supervised(pool_op_kernel_sizes: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[float]]:
+    """Strides and weights of the resolutions that have a loss, highest first, as in nnU-Net.
 
-    The plans' kernel sizes are one per encoder stage; the bottleneck's is the last.
+    All of the decoder's but the lowest; weights are halved from one to the next, and their sum is 1. The plans' kernel
+    sizes are one per encoder stage; the bottleneck's is the last.
     """
     strides = [list(stride) for stride in pool_op_kernel_sizes][:-1]
-    return strides[:-1] or strides
-
-
-def resolution_weights(number: int) -> list[float]:
-    """Weights of that many resolutions, highest first: halved from one to the next, as in nnU-Net; their sum is 1."""
-    weights = [0.5**level for level in range(number)]
-    return [weight / sum(weights) for weight in weights]
+    strides = strides[:-1] or strides
+    weights = [0.5**level for level in range(len(strides))]
+    return strides, [weight / sum(weights) for weight in weights]
 
 
 def pooled_targets(label: Tensor, strides: Sequence[Sequence[int]], num_classes: int, ignore: int) -> list[Tensor]:

@@ -96,8 +96,8 @@ class RADATraining(VectorTraining):
         loss.dc.batch_dice = True
         if self._may_compile():
             loss.dc = torch.compile(loss.dc)
-        self.strides = targets.supervised_strides(self.configuration_manager.pool_op_kernel_sizes)
-        self.pooled_loss = DeepSupervisionWrapper(loss, targets.resolution_weights(len(self.strides)))
+        self.strides, weights = targets.supervised(self.configuration_manager.pool_op_kernel_sizes)
+        self.pooled_loss = DeepSupervisionWrapper(loss, weights)
         return loss
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -111,7 +111,7 @@ class RADATraining(VectorTraining):
         if len(self.masks) > 1 and self.rada.lambda_max == 0:
             self.print_to_log_file(
                 "rada.lambda_max=0: the networks do not teach each other, and unlabelled patches teach nothing; "
-                "rada.labelled_share=1 leaves them out"
+                "rada.unlabelled=none and rada.labelled_share=1 leave them out"
             )
 
     # ---- one step ----------------------------------------------------------------------------------------------------
@@ -296,14 +296,16 @@ class RADATraining(VectorTraining):
 
     # ---- checkpoint --------------------------------------------------------------------------------------------------
     def method_state(self) -> dict[str, Any]:
-        """Figures of an unfinished epoch."""
-        states = super().method_state()
-        return states | {"rada": states["rada"] | {"figures": self._figures.state_dict()}}
+        """Figures of an unfinished epoch; which CLIP made the vectors, as its files may lie elsewhere by then."""
+        return super().method_state() | {
+            "rada": {"clip": self._weights_identity, "figures": self._figures.state_dict()}
+        }
 
     def load_method_state(self, states: dict[str, Any]) -> None:
         """Counterpart of `method_state`."""
         super().load_method_state(states)
         if "rada" in states:
+            self._weights_identity = states["rada"].get("clip")
             self._figures.load_state_dict(states["rada"]["figures"], self.device)
 
     @classmethod

@@ -85,12 +85,3 @@ class VectorTraining(SparseTraining):
         for head in self.rada_network.heads:
             head.bound_gate()
         return figures
-
-    def method_state(self) -> dict[str, Any]:
-        """Which CLIP made the vectors: its files may lie elsewhere when the training is continued."""
-        return super().method_state() | {"rada": {"clip": self._weights_identity}}
-
-    def load_method_state(self, states: dict[str, Any]) -> None:
-        """Counterpart of `method_state`."""
-        super().load_method_state(states)
-        self._weights_identity = states.get("rada", {}).get("clip")

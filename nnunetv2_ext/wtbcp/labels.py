@@ -40,7 +40,8 @@ def taught(logits: Tensor, regions: bool, single: Sequence[bool]) -> Tensor:
         regions: heads are regions, and each is decided by itself.
         single: for each head whether all but its largest component become background.
     """
-    hot = logits > 0 if regions else _one_hot(logits.argmax(1), logits.shape[1])
+    # torch's argmax takes ten times as long on a CPU
+    hot = logits > 0 if regions else _one_hot(logits.max(1).indices, logits.shape[1])
     if any(single):
         heads = [head for head, one in enumerate(single) if one]
         host = hot[:, heads].cpu().numpy()

@@ -28,6 +28,7 @@ METHOD = Method(
     },
     requires=("connected-components-3d",),  # comes with acvl-utils, which nnU-Net needs
     card="methods/wtbcp.md",
+    advice="nnunetv2_ext.wtbcp.advice:advice",
     citation="Zhang, M., Wang, L., Gu, L., Ling, T., & Tao, X. (2025). WT-BCP: Wavelet Transform based Bidirectional "
     "Copy-Paste for Semi-Supervised Medical Image Segmentation. ICME 2025. arXiv:2504.14445. Bai, Y., Chen, D., Li, "
     "Q., Shen, W., & Wang, Y. (2023). Bidirectional Copy-Paste for Semi-Supervised Medical Image Segmentation. CVPR "

@@ -205,7 +205,7 @@ class WTBCPTraining(UnlabelledTraining):
             learnt, said = labels > 0, student > 0
             same, foreground = (learnt == said).all(1), [hot.any(1) for hot in (learnt, said)]
         else:
-            learnt, said = labels.argmax(1), student.argmax(1)
+            learnt, said = labels.max(1).indices, student.max(1).indices
             same, foreground = learnt == said, [learnt > 0, said > 0]
         counts = where[:, 0]
         either = (foreground[0] | foreground[1]) & counts

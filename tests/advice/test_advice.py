@@ -20,6 +20,7 @@ from nnunetv2_ext.advice.report import all_advice, as_text
 from nnunetv2_ext.cli import main
 from nnunetv2_ext.core.outside import Advice, Method
 from nnunetv2_ext.data.facts import DatasetFacts, LabelFacts, label_facts, look_at
+from nnunetv2_ext.data.pool import Pool, PoolCase
 from tests.conftest import TinyDataset
 from tests.test_documents import ParsedError, typed_commands
 
@@ -363,6 +364,45 @@ def test_a_patch_that_sees_too_little(write, folders: Path, tiny: TinyDataset) -
 # ---- what is wrong with the dataset
 
 
+def test_a_pool_names_its_control_first_and_says_that_nothing_is_known(write, folders: Path, tiny: TinyDataset) -> None:
+    write(cases(5, organ()))
+    base = folders / "preprocessed" / "Dataset007_x"
+    base.mkdir()
+    (base / "nnUNetPlans.json").write_text(json.dumps(tiny.plans() | {"plans_name": "nnUNetPlans"}))
+    assert not {"pseudo_label", "wtbcp"} & {source for source, _ in all_advice(look_at(7))}
+    folder = base / "nnunetv2_ext" / "unlabelled" / tiny.plans()["configurations"]["3d_fullres"]["data_identifier"]
+    folder.mkdir(parents=True)
+    Pool(folder, "key", "3d_fullres", {case: PoolCase(("a",), ("b",), (1, 1, 1)) for case in "pqr"}).write()
+    facts = look_at(7)
+    found = {source: advice for source, advice in all_advice(facts) if source in ("pseudo_label", "wtbcp")}
+    assert "3 in the pool" in as_text(facts, [])
+    first, trainer = found["pseudo_label"], found["wtbcp"]
+    assert first.kind == "run" and "the pool's 3 scans" in first.run and "which is nothing" in first.reason
+    assert not first.commands and "needs a finished fold" in first.reason and "twice the steps" in first.control
+    assert trainer.kind == "skip" and "no mode is known to win" in trainer.reason
+
+    (folders / "raw" / "Dataset107_taken").mkdir()
+    fold = folders / "results" / "Dataset007_x" / "nnUNetTrainer__nnUNetPlans__3d_fullres" / "fold_2"
+    fold.mkdir(parents=True)
+    (fold / "checkpoint_final.pth").touch()
+    [first] = [advice for source, advice in all_advice(look_at(7)) if source == "pseudo_label"]
+    assert first.commands[0].startswith(
+        "nnUNetv2_ext pseudo-label -d 7 -m $nnUNet_results/Dataset007_x/nnUNetTrainer__"
+    )
+    assert first.commands[0].endswith(" -o 108 -f 2") and first.commands[2].startswith(
+        "nnUNetv2_train 108 3d_fullres 2"
+    )
+    assert not [advice for source, advice in all_advice(look_at(7, "2d")) if source == "pseudo_label"]
+
+
+def test_many_cases_without_any_annotation_could_be_a_pool(write) -> None:
+    write(cases(3, organ()) | {f"liver_{n}": np.full(SHAPE, IGNORE, np.uint8) for n in range(3)}, **SPARSE)
+    [advice] = [advice for source, advice in all_advice(look_at(7)) if source == "pseudo_label"]
+    assert advice.kind == "run" and advice.reason.startswith("3 of 6 label maps teach plain nnU-Net nothing")
+    assert advice.commands == ("nnUNetv2_ext unlabelled -d 7 -c 3d_fullres -p nnUNetPlans -i FOLDER",)
+    assert "not measured at convergence" in advice.reason and "RADA" in advice.not_when
+
+
 def test_holes_in_the_labels_and_other_problems_come_first(write) -> None:
     folder = write(cases(5, organ()), labels={"background": 0, "organ": 1, "tumour": 3}, numTraining=4)
     (folder / "imagesTr/heart_b_0000.nii.gz").unlink()
@@ -544,6 +584,10 @@ DATASETS: dict[str, dict[str, Any]] = {
         "maps": cases(5, organ()),
         "channel_names": {"0": "T1", "1": "T2"},
         "elsewhere": ({"0": "T1"}, LABELS),
+    },
+    "without annotation": {
+        "maps": cases(3, organ()) | {f"liver_{n}": np.full(SHAPE, IGNORE, np.uint8) for n in range(3)},
+        **SPARSE,
     },
     "few, thick": {"maps": cases(2, organ()), "spacing": (1.0, 1.0, 9.0)},
 }

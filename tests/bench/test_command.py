@@ -108,10 +108,13 @@ def test_the_plain_trainer_that_cannot_be_built_takes_the_ratios_with_it(
     assert not (tmp_path / "cost.png").exists()
 
 
-def test_2d_and_resident_sizes(results: Path, tmp_path: Path) -> None:
+def test_2d_resident_sizes_and_loading(results: Path, tmp_path: Path, capsys) -> None:
     table = tmp_path / "cost.json"
-    assert bench("--batches", "real", "--json", str(table), configuration="2d") == 0
+    assert bench("--batches", "real", "--workers", "1", "--json", str(table), configuration="2d") == 0
     (plain,) = json.loads(table.read_text())["results"]
+    assert plain["loading"]["step"] > 0 and 0 <= plain["loading"]["share"] < 1
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.endswith("share of waiting |")]
+    assert line.startswith("| trainer")
     # an interpreter with torch in it
     assert plain["memory"]["resident_peak"] >= plain["memory"]["resident_before"] > 100e6
     assert plain["facts"]["patch_size"] == [24, 24] and list(plain["steps"]) == ["real"]
@@ -131,6 +134,7 @@ def test_2d_and_resident_sizes(results: Path, tmp_path: Path) -> None:
         (["-f", "x"], "neither a number nor all"),
         (["--rounds", "0"], "--rounds must be 1 or more"),
         (["--threads", "0"], "--threads must be 1 or more"),
+        (["--workers", "-1"], "--workers must be 0 or more"),
         (["--plot", "no/such/folder/x.png"], "cannot be written"),
         (["--plot", "cost.xyz"], "--plot cost.xyz does not name a picture"),
         (["--json", "."], "--json . cannot be written"),

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunetv2_ext.cli import main as ext_main
 from nnunetv2_ext.data import fill_pool as module
+from nnunetv2_ext.data import pool as pool_module
 from nnunetv2_ext.data.fill_pool import content_hash, fill_pool
 from nnunetv2_ext.data.pool import open_pool, pools_folder, read_pool
 from nnunetv2_ext.data.preprocessed import open_preprocessed
@@ -53,9 +55,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres", "3d_lowres"])
 def test_a_pool_is_what_the_own_preprocessor_makes_and_the_labelled_data_stay(own, scans, configuration) -> None:
-    target = open_preprocessed(own.dataset_id, configuration, "tiny")
+    if configuration == "3d_lowres":
+        plans = own.plans()
+        known = plans["configurations"]
+        known["3d_lowres"] = known["3d_fullres"] | {"data_identifier": "tiny_3d_lowres", "spacing": [2.0, 2.0, 1.0]}
+        (own.preprocessed / own.name / "tiny.json").write_text(json.dumps(plans))
+    target = open_preprocessed(own.dataset_id, configuration, "tiny", files=False)
     before = content(target.folder), content(own.raw)
     pool = fill(own, scans, configuration=configuration)
     assert (content(target.folder), content(own.raw)) == before
@@ -63,7 +70,7 @@ def test_a_pool_is_what_the_own_preprocessor_makes_and_the_labelled_data_stay(ow
     assert open_pool(target.base, target.plans, target.configuration, configuration) == pool
 
     folder, case = pool.data_folder, "new_1"
-    data, inside, _, properties = target._dataset_class(str(folder), [case]).load_case(case)
+    data, inside, _, properties = infer_dataset_class(str(folder))(str(folder), [case]).load_case(case)
     preprocessor = target.configuration.preprocessor_class(verbose=False)
     arguments = target.plans, target.configuration, target.dataset_json
     wanted, seg, _ = preprocessor.run_case([str(scans / f"{case}_0000.nii.gz")], None, *arguments)
@@ -79,14 +86,14 @@ def test_an_interrupted_pool_is_not_used_and_the_same_command_goes_on(own, scans
         open_pool(*known)
     done, work = [], module._preprocess_one
 
-    def full_disk(*arguments: Any) -> Any:
+    def killed(*arguments: Any) -> Any:
         if len(done) == 1:
-            raise OSError(28, "No space left on device")
+            raise KeyboardInterrupt
         done.append(1)
         return work(*arguments)
 
-    monkeypatch.setattr(module, "_preprocess_one", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(module, "_preprocess_one", killed)
+    with pytest.raises(KeyboardInterrupt):
         fill(own, scans)
     (next(pools_folder(target.base).iterdir()) / "cases" / "new_1.b2nd").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"was interrupted after 1 of 3 cases: run nnUNetv2_ext unlabelled"):
@@ -110,14 +117,22 @@ def test_an_interrupted_pool_is_not_used_and_the_same_command_goes_on(own, scans
 def test_half_a_case_does_not_stay_on_a_full_disk(own, scans, monkeypatch) -> None:
     from nnunetv2.training.dataloading import nnunet_dataset
 
-    def full(properties: Any, file: str) -> None:
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nnunet_dataset, "write_pickle", full)
-    with pytest.raises(OSError, match="No space left"):
-        fill(own, scans)
+    with monkeypatch.context() as patch:
+        patch.setattr(nnunet_dataset, "write_pickle", full)
+        with pytest.raises(ValueError, match=r"case new_0 cannot be written to .*No space left.* run the same command"):
+            fill(own, scans)
     [folder] = pools_folder(own.preprocessed / own.name).iterdir()
     assert list((folder / "cases").iterdir()) == [] and read_pool(folder).cases == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(pool_module, "atomic_write_text", full)
+        with pytest.raises(
+            ValueError, match=r"manifest.json cannot be written \(No space left.* look at the free space"
+        ):
+            fill(own, scans)
+    assert len(fill(own, scans).cases) == 3, "the remedy passes"
 
 
 def labelled(own: TinyDataset) -> Path:
@@ -135,6 +150,12 @@ def no_channel(own: TinyDataset, scans: Path) -> None:
 def nothing_in_it(own: TinyDataset, scans: Path) -> None:
     image = sitk.ReadImage(str(scans / "new_0_0000.nii.gz"))
     sitk.WriteImage(image * 0, str(scans / "new_0_0000.nii.gz"))
+
+
+def only_labelled(own: TinyDataset, scans: Path) -> None:
+    empty(own, scans)
+    for file in (own.raw / own.name / "imagesTr").iterdir():
+        shutil.copy(file, scans)
 
 
 def damaged(own: TinyDataset, scans: Path) -> None:
@@ -159,7 +180,9 @@ def twice(own: TinyDataset, scans: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[TinyDataset, Path], Any], str]] = {
+    "no folder": (lambda own, s: shutil.rmtree(s), "the folder of images, .*, does not exist"),
     "empty": (empty, "holds no image CASE_0000.nii.gz"),
+    "only labelled ids": (only_labelled, "phantom_000, .* and 1 more are labelled of Dataset001_Phantom"),
     "a labelled id": (lambda own, s: shutil.copy(labelled(own), s), "are labelled of .*: move them out"),
     "a test id": (lambda own, s: shutil.copy(min(own.images_ts.iterdir()), s), "are test cases of .*: move them out"),
     "a labelled image": (of_labelled, "case x is the image .*imagesTr"),

@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunetv2_ext.core import randomness
 from nnunetv2_ext.core.step import Batch
-from nnunetv2_ext.medcontext.diagnosis import diagnose
+from nnunetv2_ext.medcontext.diagnosis import diagnose, diagnose_unlabelled
 from nnunetv2_ext.trainers.nnUNetTrainerMedContext import nnUNetTrainerMedContext
 
 BATCH_NORM = "torch.nn.modules.batchnorm.BatchNorm3d"
@@ -57,6 +58,34 @@ def test_the_gradient_ratio_equals_an_independent_computation(make_trainer):
     assert np.array_equal(result.clean, network(x)[0][0].argmax(0).numpy())
     assert np.array_equal(result.teacher, teacher[0].argmax(0).numpy())
     assert np.array_equal(result.target, target[0][0, 0].numpy())
+
+
+def test_of_unlabelled_patches_the_one_with_most_in_it_is_looked_at(make_trainer, tmp_path, no_pictures):
+    settings = "medcontext.unlabelled=rest train_cases=2 medcontext.unlabelled_ramp=0"
+    trainer, batch = loaded(make_trainer, settings, configuration="2d")
+    stream = batch.stream()
+    before = [t.clone() for t in (*trainer.network.state_dict().values(), trainer.generator.get_state())]
+    result = diagnose_unlabelled(trainer, stream)
+    after = (*trainer.network.state_dict().values(), trainer.generator.get_state())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and trainer.network.training
+    teacher = trainer.teacher.module(stream.data).argmax(1)
+    row = int((teacher > 0).flatten(1).sum(1).argmax())
+    assert result.case == stream.keys[row] and result.target is None and math.isnan(result.gradient_ratio)
+    assert np.array_equal(result.image, stream.data[row, 0]) and np.array_equal(result.teacher, teacher[row])
+    masked = stream.data[[row]].clone()
+    masked[torch.from_numpy(result.hidden)[None, None]] = 0
+    network = copy.deepcopy(trainer.network).eval()
+    assert np.array_equal(result.masked, network(masked)[0][0].argmax(0))
+    assert np.array_equal(result.clean, network(stream.data[[row]])[0][0].argmax(0))
+    assert result.disagreement == pytest.approx(float((result.teacher != result.masked).mean()), abs=1e-6)
+    for fraction, rows in ((1, 2), (0, 1)):
+        settings = trainer.medcontext.model_copy(update={"masked_fraction": fraction})
+        with (
+            mock.patch.object(type(trainer), "medcontext", settings),
+            mock.patch("nnunetv2_ext.medcontext.training.draw_panel") as drawn,
+        ):
+            trainer.draw_panel(tmp_path / "panel.png")
+        assert [one.target is None for one in drawn.call_args.args[0]] == [False, True][2 - rows :]
 
 
 @pytest.mark.parametrize("fill", ["zero", "noise"])

@@ -47,9 +47,16 @@ def figures(monkeypatch) -> list[Figure]:
         yield drawn
 
 
-def draw(result: Diagnosis, path: Path, kind: str = "classes", **options) -> None:
+def draw(results: Diagnosis | list[Diagnosis], path: Path, kind: str = "classes", **options) -> None:
     table, order = KINDS[kind]
-    draw_panel(result, path, "nnUNetTrainerX, epoch 3", {"labels": table}, LabelManager(table, order), **options)
+    draw_panel(
+        results if isinstance(results, list) else [results],
+        path,
+        "nnUNetTrainerX, epoch 3",
+        {"labels": table},
+        LabelManager(table, order),
+        **options,
+    )
 
 
 def titles(figure: Figure) -> list[str]:
@@ -142,7 +149,7 @@ def test_the_patch_is_drawn_as_its_case_stands_upright_without_letters(figures, 
     """Of a scan whose rows run from back to front: turned, but nnU-Net may have mirrored it, so no letters."""
     backwards = np.array([[0.0, 0, 1], [0, -1, 0], [-1, 0, 0]])
     result = made_up((12, 16, 14))
-    draw(result, tmp_path / "p.png", directions=backwards)
+    draw(result, tmp_path / "p.png", directions=[backwards])
     first = figures[0].axes[0]
     assert np.array_equal(first.images[0].get_array(), result.image[3, ::-1, ::-1])
     assert not first.texts
@@ -150,7 +157,7 @@ def test_the_patch_is_drawn_as_its_case_stands_upright_without_letters(figures, 
 
 def test_the_legend_names_only_what_is_in_the_picture(figures, tmp_path):
     table = {"background": 0, **{f"organ_{i}": i for i in range(1, 105)}}
-    draw_panel(made_up((12, 16, 14)), tmp_path / "p.png", "t", {"labels": table}, LabelManager(table, None))
+    draw_panel([made_up((12, 16, 14))], tmp_path / "p.png", "t", {"labels": table}, LabelManager(table, None))
     entries = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert entries == ["organ_1", "organ_2", "hidden from the student"]
 
@@ -170,3 +177,17 @@ def test_a_patch_without_any_structure_is_drawn(figures, tmp_path):
     none, empty = np.zeros((6, 6, 6), dtype=bool), np.zeros((6, 6, 6), dtype=int)
     draw(Diagnosis("empty", flat, none, empty, empty, empty, empty, 0.0, 0.0), tmp_path / "p.png")
     assert (tmp_path / "p.png").is_file()
+
+
+def test_an_unlabelled_patch_is_drawn_below_without_a_target(figures, tmp_path):
+    labelled = made_up((20, 24))
+    unlabelled = dataclasses.replace(labelled, case="new_3", target=None, image=labelled.image[::-1].copy())
+    draw([labelled, unlabelled], tmp_path / "p.png")
+    (figure,) = figures
+    assert figure.get_suptitle().splitlines()[2].startswith("new_3, unlabelled, patch ")
+    assert len(figure.axes) == 12
+    assert figure.axes[6].get_title() == "image, unlabelled"
+    assert np.array_equal(figure.axes[6].images[0].get_array(), unlabelled.image)
+    assert [text.get_text() for text in figure.axes[8].texts] == ["no label"]
+    assert len(figure.axes[8].images) == 1, "nothing lies over the scan"
+    assert sum(len(axes.texts) for axes in figure.axes) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from nnunetv2_ext.core.checkpoint import EXTENSION_KEY, read
 from nnunetv2_ext.core.step import Batch, LossPass, Passes, Term
 from nnunetv2_ext.data.fill_pool import fill_pool
+from nnunetv2_ext.data.pool import preprocessing_key
 from nnunetv2_ext.data.unlabelled import UnlabelledStream
 from nnunetv2_ext.parts.unlabelled_settings import UnlabelledSettings
 from nnunetv2_ext.parts.unlabelled_training import UnlabelledTraining
@@ -180,6 +183,35 @@ def test_a_continued_training_keeps_its_cases_and_misses_those_that_are_gone(mak
         file.rename(file.with_name(file.name.replace("new", "old")))
     with pytest.raises(ValueError, match="started with 3 unlabelled cases, of which new_1 is gone: put it back into"):
         again()
+
+
+def test_a_pool_that_cannot_be_used_is_refused_before_the_training(make_trainer, pooled) -> None:
+    dataset, folder = pooled
+    with pytest.raises(ValueError, match=r"there are 3 unlabelled cases, and a batch takes 4: add cases to the pool"):
+        started(make_trainer, "mine.unlabelled=pool batch_size=4", dataset=dataset)
+    file = next((dataset.preprocessed / dataset.name).rglob("unlabelled/*/manifest.json"))
+    good = json.loads(file.read_text())
+
+    def refused(words: str, **changes: Any) -> None:
+        file.write_text(json.dumps(good | changes))
+        with pytest.raises(ValueError, match=words) as refusal:
+            started(make_trainer, "mine.unlabelled=pool", dataset=dataset)
+        assert "\n" not in str(refusal.value)
+
+    # of a dataset with other intensities, whose pool was copied here
+    plans = dataset.plans()
+    plans["foreground_intensity_properties_per_channel"]["0"]["mean"] += 1.0
+    manager = PlansManager(plans)
+    other = preprocessing_key(manager, manager.get_configuration("2d"))
+    refused("was preprocessed with other plans than tiny are now: remove that folder", key=other)
+    refused("was interrupted after 3 of 5 cases: run nnUNetv2_ext unlabelled -d 001 -c 2d -p tiny", wanted=5)
+    refused("manifest.json is damaged .*: remove", cases=[])
+    refused("has no unlabelled cases for 2d: run nnUNetv2_ext unlabelled", cases={})
+    file.write_text(json.dumps(good))
+    next(file.parent.glob("cases/new_1.pkl")).unlink()
+    refused("lacks files of case new_1: run nnUNetv2_ext unlabelled")
+    add(dataset, folder, 3)  # the remedy passes
+    started(make_trainer, "mine.unlabelled=pool", dataset=dataset)
 
 
 def test_other_scans_of_a_patient_who_validates_are_left_out(make_trainer, pooled) -> None:

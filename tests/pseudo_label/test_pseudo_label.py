@@ -210,17 +210,27 @@ def test_an_interrupted_run_goes_on_and_a_full_disk_leaves_no_half_dataset(world
 
     def stops(*arguments: Any) -> Any:
         if len(judged) == 2:
-            raise OSError(28, "No space left on device")
+            raise KeyboardInterrupt
         judged.append(1)
         return judge(*arguments)
 
     monkeypatch.setattr(labelling, "judge", stops)
-    assert world.run() == 2 and "No space left" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
     monkeypatch.setattr(labelling, "judge", lambda *arguments: judged.append(1) or judge(*arguments))
 
     def full(*_: Any) -> None:
         raise RuntimeError("itk::ERROR: file cannot be written")
 
+    def no_space(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labelling, "atomic_write", no_space)
+        patch.setattr(labelling, "judge", judge)
+        assert world.run() == 2
+    said = capsys.readouterr().err
+    assert "case new_2: its label cannot be written to" in said and "which goes on" in said and said.count("\n") == 1
     with monkeypatch.context() as patch:
         patch.setattr(SimpleITKIO, "write_seg", full)
         assert world.run() == 2

@@ -13,9 +13,8 @@ from nnunetv2_ext.rada.targets import (
     pooled_targets,
     propagated_loss,
     propagated_target,
-    resolution_weights,
     spread_axes,
-    supervised_strides,
+    supervised,
     supervised_target,
     unannotated,
 )
@@ -129,9 +128,9 @@ def test_strides_and_weights_are_nnunets(make_trainer, sparse_tiny):
     kwargs |= {"n_stages": 4, "features_per_stage": [4] * 4, "kernel_sizes": [[3, 3, 3]] * 4}
     kwargs |= {"n_conv_per_stage": [1] * 4, "n_conv_per_stage_decoder": [1] * 3}
     trainer = make_trainer(nnUNetTrainer, plans=plans, dataset=sparse_tiny)
-    strides = supervised_strides(trainer.configuration_manager.pool_op_kernel_sizes)
+    strides, ours = supervised(trainer.configuration_manager.pool_op_kernel_sizes)
     factors = torch.tensor(strides).cumprod(0)
     scales = torch.tensor(trainer._get_deep_supervision_scales())
     torch.testing.assert_close(1 / factors, scales[:-1].float())
     weights = trainer._build_loss().weight_factors
-    assert weights[-1] == 0 and resolution_weights(len(strides)) == pytest.approx(weights[:-1])
+    assert weights[-1] == 0 and ours == pytest.approx(weights[:-1])

@@ -66,13 +66,11 @@ def survey_labels(
     parameters["data"] = data.configuration.data_identifier
     cache = CaseCache(cache_root(data.base), kind, parameters, ".json")
     found: dict[str, Annotation] = {}
-    with progress_bar(list(states), f"finding {kind.replace('_', ' ')}") as bar:
-        for case, state in states.items():
-            known = cache.read(case, state, _load)
-            found[case] = survey_label(read(case), ignore) if known is None else known
-            if known is None:
-                cache.write(case, state, json.dumps(asdict(found[case])).encode())
-            bar.update()
+    for case, state in progress_bar(list(states.items()), f"finding {kind.replace('_', ' ')}"):
+        known = cache.read(case, state, _load)
+        found[case] = survey_label(read(case), ignore) if known is None else known
+        if known is None:
+            cache.write(case, state, json.dumps(asdict(found[case])).encode())
     return found
 
 

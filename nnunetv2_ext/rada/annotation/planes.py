@@ -120,14 +120,10 @@ def on_planes(shape: tuple[int, ...], planes: Planes) -> Mask:
     return plane_bits(shape, planes) != 0
 
 
-def off_plane(label: Array, ignore: int, planes: Planes) -> Mask:
-    """(X, Y, Z) mask of the labelled voxels that lie on no plane: scribbles, single blocks, rests beside a plane."""
-    return (label != ignore) & (label != OUTSIDE) & ~on_planes(label.shape, planes)
-
-
 def scribbled(label: Array, ignore: int, planes: Planes) -> Mask:
     """(X, Y, Z) mask of the labelled voxels that lie neither on a plane nor beside one."""
-    return off_plane(label, ignore, planes) & ~on_planes(label.shape, planes.neighbours)
+    near = on_planes(label.shape, planes) | on_planes(label.shape, planes.neighbours)
+    return (label != ignore) & (label != OUTSIDE) & ~near
 
 
 _OTHERS = ((1, 2), (0, 2), (0, 1))

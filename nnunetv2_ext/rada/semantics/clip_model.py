@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from nnunetv2_ext.data.cache import file_hash
+
 Log = Callable[[str], None]
 WITHOUT_CLIP = "or train without CLIP: rada.semantics=learned or rada.semantics=off"
 OPENAI_NOTICE = (
@@ -197,20 +199,12 @@ def _identity_of(place: str | None, setting: str) -> str:
     if place is None:
         return "none"
     if setting == _ALPHA or (setting == _WEIGHTS and _is_file(place)):
-        return f"sha256:{_file_hash(require_file(place, setting))}"
+        return f"sha256:{file_hash(require_file(place, setting))}"
     if not place.startswith("local-dir:"):
         return place
     folder = Path(place.removeprefix("local-dir:")).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{_MODEL}: there is no folder {folder}; {_WAYS_OUT}")
     files = sorted(p for p in folder.iterdir() if p.suffix in (".json", *_WEIGHT_SUFFIXES))
-    content = "".join(f"{p.name} {_file_hash(p)}\n" for p in files)  # not its name: a folder may be moved
+    content = "".join(f"{p.name} {file_hash(p)}\n" for p in files)  # not its name: a folder may be moved
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

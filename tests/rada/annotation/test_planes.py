@@ -13,8 +13,8 @@ from nnunetv2_ext.rada.annotation.planes import (
     Planes,
     consecutive_runs,
     find_planes,
-    off_plane,
     on_planes,
+    scribbled,
 )
 
 IGNORE = 3
@@ -78,13 +78,14 @@ def test_incomplete_plane_among_crossing_slabs_is_a_plane() -> None:
     assert find_planes(label, IGNORE).indices[0] == (7,)
 
 
-def test_scribbles_are_off_plane() -> None:
+def test_scribbles_are_neither_on_a_plane_nor_beside_one() -> None:
     label = with_planes((10, 12, 14), [4])
     label[7, 2:5, 3] = 1
+    label[5, 1, 1] = 1  # of a thick plane, frayed by resampling
     label[8, 0, 0] = -1  # nobody drew this
     planes = find_planes(label, IGNORE)
     assert planes == Planes(((4,), (), ()))
-    assert sorted(map(tuple, np.argwhere(off_plane(label, IGNORE, planes)))) == [(7, 2, 3), (7, 3, 3), (7, 4, 3)]
+    assert sorted(map(tuple, np.argwhere(scribbled(label, IGNORE, planes)))) == [(7, 2, 3), (7, 3, 3), (7, 4, 3)]
 
 
 def test_two_dimensional_label_is_refused() -> None:
@@ -123,4 +124,4 @@ def test_finds_exactly_the_planes_that_were_drawn(first, second, third, values) 
     planes = find_planes(label, IGNORE)
     assert planes == Planes((tuple(sorted(first)), tuple(sorted(second)), tuple(sorted(third))))
     assert np.array_equal(on_planes(label.shape, planes), label != IGNORE)
-    assert not off_plane(label, IGNORE, planes).any()
+    assert not scribbled(label, IGNORE, planes).any()
