@@ -96,6 +96,7 @@ class SpatialNoiseSettings(Settings):
                 f"spatialnoise.loss={self.loss} is of spatialnoise.mode=robust, and mode {self.mode} keeps nnU-Net's "
                 "loss: leave one of them out"
             )
-        if self.loss != "gce" and "q" in self.model_fields_set:
+        # by its value: a finished training's settings file names every key
+        if self.loss != "gce" and self.q != type(self).model_fields["q"].default:
             raise ValueError(f"spatialnoise.q is of spatialnoise.loss=gce, not of {self.loss}: leave one of them out")
         return self

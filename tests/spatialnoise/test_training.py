@@ -200,6 +200,8 @@ def test_wrong_settings_are_refused_with_their_remedy(wrong, words) -> None:
     with pytest.raises(ValueError, match=words):
         SpatialNoiseSettings(**wrong)
     assert SpatialNoiseSettings(mode="relabel", warmup=1).q == 0.7  # the control that equals plain nnU-Net
+    smoothing = SpatialNoiseSettings(loss="smoothing")
+    assert SpatialNoiseSettings(**smoothing.model_dump()) == smoothing  # as a settings file names every key
 
 
 def test_a_dataset_with_two_folds_is_advised_to_audit() -> None:
