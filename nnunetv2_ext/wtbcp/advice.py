@@ -13,7 +13,7 @@ def advice(facts: DatasetFacts) -> list[Advice]:
             "skip",
             "nnUNetTrainerWTBCP, before pseudo-label and more steps of plain nnU-Net were tried",
             "no mode is known to win: in a prototype (500 steps, two data sets) its pseudo-labels were +1.8 and -1.5 "
-            "Dice points against plain nnU-Net with twice the steps, and copy-paste lost 3 to 4; a step costs 2.5 "
+            "Dice points against plain nnU-Net with twice the steps, and copy-paste lost 3 to 4; a step costs 2.4 "
             "plain ones",
             control="plain nnU-Net with the same wall time, and pseudo-label, if you try it all the same",
         )

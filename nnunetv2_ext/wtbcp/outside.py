@@ -17,7 +17,7 @@ METHOD = Method(
             off={"wtbcp.unlabelled_weight": 0},
             refuses={"cascade": "cannot train a cascade on unlabelled cases"},
             # forward F, backward 2F: pseudo is two passes and the teacher's forward, 7F to 3F; bcp 4F; wtbcp 10F
-            # and losses of their own; measured 2.5, 2.5, 1.5, 4.0 beside a network of 16 to 96 channels
+            # and losses of their own; measured 2.4, 2.3, 1.4, 4.0 beside a network of 16 to 96 channels
             promises={
                 "": Promise(cpu=2.5, cuda=2.4, memory=1.1, predict=1.0),
                 "wtbcp.mode=mean_teacher": Promise(cpu=2.5, cuda=2.4, memory=1.1, predict=1.0),
