@@ -33,12 +33,17 @@ def run(args: argparse.Namespace) -> int:
     settings = resolve(HouseSettings).settings
     source = read_source(args.file.expanduser(), settings.init_trust)  # type: ignore[attr-defined]
     if args.d is None:
-        values = sum(tensor.numel() for tensor in source.weights.values())
+        # nnU-Net lists a tensor of the encoder under up to four names
+        tensors = {(tensor.data_ptr(), tensor.shape): tensor.numel() for tensor in source.weights.values()}
         of = f", of {source.family}" if source.family else ""
-        print(f"{source.path}: {len(source.weights)} tensors, {values:,} values, {source.dimensions}-D{of}")
+        print(f"{source.path}: {len(tensors)} tensors, {sum(tensors.values()):,} values, {source.dimensions}-D{of}")
         for name, fact in facts_of(source.configuration, source.dataset_json).items():
             print(f"  {name:<15} {fact}")
-        print("next: nnUNetv2_ext weights FILE -d DATASET says what a training on that dataset would load")
+        configuration = " -c 2d" if source.dimensions == 2 else ""
+        print(
+            f"next: nnUNetv2_ext weights {source.path} -d DATASET{configuration} says what a training on that dataset "
+            "would load"
+        )
         return 0
     found = open_preprocessed(args.d, args.c, args.p, files=False)
     home = Home(found.configuration.configuration, found.dataset_json)

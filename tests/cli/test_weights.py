@@ -42,9 +42,15 @@ def test_a_file_is_described_and_compared_with_a_dataset(base, other, capsys, mo
     assert main(["weights", str(other)]) == 0
     said = capsys.readouterr().out
     assert "ResidualEncoderUNet" in said and "1.5 x 1 x 1" in said and "3-D" in said
+    assert f"next: nnUNetv2_ext weights {other} -d DATASET says" in said
+    parts = torch.load(other, weights_only=False)["network_weights"].values()
+    tensors = {tensor.data_ptr(): tensor.numel() for tensor in parts}
+    assert f"{len(tensors)} tensors, {sum(tensors.values()):,} values" in said and len(tensors) < len(parts)
     assert main(["weights", str(other), "-d", "1", "-p", "tiny"]) == 1  # ResEnc on PlainConv
     said = capsys.readouterr()
     assert "* network" in said.out and "* spacing" in said.out
+    stages = [line.split()[0] for line in said.out.splitlines() if " tensors " in line and "of the file" not in line]
+    assert len(stages) == len(set(stages)), "a line a stage"
     assert "nothing of its encoder fits" in said.err and f"plan-like {other} -d" in said.err
     assert main(["weights", str(other), "-d", "1", "-c", "2d", "-p", "tiny"]) == 1
     assert "It is 3-D and these plans are 2-D" in capsys.readouterr().err

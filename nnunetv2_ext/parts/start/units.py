@@ -20,6 +20,7 @@ Channels = Literal["repeat", "mean", "first"]
 _HEAD = re.compile(r"(^|\.)(seg_layers|segmentation_head)\.")  # of nnU-Net's networks; of segmentation-models-pytorch
 NOT_ASKED = "not asked for"
 ABSENT = "not in the file"
+TORN = "a part of this unit does not fit"
 
 
 class Asked(NamedTuple):
@@ -135,9 +136,8 @@ def compare(
         channels = asked.channels if aliases == first else None
         rows.append(_row(name, target, source, channels, id(target) not in transposed))
     torn = {unit_of(row.name) for row in rows if row.value is None}
-    note = "a part of this unit does not fit"
     fit = (row.value is None or unit_of(row.name) not in torn for row in rows)
-    return [row if fits else row._replace(value=None, note=note) for row, fits in zip(rows, fit)]
+    return [row if fits else row._replace(value=None, note=TORN) for row, fits in zip(rows, fit)]
 
 
 def transposed_weights(network: nn.Module) -> set[int]:
@@ -214,11 +214,19 @@ def stage_of(name: str) -> str:
 
 
 def describe(rows: Sequence[Row]) -> str:
-    """A line per stage of the network and outcome: tensors, values, what happened; the loaded share comes first."""
+    """A line per stage of the network and outcome: tensors, values, what happened; the loaded share comes first.
+
+    Of the reasons why tensors of a stage stay random the first is given.
+    """
     sizes: dict[tuple[str, bool, str], list[int]] = {}
+    reasons: dict[str, str] = {}
     for row in rows:
-        outcome = (stage_of(row.name), row.value is None, row.note)
-        sizes.setdefault(outcome, []).append(row.target.numel())
+        stage, note = stage_of(row.name), row.note
+        if row.value is None and note != NOT_ASKED:
+            if reasons.get(stage, TORN) == TORN:
+                reasons[stage] = note
+            note = ""
+        sizes.setdefault((stage, row.value is None, note), []).append(row.target.numel())
     loaded = sum(sum(some) for (_, stays, _), some in sizes.items() if not stays)
     total = sum(map(sum, sizes.values()))
     lines = [f"{100 * loaded / max(total, 1):.1f} % of the {total:,} values of the plan's network are loaded"]
@@ -226,6 +234,8 @@ def describe(rows: Sequence[Row]) -> str:
         what = "stays random" if stays else "adapted" if note else "loaded"
         if note == NOT_ASKED:
             what, note = NOT_ASKED, ""
+        elif stays:
+            note = reasons[stage]
         size = f"{len(some):4d} tensors {sum(some):>12,} values"
         lines.append(f"  {stage:<24} {size}  {what}{f': {note}' if note else ''}")
     return "\n".join(lines)
