@@ -19,7 +19,7 @@ from nnunetv2_ext.jras.settings import JRASSettings
 
 READ_STRIDE = 4  # the read is at the resolution nearest to a quarter of the patch's
 MIN_CELLS = 16  # per axis in the plane; coarser cells do not tell where a structure is
-MAX_CELLS = 4096  # of a patch: attention costs their square. A coarser stage is taken as long as it has MIN_CELLS
+MAX_CELLS = 4096  # of a patch, for MIN_CELLS' sake: attention costs their square
 FEATURES_KEPT = 5  # of the last weights that were loaded: nnU-Net loads those of each fold for each case
 ENCODED_AT_ONCE = 8
 
@@ -314,15 +314,19 @@ def read_level(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> i
     """The encoder's stage that guides are read at: nearest to a quarter of the patch, of those with a skip.
 
     Finer as long as it has fewer than 16 cells along an axis of the plane (the two axes with most cells) and the next
-    one has at most 4,096 in all; coarser as long as it has more than these and the next one has not too few.
+    one has at most 4,096 in all. Coarser, if the next one has not too few, as long as it has more than these; in 2-D
+    as long as it has more than 16 x 16 and the next one is not coarser than an eighth.
     """
     total = np.cumprod([list(stride) for stride in strides], axis=0)[: max(1, len(strides) - 1)]
     sizes = np.maximum(1, np.asarray(patch_size) // total)
-    in_plane, cells = np.sort(sizes, axis=1)[:, -2], sizes.prod(1)
-    level = int(np.abs(np.log2(total.max(1) / READ_STRIDE)).argmin())
+    in_plane, cells, stride = np.sort(sizes, axis=1)[:, -2], sizes.prod(1), total.max(1)
+    level = int(np.abs(np.log2(stride / READ_STRIDE)).argmin())
     while level > 0 and in_plane[level] < MIN_CELLS and cells[level - 1] <= MAX_CELLS:
         level -= 1
-    while level + 1 < len(sizes) and cells[level] > MAX_CELLS and in_plane[level + 1] >= MIN_CELLS:
+    while level + 1 < len(sizes) and in_plane[level + 1] >= MIN_CELLS:
+        enough = MIN_CELLS ** len(patch_size) if stride[level + 1] <= 2 * READ_STRIDE else MAX_CELLS
+        if cells[level] <= enough:
+            break
         level += 1
     return level
 

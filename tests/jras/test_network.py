@@ -142,7 +142,11 @@ def test_a_cascades_channels_are_zero_for_guides(make_network):
     [
         ((64, 64), [1, 2, 2, 2], 2),  # a quarter, 16 cells
         ((128, 128, 128), [1, 2, 2, 2, 2, 2], 3),  # a quarter would be 32,768 cells
-        ((512, 512), [1, 2, 2, 2, 2, 2], 3),
+        ((128, 128), [1, 2, 2, 2, 2], 3),  # a quarter would be 1,024
+        ((512, 512), [1, 2, 2, 2, 2, 2, 2], 3),  # not coarser than an eighth, which has 4,096
+        ((1024, 1024), [1, 2, 2, 2, 2, 2, 2], 4),
+        ((160, 128), [1, 2, 2, 2, 2], 3),  # 320; the next one has 8 along an axis
+        ((40, 40), [1, 2, 2, 2], 1),  # a quarter has 10
         ((40, 56, 40), [1, 2, 2, 2], 2),  # 10 cells along an axis; a half would have 11,200 in all
         ((24, 32, 24), [1, 2, 2, 2], 1),  # 2,304 cells
         ((16, 16), [1, 2, 2], 0),
