@@ -21,10 +21,8 @@ def as_text(report: Report) -> str:
     blocks.append(f"Prediction, patch without the added channel\n{_times(report, MISSING)}")
     blocks.append(f"Memory of a training step\n{_memory(report)}")
     blocks.append(f"Where a step's time goes, {report.options['batches'][0]} batch (wall)\n{_parts(report)}")
-    if report.options["workers"]:
-        blocks.append(
-            f"Waiting for the loader, {report.options['workers']} worker process(es) (wall)\n{_loading(report)}"
-        )
+    if workers := report.options.get("workers"):
+        blocks.append(f"Waiting for the loader, {workers} worker process(es) (wall)\n{_loading(report)}")
     blocks += [_notes(report), _failures(report)]
     return "\n\n".join(block for block in blocks if block and not block.endswith("\n"))
 

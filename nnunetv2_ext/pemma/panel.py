@@ -55,7 +55,7 @@ def draw_panel(trainer: PEMMATraining, batch: Batch, path: Path) -> None:
             view = view_across(axis, trainer.directions_of_case(shown.keys[number]), augmented=True)
             images = [shown.data[number, channel].float().cpu().numpy() for channel in (0, old)]
             maps = [logits_to_labels(logits[number], labels) for logits in (before, after)]
-            said = "the new channel" if gate[number] else "the new channel: missing, gate closed"
+            said = "the new channel" if gate[number] else "missing: gate closed"
             columns = (
                 (images[0], None, shown.keys[number]),
                 (images[1], None, said),
