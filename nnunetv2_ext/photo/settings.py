@@ -21,7 +21,7 @@ class PhotoSettings(Settings):
         "Unet",
         json_schema_extra=STRUCTURAL,
         description="network of segmentation-models-pytorch: Unet, DeepLabV3Plus, UnetPlusPlus, FPN, ... Source: the "
-        "paper has DeepLabV3Plus; Unet measured better on small lesions",
+        "paper has DeepLabV3Plus, measured better on fundus lesions (+6 Dice points) and worse on nuclei (-3.5)",
     )
     encoder: str = Field(
         "tu-tf_efficientnet_lite0",
