@@ -50,11 +50,11 @@ def load(path: Path, whole: bool = False, trust: bool = False, remedy: str = f"s
     trust = trust or os.environ.get(TRUSTED, "0").lower() in ("1", "y", "yes", "true")
     allowed = getattr(torch.serialization, "safe_globals", None)
     try:
-        if whole and zipfile.is_zipfile(path):  # a file of an old torch has no checksums
+        if whole and _is_zip(path):  # a file of an old torch has no checksums
             with zipfile.ZipFile(path) as file:
                 if damaged := file.testzip():
                     raise ValueError(f"{damaged} does not match its checksum")
-        zipped = zipfile.is_zipfile(path) or not path.is_file()
+        zipped = _is_zip(path) or not path.is_file()
         options: dict[str, Any] = {"map_location": "cpu", "mmap": True if zipped else None}
         if trust or allowed is None:
             return torch.load(str(path), weights_only=False, **options)
@@ -69,11 +69,19 @@ def load(path: Path, whole: bool = False, trust: bool = False, remedy: str = f"s
                 f"such a file can run any program when it is opened. If you trust whoever wrote it, {remedy}"
             ) from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        if path.is_file() and not zipfile.is_zipfile(path):  # torch then speaks of its options
+        if path.is_file() and not _is_zip(path):  # torch then speaks of its options
             reason = "it is not a file of torch.save"
         raise ValueError(
             f"the checkpoint {path} is broken or cut short ({reason}); move it away and use another one"
         ) from error
+
+
+def _is_zip(path: Path) -> bool:
+    """zipfile's, which raises for some damaged directories."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
 
 
 def read(path: Path, whole: bool = False) -> dict[str, Any]:

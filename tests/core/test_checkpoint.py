@@ -89,6 +89,14 @@ def test_a_changed_byte_anywhere_is_harmless_or_one_line(tmp_path_factory, posit
         assert torch.equal(checkpoint["network_weights"]["w"], torch.zeros(1000))
 
 
+def test_a_damaged_directory_of_the_file_is_one_line(tmp_path):
+    path = write(tmp_path / "checkpoint_final.pth")
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x06\x07") + 16] = 2  # parts of the archive: zipfile then raises where it should answer
+    path.write_bytes(content)
+    assert "is broken or cut short" in one_line(lambda: checkpoints.read(path, whole=True))
+
+
 def test_other_files_are_no_checkpoints(tmp_path):
     path = tmp_path / "checkpoint_final.pth"
     path.write_text("hello")
