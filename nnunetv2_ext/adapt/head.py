@@ -20,6 +20,8 @@ import torch
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from torch import Tensor, nn
 
+from nnunetv2_ext.parts.forward_hooks import register_forward_hook
+
 RIDGE = 1.0  # measured: docs/methods/adapt.md
 _SCALE = 10.0  # a target is plus or minus half of it: logits as sure as a trained network's
 
@@ -93,7 +95,7 @@ class Head:
         self.network, self.labels, self.hidden = network, labels, tuple(hidden)
         self.layer: Any = layers[-1]
         self.name = next(name for name, module in network.named_modules() if module is self.layer)
-        self.layer.register_forward_hook(self._keep)
+        register_forward_hook(self.layer, self._keep)
         self._features: Tensor | None = None
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -20,6 +20,7 @@ from nnunetv2_ext.mambasea.settings import MambaSeaSettings
 from nnunetv2_ext.mambasea.vmunet import SS2D, VMUNet
 from nnunetv2_ext.mambasea.weights import load_vmamba
 from nnunetv2_ext.parts.epoch_means import EpochMeans
+from nnunetv2_ext.parts.forward_hooks import register_forward_hook
 from nnunetv2_ext.parts.trainer import MethodTrainer
 
 NAME, GVA_MODULE, BRANCH = "mambasea", "mambasea_gva", "mambasea_branch"
@@ -97,7 +98,7 @@ class MambaSeaTraining(MethodTrainer):
         elif isinstance(stages, (nn.Sequential, nn.ModuleList)):
             for number, stage in enumerate(stages):
                 found[str(number)] = LSA(self.generator, self.mambasea.lsa_share)
-                stage.register_forward_hook(found[str(number)].hook)
+                register_forward_hook(stage, found[str(number)].hook)
         else:
             raise ValueError(
                 f"LSA goes behind the stages of an encoder, and {type(network).__name__} has no encoder.stages: set "

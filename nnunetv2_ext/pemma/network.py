@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from nnunetv2_ext.parts.forward_hooks import register_forward_hook
 from nnunetv2_ext.pemma.settings import PEMMASettings
 
 NARROWEST, NARROWER = 4, 4  # features of the stem: a quarter of the base's, at least four
@@ -172,7 +173,7 @@ class PEMMANetwork(nn.Module):
         if stages:
             adapters["stem"] = Stem(new_channels, encoder, stages)
         for number in range(stages):
-            encoder.stages[number].register_forward_hook(Join(number, self._now).hook)
+            register_forward_hook(encoder.stages[number], Join(number, self._now).hook)
         if settings.rank:
             adapters["convs"] = nn.ModuleDict(
                 {key_of(name): LowRank(conv, settings.rank, self._now) for name, conv in convolutions(base).items()}
@@ -183,9 +184,9 @@ class PEMMANetwork(nn.Module):
             )
         self.adapters = nn.ModuleDict(adapters)
         for name, conv in convolutions(base).items() if settings.rank else ():
-            conv.register_forward_hook(self.adapters["convs"][key_of(name)].hook)  # type: ignore[index]
+            register_forward_hook(conv, self.adapters["convs"][key_of(name)].hook)  # type: ignore[index]
         for number, layer in enumerate(decoder.seg_layers if settings.train_heads else ()):
-            layer.register_forward_hook(self.adapters["heads"][str(number)].hook)  # type: ignore[index]
+            register_forward_hook(layer, self.adapters["heads"][str(number)].hook)  # type: ignore[index]
 
     # properties: as attributes their weights would be in the state twice. nnU-Net switches the decoder's outputs
     encoder = property(lambda self: self.base.encoder)
