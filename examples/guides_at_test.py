@@ -12,7 +12,8 @@ Prints the mean Dice (x 100) of, on the fold's validation cases and on the site'
   new bank            with --site: the bank replaced by a few of the site's cases (`nnUNetv2_ext bank`), scored on its
                       other cases; and with wrong masks
   plain               with --plain: the fold of other models on the same cases, an adapted one say
-Simplified: one shuffle with a fixed seed, one draw of site cases; Dice of labels on the preprocessed grid.
+Simplified: one shuffle with a fixed seed, one draw of site cases (several scans a
+patient: --group-regex); Dice of labels on the preprocessed grid.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import argparse
 import json
 import os
 import random
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--site", type=Path, help="raw dataset folder of another site, with imagesTr and labelsTr")
     parser.add_argument("--bank-cases", type=int, default=5, help="cases of the site in the new bank")
     parser.add_argument("--draw", type=int, default=0, help="which draw of site cases")
+    parser.add_argument("--group-regex", help="its first group names the patient: scans of the bank's are not scored")
     parser.add_argument("--site-labels", type=int, nargs="+", help="labels that the site draws (default: all)")
     parser.add_argument("--plain", type=Path, nargs="+", default=[], help="model folders to compare with, same fold")
     parser.add_argument("--checkpoint", default="checkpoint_final.pth")
@@ -104,6 +107,17 @@ def validation_cases(base: Path, fold: str) -> list[str]:
     return list(json.loads(splits.read_text())[int(fold)]["val"])
 
 
+def others_of(names: Sequence[str], guides: Sequence[str], group_regex: str | None) -> list[str]:
+    """The site's cases of other patients than the bank's; without a pattern each case is a patient."""
+
+    def patient(name: str) -> str:
+        found = re.search(group_regex, name) if group_regex else None
+        return found.group(1) if found else name
+
+    in_bank = {patient(name) for name in guides}
+    return [name for name in names if patient(name) not in in_bank]
+
+
 def main() -> None:
     args = parse_arguments()
     raw = args.raw or Path(os.environ.get("nnUNet_raw", ".")) / args.model.resolve().parent.name
@@ -124,7 +138,7 @@ def main() -> None:
                 for file in (args.site / kind).iterdir():
                     if any(file.name.startswith((f"{case}_", f"{case}.")) for case in guides):
                         (Path(scratch) / kind / file.name).symlink_to(file.resolve())
-            others = [name for name in names if name not in guides]
+            others = others_of(names, guides, args.group_regex)
             where["other site"] = Cases(args.site, others, predictor, args.site_labels)
             output = Path(scratch) / args.model.name
             replace_bank(args.model, Path(scratch) / "imagesTr", Path(scratch) / "labelsTr", output)

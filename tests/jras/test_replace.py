@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +196,22 @@ def test_what_is_no_jras_model_or_no_request_is_refused(model, given, tmp_path, 
     (model / "plans.json").write_text(json.dumps(plans))
     assert bank(model, given, tmp_path / "out") == 2 and "not trained with J-RAS" in capsys.readouterr().err
     assert "not trained with J-RAS" in refused(str(model), *output, "--strip")
+
+
+def test_the_example_scores_no_case_of_a_patient_in_the_new_bank(model, site, capsys, monkeypatch):
+    file = Path(__file__).parents[2] / "examples" / "guides_at_test.py"
+    spec = importlib.util.spec_from_file_location("guides_at_test", file)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    names = ["p1_a", "p1_b", "p2_a", "p3_a"]
+    assert example.others_of(names, ["p1_a"], r"^(p\d)_") == ["p2_a", "p3_a"]
+    assert example.others_of(names, ["p1_a"], None) == names[1:]
+
+    arguments = [str(model), "-f", "0", "--site", str(site), "--bank-cases", "1", "--no-mirroring"]
+    monkeypatch.setattr(sys, "argv", ["guides_at_test.py", *arguments])
+    example.main()
+    own, other = capsys.readouterr().out.split("other site, ")
+    rows = ["as trained", "wrong masks", "any guides", "no guides"]
+    assert all(row in own and row in other for row in rows)
+    assert other.startswith("2 cases") and "new bank, wrong masks" in other and "new bank" not in own
