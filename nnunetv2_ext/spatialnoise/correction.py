@@ -82,8 +82,8 @@ def correct(
         if regions:
             moved = (torch.where(observed > 0, 1 - p, p) > s.tau).float()
         else:
-            top = p.argmax(1, keepdim=True)
-            sure = (p.amax(1, keepdim=True) > s.tau) & (top != label)
+            highest, top = p.max(1, keepdim=True)
+            sure = (highest > s.tau) & (top != label)
             moved = torch.zeros_like(p).scatter_(1, top, sure.float())
     else:
         a, b = region_evidence(p, observed) if regions else evidence(p, label, s.form)
