@@ -8,7 +8,13 @@ METHOD = Method(
     trainers={
         "nnUNetTrainerSpatialNoise": Trainer(
             summary="a loss that wrong labels pull at less, or labels that a teacher corrects",
-            smallest={"spatialnoise.mode": "posterior", "spatialnoise.warmup": 0, "spatialnoise.ramp": 0},
+            # without the guard: in the first steps it may hold every class, and nothing would be corrected
+            smallest={
+                "spatialnoise.mode": "posterior",
+                "spatialnoise.warmup": 0,
+                "spatialnoise.ramp": 0,
+                "spatialnoise.guard": 1,
+            },
             off={"spatialnoise.mode": "relabel", "spatialnoise.warmup": 1},
             # the teacher's forward is a third of a step; before the warm-up is over there is none
             promises={
